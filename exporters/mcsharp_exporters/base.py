@@ -1,0 +1,31 @@
+"""What every exporter has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from mcsharp_sdk.engine.context import RunContext
+
+
+class Exporter(BaseModel, ABC):
+    """A way to write a finished run down; its fields are the settings.
+
+    Class attributes
+    ----------------
+    reads : names of the artifacts that the exporter needs from the stages.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: str
+
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def run(self, context: RunContext, output: Path) -> None:
+        """Write into ``output``, an existing folder that becomes visible to the user when all exporters are done."""

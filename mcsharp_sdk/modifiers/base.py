@@ -1,0 +1,52 @@
+"""What every stage of a recipe has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+if TYPE_CHECKING:
+    from mcsharp_sdk.engine.context import RunContext
+
+
+class Modifier(BaseModel, ABC):
+    """A stage: its fields are the settings, ``run`` is the work, the artifact it writes is the result.
+
+    Class attributes
+    ----------------
+    reads : names of the artifacts that the stage needs from earlier stages.
+    writes : name of the artifact that the stage makes.
+    PRESETS : mode -> default settings of that mode; what the user wrote wins over them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: str
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    writes: ClassVar[str]
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
+        preset = cls.PRESETS.get(str(settings.get("mode")), {})
+        return {**preset, **settings}
+
+    def needs(self) -> tuple[str, ...]:
+        """Artifacts needed with these settings: ``reads`` less what a given file replaces."""
+        return self.reads
+
+    def files(self) -> dict[str, Path]:
+        """Files that the settings name: setting -> path, for existence checks and fingerprints."""
+        return {}
+
+    @abstractmethod
+    def run(self, context: RunContext) -> None:
+        """Do the work and write the artifact through ``context``."""
