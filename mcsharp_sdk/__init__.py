@@ -1,2 +1,38 @@
-"""mcsharp_sdk: mixed-precision compression for Mixture-of-Experts models."""
-__version__ = "0.1.0"
+"""mcsharp_sdk: mixed-precision compression for Mixture-of-Experts models.
+
+Importing it lets transformers load compressed models: ``from_pretrained`` knows the format then.
+The verbs of the command line are functions here; each is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mcsharp_sdk._version import __version__
+from mcsharp_sdk.runtime import hf_quantizer as _plug_in  # noqa: F401  registers itself
+
+if TYPE_CHECKING:
+    from mcsharp_sdk.engine.export import export
+    from mcsharp_sdk.engine.plan import plan
+    from mcsharp_sdk.engine.run import compress
+    from mcsharp_sdk.evaluation.evaluate import evaluate
+    from mcsharp_sdk.modifiers.bit_allocation import allocate
+    from mcsharp_sdk.recipe.schema import Recipe
+
+__all__ = ["Recipe", "__version__", "allocate", "compress", "evaluate", "export", "plan"]
+
+_HOMES = {
+    "Recipe": "mcsharp_sdk.recipe.schema",
+    "allocate": "mcsharp_sdk.modifiers.bit_allocation",
+    "compress": "mcsharp_sdk.engine.run",
+    "evaluate": "mcsharp_sdk.evaluation.evaluate",
+    "export": "mcsharp_sdk.engine.export",
+    "plan": "mcsharp_sdk.engine.plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mcsharp_sdk' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

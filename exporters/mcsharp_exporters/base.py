@@ -28,4 +28,4 @@ class Exporter(BaseModel, ABC):
 
     @abstractmethod
     def run(self, context: RunContext, output: Path) -> None:
-        """Write into ``output``, an existing folder that becomes visible to the user when all exporters are done."""
+        """Write into ``output``, a folder that users see once all exporters are done."""

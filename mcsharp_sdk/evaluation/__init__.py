@@ -1,1 +1,1 @@
-"""evaluation"""
+"""What a model is worth and what it costs: perplexity, bits, bytes, experts really used."""

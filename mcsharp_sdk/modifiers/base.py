@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from mcsharp_sdk.errors import Problem
+
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
 
@@ -20,6 +22,7 @@ class Modifier(BaseModel, ABC):
     ----------------
     reads : names of the artifacts that the stage needs from earlier stages.
     writes : name of the artifact that the stage makes.
+    uses_calibration : the stage measures with the calibration text.
     PRESETS : mode -> default settings of that mode; what the user wrote wins over them.
     """
 
@@ -29,6 +32,7 @@ class Modifier(BaseModel, ABC):
 
     reads: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[str]
+    uses_calibration: ClassVar[bool] = False
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @model_validator(mode="before")
@@ -43,9 +47,17 @@ class Modifier(BaseModel, ABC):
         """Artifacts needed with these settings: ``reads`` less what a given file replaces."""
         return self.reads
 
+    def needs_calibration(self) -> bool:
+        """Whether a calibration must be given with these settings."""
+        return self.uses_calibration
+
     def files(self) -> dict[str, Path]:
         """Files that the settings name: setting -> path, for existence checks and fingerprints."""
         return {}
+
+    def check_experts(self, experts: Mapping[int, int]) -> list[Problem]:
+        """What does not fit a model with so many experts per MoE layer (decoder layer -> count)."""
+        return []
 
     @abstractmethod
     def run(self, context: RunContext) -> None:

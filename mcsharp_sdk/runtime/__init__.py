@@ -1,1 +1,1 @@
-"""runtime"""
+"""The compressed model that transformers loads and runs."""

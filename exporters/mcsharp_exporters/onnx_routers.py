@@ -1,0 +1,229 @@
+"""Routers as ONNX files, one per MoE layer, with a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import onnx
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mcsharp_exporters.base import Exporter
+from mcsharp_exporters.router_graph import (
+    HIDDEN_STATES,
+    INDICES,
+    IR_VERSION,
+    KEEP,
+    OPSET,
+    WEIGHTS,
+    DtypeName,
+    router_graph,
+)
+from mcsharp_sdk import __version__
+from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.models.routing import Router
+
+if TYPE_CHECKING:
+    from mcsharp_sdk.engine.context import RunContext
+
+MANIFEST_NAME = "manifest.json"
+FILE_PATTERN = r"^router_layer_[0-9]{5,9}\.onnx$"
+
+Shape = list[int | str]
+
+
+class RouterFile(BaseModel):
+    """One line of the manifest: a layer's file, what it must hash to, and what it computes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer: Annotated[int, Field(ge=0)]
+    file: Annotated[str, Field(pattern=FILE_PATTERN)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(gt=0)]
+    experts: Annotated[int, Field(gt=0)]
+    top_k: Annotated[int, Field(gt=0)]
+    hidden_size: Annotated[int, Field(gt=0)]
+    inputs: dict[str, Shape]
+    outputs: dict[str, Shape]
+    settings: dict[str, Any]
+
+
+class RouterManifest(BaseModel):
+    """``manifest.json``: everything in the folder, by layer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["mcsharp.onnx_routers"] = "mcsharp.onnx_routers"
+    version: Literal[1] = 1
+    sdk_version: str
+    dtype: DtypeName
+    opset: int
+    ir_version: int
+    layers: Annotated[list[RouterFile], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _one_file_per_layer(self) -> RouterManifest:
+        for values in ([e.layer for e in self.layers], [e.file for e in self.layers]):
+            if len(set(values)) != len(values):
+                raise ValueError("names a layer or a file twice")
+        return self
+
+
+class OnnxRoutersExporter(Exporter):
+    """Write every router as an ONNX graph, for serving systems that route outside of torch."""
+
+    type: Literal["onnx_routers"] = "onnx_routers"
+    dtype: Annotated[
+        DtypeName, Field(description="Input and stored weights; the rest is computed in fp32.")
+    ] = "fp32"
+    folder: Annotated[
+        str,
+        Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", description="Folder inside the output."),
+    ] = "onnx_routers"
+
+    def run(self, context: RunContext, output: Path) -> None:
+        """Write into ``output / folder``."""
+        export_onnx_routers(context.model.routers(), output / self.folder, self.dtype)
+
+
+def export_onnx_routers(
+    routers: Iterable[Router],
+    output: str | Path,
+    dtype: DtypeName = "fp32",
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write ``router_layer_00003.onnx`` and the like, and ``manifest.json``, all or nothing.
+
+    Parameters
+    ----------
+    routers : at least one, each of another layer; read one by one.
+    output : folder to make; an empty one is taken too.
+    dtype : of the graphs' inputs and stored weights, see :func:`router_graph`.
+    overwrite : replace a folder that holds exported routers and nothing else.
+
+    Returns
+    -------
+    dict
+        The manifest as written.
+
+    Raises
+    ------
+    InputError
+        If ``output`` is taken, there are no routers, a layer comes twice, or weights do not fit
+        into ``dtype``. Nothing is then left behind.
+    """
+    output = Path(output)
+    _check_free(output, overwrite)
+    entries: dict[int, RouterFile] = {}
+    with _folder_in_one_go(output) as folder:
+        for router in routers:
+            if router.layer in entries:
+                raise InputError(f"two routers of layer {router.layer} were given")
+            entries[router.layer] = _write_router(folder, router, dtype)
+        if not entries:
+            raise InputError("the model has no router to export")
+        manifest = RouterManifest(
+            sdk_version=__version__,
+            dtype=dtype,
+            opset=OPSET,
+            ir_version=IR_VERSION,
+            layers=[entries[layer] for layer in sorted(entries)],
+        )
+        _write(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2).encode() + b"\n")
+    return manifest.model_dump()
+
+
+def read_manifest(folder: str | Path) -> RouterManifest:
+    """Read and check ``manifest.json``; the files that it names are not opened.
+
+    Raises
+    ------
+    InputError
+        If it is missing, not JSON, of another version, or names files outside of the folder.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not the manifest of ONNX routers: {error}") from error
+    try:
+        return RouterManifest.model_validate_json(text)
+    except ValidationError as error:
+        problems = [
+            Problem(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()
+        ]
+        raise InputProblems(str(path), problems) from error
+
+
+def _write_router(folder: Path, router: Router, dtype: DtypeName) -> RouterFile:
+    model = router_graph(router, dtype)
+    onnx.checker.check_model(model, full_check=True)
+    data = model.SerializeToString(deterministic=True)
+    name = f"router_layer_{router.layer:05d}.onnx"
+    _write(folder / name, data)
+    slots: Shape = ["tokens", router.top_k]
+    return RouterFile(
+        layer=router.layer,
+        file=name,
+        sha256=hashlib.sha256(data).hexdigest(),
+        bytes=len(data),
+        experts=router.experts,
+        top_k=router.top_k,
+        hidden_size=router.hidden_size,
+        inputs={HIDDEN_STATES: ["tokens", router.hidden_size]},
+        outputs={INDICES: slots, WEIGHTS: slots, KEEP: slots},
+        settings=asdict(router.settings),
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_free(output: Path, overwrite: bool) -> None:
+    """Refuse a path that is taken, unless it holds exported routers and may be overwritten."""
+    if not output.exists() and not output.is_symlink():
+        return
+    if not output.is_dir() or output.is_symlink():
+        raise InputError(f"{output}: is there already and is not a folder")
+    names = sorted(path.name for path in output.iterdir())
+    if names and not overwrite:
+        raise InputError(f"{output}: is there already; give another output, or overwrite it")
+    strangers = [n for n in names if n != MANIFEST_NAME and not re.match(FILE_PATTERN, n)]
+    if strangers:
+        raise InputError(
+            f"{output}: holds {strangers[0]!r}, which is no exported router; it is not overwritten"
+        )
+
+
+@contextmanager
+def _folder_in_one_go(output: Path) -> Iterator[Path]:
+    """A new folder that takes ``output``'s place when the block ends well, else vanishes."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex[:8]
+    fresh = output.with_name(f".{output.name}.{token}.new")
+    fresh.mkdir()
+    try:
+        yield fresh
+        if output.exists():
+            former = output.with_name(f".{output.name}.{token}.old")
+            output.rename(former)
+            fresh.rename(output)
+            shutil.rmtree(former)
+        else:
+            fresh.rename(output)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)

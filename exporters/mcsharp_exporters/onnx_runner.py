@@ -1,0 +1,231 @@
+"""Run exported routers with onnxruntime."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import warnings
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+
+from mcsharp_exporters.onnx_routers import MANIFEST_NAME, RouterFile, read_manifest
+from mcsharp_exporters.router_graph import DTYPES, HIDDEN_STATES, OUTPUTS, DtypeName
+from mcsharp_sdk.errors import InputError, RunError
+from mcsharp_sdk.models.routing import Routing
+
+ProviderChoice = Literal["auto", "cuda", "cpu"]
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class OnnxRouters:
+    """The routers of one exported folder, ready to run.
+
+    Parameters
+    ----------
+    folder : as written by ``export_onnx_routers``; every file is checked against the manifest.
+    provider : ``cuda``, ``cpu``, or ``auto``: CUDA where it works, else the CPU.
+    allow_fallback : with ``cuda``, whether the CPU may stand in (with a warning), or is an error.
+
+    Raises
+    ------
+    InputError
+        If the manifest is bad, or a file is missing or differs from it.
+    RunError
+        If onnxruntime is not installed, cannot open a file, or may not fall back and CUDA is not
+        there.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        provider: ProviderChoice = "auto",
+        allow_fallback: bool = True,
+    ) -> None:
+        if provider not in ("auto", "cuda", "cpu"):
+            raise InputError(f"provider {provider!r} is not known: give auto, cuda or cpu")
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        self._dtype = DTYPES[manifest.dtype]
+        self._entries = {entry.layer: entry for entry in manifest.layers}
+        models = {entry.layer: _checked_bytes(folder, entry) for entry in manifest.layers}
+        self._ort = _onnxruntime()
+        strict = provider == "cuda" and not allow_fallback
+        providers = _providers(self._ort, provider, strict)
+        self._sessions = {
+            layer: _session(self._ort, folder / self._entries[layer].file, data, providers, strict)
+            for layer, data in models.items()
+        }
+        for layer, session in self._sessions.items():
+            _check_metadata(folder, self._entries[layer], manifest.dtype, session)
+        self.provider: str = self._slowest_provider()
+        if provider == "cuda" and self.provider != CUDA:
+            if strict:
+                raise RunError(f"CUDA was asked for, but onnxruntime runs on {self.provider}")
+            warnings.warn(f"CUDA is not there: routers run on {self.provider}", stacklevel=2)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers that have a router here, ascending."""
+        return tuple(sorted(self._entries))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype that hidden states must have."""
+        return self._dtype.torch
+
+    @overload
+    def __call__(self, layer: int, hidden: torch.Tensor) -> Routing: ...
+
+    @overload
+    def __call__(self, layer: int, hidden: np.ndarray) -> Arrays: ...
+
+    def __call__(self, layer: int, hidden: torch.Tensor | np.ndarray) -> Routing | Arrays:
+        """Route tokens.
+
+        Parameters
+        ----------
+        layer : one of ``layers``.
+        hidden : (tokens, hidden) of ``dtype``. Tensors on a GPU travel through host memory.
+
+        Returns
+        -------
+        indices, weights, keep
+            (tokens, top_k) int64, float32 and bool; torch tensors on the device of ``hidden`` if
+            that is a tensor, else numpy arrays.
+
+        Raises
+        ------
+        InputError
+            If there is no such layer, or ``hidden`` has another shape or dtype.
+        """
+        self._check(layer, hidden)
+        found = self._sessions[layer].run_with_ort_values(
+            list(OUTPUTS), {HIDDEN_STATES: self._ort_value(hidden)}
+        )
+        indices, weights, keep = (value.numpy() for value in found)
+        if isinstance(hidden, np.ndarray):
+            return indices, weights, keep
+        return Routing(*(torch.from_numpy(a).to(hidden.device) for a in (indices, weights, keep)))
+
+    def _check(self, layer: int, hidden: torch.Tensor | np.ndarray) -> None:
+        if layer not in self._entries:
+            known = ", ".join(map(str, self.layers))
+            raise InputError(f"layer {layer} has no exported router; layers are {known}")
+        width, shape = self._entries[layer].hidden_size, list(hidden.shape)
+        wanted, given = _dtype_name(self.dtype), _dtype_name(hidden.dtype)
+        if len(shape) != 2 or shape[1] != width or given != wanted:
+            raise InputError(
+                f"router of layer {layer} takes {wanted} of shape [tokens, {width}], "
+                f"got {given} {shape}"
+            )
+
+    def _ort_value(self, hidden: torch.Tensor | np.ndarray) -> Any:
+        """The values as onnxruntime takes them; numpy has no bf16, so its bits go as uint16."""
+        make, is_bf16 = self._ort.OrtValue, self.dtype == torch.bfloat16
+        if isinstance(hidden, torch.Tensor):
+            values = hidden.detach().cpu()
+            hidden = (values.view(torch.int16) if is_bf16 else values).numpy()
+        hidden = np.ascontiguousarray(hidden)
+        if not is_bf16:
+            return make.ortvalue_from_numpy(hidden)
+        return make.ortvalue_from_numpy_with_onnx_type(hidden.view(np.uint16), self._dtype.onnx)
+
+    def _slowest_provider(self) -> str:
+        """The provider of all sessions; the CPU if they differ."""
+        used = {str(session.get_providers()[0]) for session in self._sessions.values()}
+        return used.pop() if len(used) == 1 else CPU
+
+
+def _dtype_name(dtype: torch.dtype | np.dtype) -> str:
+    """The name that torch and numpy share, such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _checked_bytes(folder: Path, entry: RouterFile) -> bytes:
+    """A graph's bytes, read once, if they are those that the manifest promises."""
+    path = folder / entry.file
+    if not path.is_file():
+        raise InputError(f"{path}: missing, but {MANIFEST_NAME} names it")
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise InputError(f"{path}: has {size} bytes, {MANIFEST_NAME} says {entry.bytes}")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise InputError(f"{path}: its SHA-256 is not the one in {MANIFEST_NAME}")
+    return data
+
+
+def _check_metadata(folder: Path, entry: RouterFile, dtype: DtypeName, session: Any) -> None:
+    """Refuse a graph that is another one than the manifest takes it for."""
+    says = session.get_modelmeta().custom_metadata_map
+    wanted = entry.model_dump(include={"layer", "experts", "top_k", "hidden_size"})
+    for name, value in {**wanted, "dtype": dtype}.items():
+        if says.get(name) != str(value):
+            raise InputError(
+                f"{folder / entry.file}: its {name} is {says.get(name)}, "
+                f"{MANIFEST_NAME} says {value}"
+            )
+
+
+def _onnxruntime() -> ModuleType:
+    try:
+        ort = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise RunError(
+            "onnxruntime cannot be imported; install one of its builds: "
+            "pip install 'mcsharp_sdk[cpu]', or 'mcsharp_sdk[gpu]' for CUDA"
+        ) from error
+    if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
+        warnings.warn(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
+            "uninstall both, then install the one that you want",
+            stacklevel=3,
+        )
+    return ort
+
+
+def _installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _providers(ort: ModuleType, choice: ProviderChoice, strict: bool) -> list[Any]:
+    """What to ask onnxruntime for. That it lists CUDA says only that its build could use it."""
+    if choice == "cpu":
+        return [CPU]
+    if CUDA not in ort.get_available_providers():
+        if strict:
+            raise RunError(
+                "this onnxruntime has no CUDA: uninstall onnxruntime, then "
+                "pip install 'mcsharp_sdk[gpu]'"
+            )
+        return [CPU]
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()
+    # TF32 keeps ten bits of the logits' mantissa: enough to change the choice of experts.
+    cuda = (CUDA, {"use_tf32": "0"})
+    return [cuda] if strict else [cuda, CPU]
+
+
+def _session(ort: ModuleType, path: Path, data: bytes, providers: list[Any], strict: bool) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if strict:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:
+        return ort.InferenceSession(
+            data, options, providers=providers, enable_fallback=int(not strict)
+        )
+    except Exception as error:  # onnxruntime's own exceptions share no public base class
+        raise RunError(f"{path}: onnxruntime cannot open it: {error}") from error

@@ -1,0 +1,130 @@
+"""Exporter ``safetensors``: the compressed model that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from mcsharp_exporters.base import Exporter
+from mcsharp_exporters.model_card import model_card
+from mcsharp_sdk.artifacts import BitMap, ExpertStatistics
+from mcsharp_sdk.modifiers.gptq_quantize import QUANTIZED_WEIGHTS
+
+if TYPE_CHECKING:
+    from mcsharp_sdk.engine.context import RunContext
+    from mcsharp_sdk.models.source import SourceModel
+    from mcsharp_sdk.runtime.layout import PackedLayout
+
+COPIED_FILES = (
+    "added_tokens.json",
+    "chat_template.*",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer*",
+    "vocab.*",
+)
+"""Files of the original model that belong to the compressed one too."""
+
+REPORT_FILE = "mcsharp_report.json"
+
+
+class SafetensorsExporter(Exporter):
+    """Packed safetensors shards with an index, config, tokenizer, recipe, report and model card."""
+
+    type: Literal["safetensors"] = "safetensors"
+    max_shard_size: Annotated[
+        float, Field(gt=0, description="Most gigabytes (10^9 bytes) in one weight file.")
+    ] = 5.0
+
+    reads: ClassVar[tuple[str, ...]] = (QUANTIZED_WEIGHTS,)
+
+    def run(self, context: RunContext, output: Path) -> None:
+        from mcsharp_sdk.runtime.layout import PackedLayout
+
+        layout = PackedLayout.from_dict(context.layers(QUANTIZED_WEIGHTS).summary())
+        self._write_weights(context, layout, output)
+        _write_config(context.model, layout, output)
+        _copy_files(context.model.path, output)
+        for kind in (ExpertStatistics, BitMap):
+            if context.directory.has(kind):
+                context.read(kind).save(output / kind.FILE)
+        (output / "recipe.yaml").write_text(context.recipe.as_run, encoding="utf-8")
+        report = _report(context, output)
+        (output / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        card = model_card(context.model.path.name, report, context.recipe.as_run)
+        (output / "README.md").write_text(card, encoding="utf-8")
+
+    def _write_weights(self, context: RunContext, layout: PackedLayout, output: Path) -> None:
+        from mcsharp_sdk.runtime.layout import WEIGHTS_NAME
+        from mcsharp_sdk.runtime.saving import ShardWriter
+
+        writer = ShardWriter(output, WEIGHTS_NAME, int(self.max_shard_size * 1e9))
+        for name, tensor in _outer_tensors(context.model):
+            writer.add(name, tensor)
+        for index in context.track(range(context.model.topology.num_layers), "writing"):
+            for name, tensor in _layer_tensors(context, layout, index):
+                writer.add(name, tensor)
+        writer.finish()
+
+
+def _outer_tensors(model: SourceModel) -> Iterator[tuple[str, Tensor]]:
+    """Embeddings, final norm and head, one module at a time, as they were."""
+    layers = f"{model.topology.layers_path}."
+    names = dict.fromkeys(model.memory_names.values())
+    owners = dict.fromkeys(n.rpartition(".")[0] for n in names if not n.startswith(layers))
+    for owner in owners:
+        yield from model.stored_tensors(f"{owner}.")
+
+
+def _layer_tensors(
+    context: RunContext, layout: PackedLayout, index: int
+) -> Iterator[tuple[str, Tensor]]:
+    """A decoder layer: what was quantised from the run directory, the rest from the model."""
+    model = context.model
+    packed = context.layers(QUANTIZED_WEIGHTS).tensors(index)
+    yield from packed.items()
+    prefix = f"{model.layer_path(index)}."
+    linears = [n for n in model.topology.linears[index] if n in layout.linears]
+    replaced = [f"{prefix}{name}.weight" for name in linears]
+    if index in model.topology.moe:
+        replaced += model.fused_weights(index)
+    for name, tensor in model.stored_tensors(prefix, but_not=replaced):
+        if name not in packed:
+            yield name, tensor
+
+
+def _write_config(model: SourceModel, layout: PackedLayout, output: Path) -> None:
+    config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = layout.to_dict()
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_files(source: Path, output: Path) -> None:
+    for pattern in COPIED_FILES:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, output / file.name)
+
+
+def _report(context: RunContext, output: Path) -> dict[str, Any]:
+    from mcsharp_sdk import __version__
+    from mcsharp_sdk.evaluation.cost import model_cost
+
+    before, after = model_cost(context.model.path), model_cost(output)
+    return {
+        "sdk_version": __version__,
+        "model": context.model.path.name,
+        "bytes_before": before.weight_bytes,
+        "bytes_after": after.weight_bytes,
+        "nominal_bits": after.bits.nominal,
+        "stored_bits": after.bits.stored,
+        **context.report.to_dict(),
+    }

@@ -1,0 +1,58 @@
+"""mcsharp demo: compress the model that comes with the package, and compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mcsharp_sdk.cli.options import JsonOption
+from mcsharp_sdk.cli.output import print_json, print_table, print_text
+
+if TYPE_CHECKING:
+    from mcsharp_sdk.evaluation.evaluate import Evaluation
+
+DEMO_TOKENS = 16384
+DEMO_WINDOW = 256
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="Folder to write the result to.")
+    ] = Path("out/demo"),
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="RECIPE", help="Recipe to run.")
+    ] = "quickstart",
+    json: JsonOption = False,
+) -> None:
+    """Compress the model that comes with mcsharp, evaluate it before and after, and compare."""
+    from mcsharp_sdk.cli.plan import show_plan
+    from mcsharp_sdk.embedded import model_directory
+    from mcsharp_sdk.engine.run import compress
+    from mcsharp_sdk.evaluation.evaluate import evaluate
+
+    source = model_directory()
+    compress(recipe, source, output, overwrite=True, on_plan=None if json else show_plan)
+    before, after = (
+        evaluate(folder, window=DEMO_WINDOW, max_tokens=DEMO_TOKENS) for folder in (source, output)
+    )
+    if json:
+        print_json({"output": output, "before": before, "after": after})
+        return
+    print_table("Before and after", ["", "original", "compressed"], _rows(before, after))
+    print_text(f"The compressed model is in {output}. Look into it: mcsharp inspect {output}")
+
+
+def _rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]:
+    """Figures of two evaluations side by side."""
+    from rich.filesize import decimal
+
+    figures = {
+        "perplexity": lambda e: f"{e.perplexity:.2f}",
+        "size on disk": lambda e: decimal(e.bytes),
+        "nominal bits": lambda e: f"{e.nominal_bits:.2f}",
+        "stored bits": lambda e: f"{e.stored_bits:.2f}",
+        "activated experts": lambda e: f"{e.activated_expert_ratio:.0%}",
+    }
+    return [(name, figure(before), figure(after)) for name, figure in figures.items()]

@@ -1,0 +1,47 @@
+"""mcsharp plan: what a run would do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mcsharp_sdk.cli.options import JsonOption, ModelOption, RecipeArgument, SetOption
+from mcsharp_sdk.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from mcsharp_sdk.engine.plan import Plan
+
+
+def plan(
+    recipe: RecipeArgument, model: ModelOption, overrides: SetOption = None, json: JsonOption = False
+) -> None:
+    """Show what a run would do, its size and its memory, without doing it."""
+    from mcsharp_sdk.engine.plan import plan as make
+
+    made = make(recipe, model, overrides or [])
+    if json:
+        print_json(made.to_json())
+    else:
+        show_plan(made)
+
+
+def show_plan(plan: Plan) -> None:
+    """Print a plan for people."""
+    from rich.filesize import decimal
+
+    rows = [(s.stage, s.summary, f"about {_duration(s.seconds)}") for s in plan.stages]
+    print_table("Stages", ["stage", "settings", "time"], rows)
+    nominal = "" if plan.nominal_bits is None else f" at {plan.nominal_bits:.2f} nominal bits"
+    experts = f"{plan.moe_layers} of them with {plan.experts} experts, {plan.top_k} per token"
+    facts = [
+        ("model", f"{plan.model}: {plan.layers} layers, {experts}"),
+        ("weights now", decimal(plan.bytes_before)),
+        ("weights after", f"about {decimal(plan.bytes_after)}{nominal}"),
+        ("peak memory", f"about {decimal(plan.peak_memory)}"),
+    ]
+    print_table("Plan", ["", ""], facts)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,181 @@
+"""Text that every Python installation carries: the embedded model's training, calibration and evaluation text.
+
+Read from the running Python: the language reference in ``pydoc_data.topics``, and the docstrings and
+source of the standard library. The wording differs a little between Python versions. It is under the
+PSF licence.
+
+Whole modules are held out for evaluation: nothing of them is in the training or calibration text.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from mcsharp_sdk.errors import InputError
+
+SEPARATOR = "\n\n"
+
+HELD_OUT = frozenset(
+    {
+        "argparse",
+        "configparser",
+        "csv",
+        "difflib",
+        "fractions",
+        "functools",
+        "heapq",
+        "ipaddress",
+        "locale",
+        "random",
+        "shutil",
+        "statistics",
+        "string",
+        "textwrap",
+        "uuid",
+    }
+)
+"""Top-level modules and packages whose docstrings are the evaluation text."""
+
+LEFT_OUT = frozenset(
+    {
+        "antigravity",  # a joke, as is 'this'
+        "encodings",  # tables of characters
+        "distutils",  # gone since Python 3.12
+        "ensurepip",  # carries pip
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",  # read as topics
+        "sre_constants",
+        "test",
+        "this",
+        "turtledemo",
+    }
+)
+"""Top-level names that are no prose and no ordinary code."""
+
+_UNWANTED_FOLDERS = frozenset({"test", "tests", "_vendor", "__pycache__", "idle_test"})
+
+
+@cache
+def training_text() -> str:
+    """What the embedded model is trained on: topics, docstrings, then source, held-out modules excluded.
+
+    Docstrings appear twice, once as prose and once inside their source.
+    """
+    return SEPARATOR.join([calibration_text(), *_sources(held_out=False)])
+
+
+@cache
+def calibration_text() -> str:
+    """Topics and docstrings of the training side; no held-out module.
+
+    Raises
+    ------
+    InputError
+        If this Python carries no standard library source.
+    """
+    return _joined([*_topics(), *_docstrings(held_out=False)])
+
+
+@cache
+def evaluation_text() -> str:
+    """Docstrings of the held-out modules, less those that share a long line with the training text.
+
+    Raises
+    ------
+    InputError
+        If this Python carries no standard library source.
+    """
+    seen = _long_lines(training_text())
+    found = SEPARATOR.join(_docstrings(held_out=True)).split(SEPARATOR)
+    return _joined([paragraph for paragraph in found if seen.isdisjoint(_long_lines(paragraph))])
+
+
+def _joined(documents: list[str]) -> str:
+    if not documents:
+        raise InputError(
+            "the embedded text cannot be read: this Python carries no standard library source "
+            f"in {_library()}; use a full Python installation, or give a text file"
+        )
+    return SEPARATOR.join(documents)
+
+
+def _long_lines(text: str) -> set[str]:
+    """Lines long enough that meeting one twice means that the text was copied."""
+    return {line.strip() for line in text.splitlines() if len(line.strip()) > 50}
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _topics() -> list[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some minimal installations leave it out
+        return []
+    return [topics[name].strip() for name in sorted(topics)]
+
+
+def _sources(*, held_out: bool) -> list[str]:
+    return [
+        text for name, text in _modules() if (_top(name) in HELD_OUT) == held_out and text.strip()
+    ]
+
+
+def _docstrings(*, held_out: bool) -> list[str]:
+    texts = (docstrings(source) for source in _sources(held_out=held_out))
+    return [text for text in texts if text]
+
+
+def docstrings(source: str) -> str:
+    """All docstrings of a Python source text, cleaned, in order, each once, two newlines between.
+
+    Source that does not parse gives an empty string.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in the library's own strings
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return ""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    found = (ast.get_docstring(node, clean=False) for node in nodes)
+    return SEPARATOR.join(dict.fromkeys(inspect.cleandoc(text).strip() for text in found if text))
+
+
+def _modules() -> Iterator[tuple[str, str]]:
+    """(path within the library, text) of every wanted module, sorted by path."""
+    library = _library()
+    relative = sorted(path.relative_to(library) for path in library.rglob("*.py"))
+    for path in relative:
+        if not _wanted(path):
+            continue
+        try:
+            yield path.as_posix(), (library / path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue  # an unreadable module is a missing module
+
+
+def _wanted(path: Path) -> bool:
+    top = _top(path.as_posix())
+    return (
+        top in sys.stdlib_module_names
+        and top not in LEFT_OUT
+        and not top.startswith("_sysconfigdata")
+        and not _UNWANTED_FOLDERS.intersection(path.parts)
+    )
+
+
+def _top(path: str) -> str:
+    """Top-level module of a path within the library."""
+    return path.split("/")[0].removesuffix(".py")

@@ -1,0 +1,74 @@
+"""What a stage or an exporter is given to work with: explicit, and gone with the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
+
+from torch import Tensor
+
+from mcsharp_sdk.artifact_file import Artifact
+from mcsharp_sdk.data.tokenise import calibration_tokens, load_tokenizer
+from mcsharp_sdk.engine.progress import ProgressBars
+from mcsharp_sdk.engine.report import RunReport
+from mcsharp_sdk.engine.run_directory import AnyArtifact, LayerStore, RunDirectory
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.source import SourceModel
+from mcsharp_sdk.models.stream import StreamedLayer, stream_layers
+from mcsharp_sdk.recipe.schema import Recipe
+
+Item = TypeVar("Item")
+
+
+@dataclass
+class RunContext:
+    """One run.
+
+    Attributes
+    ----------
+    model : the model that is compressed.
+    recipe : as validated.
+    directory : the run directory, open.
+    progress : bars for long loops.
+    report : what the reader should be told.
+    """
+
+    model: SourceModel
+    recipe: Recipe
+    directory: RunDirectory
+    progress: ProgressBars
+    report: RunReport = field(default_factory=RunReport)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Calibration tokens, (sequences, length) int64."""
+        if self.recipe.calibration is None:
+            raise InputError("the recipe has no calibration, but a stage needs tokens")
+        tokenizer = load_tokenizer(self.model.path)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return calibration_tokens(self.recipe.calibration, tokenizer, vocabulary)
+
+    def stream(self, description: str) -> Iterator[StreamedLayer]:
+        """Decoder layers one at a time, loaded, with the activations that reach them.
+
+        What the consumer changes in a layer's weights, the layers behind it see.
+        """
+        return stream_layers(self.model, self.tokens, lambda r: self.track(r, description))
+
+    def track(self, items: Iterable[Item], description: str) -> Iterator[Item]:
+        """Iterate with a progress bar."""
+        return self.progress.track(items, description)
+
+    def read(self, kind: type[AnyArtifact]) -> AnyArtifact:
+        """The artifact of a kind that an earlier stage wrote."""
+        return self.directory.read(kind)
+
+    def write(self, artifact: Artifact) -> None:
+        """Keep an artifact for the stages behind."""
+        self.directory.write(artifact)
+
+    def layers(self, name: str) -> LayerStore:
+        """The store of artifact ``name``, written layer by layer."""
+        return self.directory.layers(name)

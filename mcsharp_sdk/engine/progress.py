@@ -1,0 +1,55 @@
+"""Progress on a terminal: a bar per stage with the time left; nothing where there is no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+Item = TypeVar("Item")
+
+
+class ProgressBars:
+    """Bars on standard error. Use as a context manager.
+
+    Parameters
+    ----------
+    visible : None shows them exactly if standard error is a terminal.
+    """
+
+    def __init__(self, visible: bool | None = None) -> None:
+        self.console = Console(stderr=True)
+        shown = self.console.is_terminal if visible is None else visible
+        self._bars = Progress(
+            TextColumn("{task.description:<32}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not shown,
+        )
+
+    def __enter__(self) -> ProgressBars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def track(self, items: Iterable[Item], description: str) -> Iterator[Item]:
+        """Pass ``items`` on, moving a bar with each one finished."""
+        total = len(items) if isinstance(items, Sized) else None
+        bar = self._bars.add_task(description, total=total)
+        for item in items:
+            yield item
+            self._bars.advance(bar)

@@ -1,0 +1,213 @@
+"""Run a recipe on a model: check everything, run the stages in order, export, and only then show."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mcsharp_sdk._version import __version__
+from mcsharp_sdk.data.calibration import data_fingerprint
+from mcsharp_sdk.engine.context import RunContext
+from mcsharp_sdk.engine.plan import Plan, make_plan
+from mcsharp_sdk.engine.progress import ProgressBars
+from mcsharp_sdk.engine.run_directory import RunDirectory
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.shards import Checkpoint
+from mcsharp_sdk.models.source import SourceModel
+from mcsharp_sdk.recipe.library import open_recipe
+from mcsharp_sdk.recipe.schema import Recipe
+
+logger = logging.getLogger("mcsharp_sdk")
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What ``compress`` did.
+
+    Attributes
+    ----------
+    output : the finished folder.
+    seconds : per stage and exporter; a stage finished by an earlier run is absent.
+    warnings : what was noticed on the way.
+    plan : what was intended.
+    """
+
+    output: Path
+    seconds: Mapping[str, float]
+    warnings: Sequence[str]
+    plan: Plan
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "output": str(self.output),
+            "seconds": dict(self.seconds),
+            "warnings": list(self.warnings),
+            "plan": self.plan.to_json(),
+        }
+
+
+@dataclass
+class _Stopwatch:
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def compress(
+    recipe: Recipe | str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    run_dir: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    device: str = "cpu",
+    progress: bool | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> Compression:
+    """Compress a model as a recipe says.
+
+    The output folder appears when everything in it is finished. A run that was cut off continues
+    from the last finished layer if it is started again with the same arguments.
+
+    Parameters
+    ----------
+    recipe : a recipe, a recipe file, or the name of a recipe that comes with the package.
+    model : folder of a Hugging Face MoE model in safetensors.
+    output : folder to make.
+    run_dir : where intermediate results are kept. By default beside the output, and removed when
+        the run is finished.
+    overrides : e.g. ``stages.BitAllocation.target_bits=2.0``; only with a recipe file or name.
+    overwrite : replace an output folder that is there.
+    device : where to compute, e.g. ``cpu`` or ``cuda:0``.
+    progress : show progress bars; by default where standard error is a terminal.
+    on_plan : called with the plan before work begins.
+
+    Raises
+    ------
+    InputError
+        If something given is wrong; nothing was written then.
+    """
+    recipe = as_recipe(recipe, overrides)
+    output = Path(output)
+    _check_output(output, overwrite)
+    source = SourceModel(Path(model), device)
+    plan = make_plan(recipe, source)
+    if on_plan is not None:
+        on_plan(plan)
+    directory = Path(run_dir) if run_dir is not None else output.with_name(f".{output.name}.run")
+    watch = _Stopwatch()
+    with (
+        RunDirectory(directory, fingerprint(recipe, source)) as opened,
+        ProgressBars(progress) as bars,
+    ):
+        context = RunContext(source, recipe, opened, bars)
+        _run_stages(context, watch)
+        _export(context, output, overwrite, watch)
+    if run_dir is None:
+        shutil.rmtree(directory)
+    return Compression(output, watch.seconds, context.report.warnings, plan)
+
+
+def as_recipe(recipe: Recipe | str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe itself, or that in a file or of a name."""
+    if not isinstance(recipe, Recipe):
+        return open_recipe(recipe, overrides)
+    if overrides:
+        raise InputError("overrides go with a recipe file or name, not with a Recipe")
+    return recipe
+
+
+def fingerprint(recipe: Recipe, source: SourceModel) -> dict[str, str]:
+    """Part -> hash of everything that the result depends on."""
+    parts = {
+        "mcsharp_sdk version": __version__,
+        "recipe": _hash(recipe.settings()["stages"]),
+        "model config": _hash((source.path / "config.json").read_text()),
+        "model weights": _hash(_weight_identity(source.checkpoint)),
+    }
+    if recipe.calibration is not None:
+        settings = recipe.calibration.model_dump(mode="json")
+        parts["calibration"] = _hash([settings, data_fingerprint(recipe.calibration)])
+    for stage in recipe.stages:
+        for setting, path in stage.files().items():
+            parts[f"{stage.type}.{setting}"] = _hash(path.read_bytes().hex())
+    return parts
+
+
+def _weight_identity(checkpoint: Checkpoint) -> list[Any]:
+    """Headers, sizes and times of the weight files; their bytes are too many to hash."""
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in checkpoint.files]
+    tensors = [(n, str(i.dtype), list(i.shape)) for n, i in checkpoint.tensors.items()]
+    return [files, tensors]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _run_stages(context: RunContext, watch: _Stopwatch) -> None:
+    finished = context.directory.finished()
+    context.report = context.directory.report()
+    for position, stage in enumerate(context.recipe.stages):
+        key = f"{position} {stage.type}"
+        if key in finished:
+            logger.info("%s was finished by an earlier run", stage.type)
+            continue
+        logger.info("%s begins", stage.type)
+        with watch.measure(stage.type):
+            stage.run(context)
+        context.directory.mark_finished(key, context.report)
+        logger.info("%s took %.1f s", stage.type, watch.seconds[stage.type])
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.is_file():
+        raise InputError(f"{output} is a file; the output must be a folder to make")
+    if output.exists() and not overwrite:
+        raise InputError(f"{output} exists already; give --overwrite to replace it")
+    parent = output.absolute().parent
+    existing = next(p for p in (parent, *parent.parents) if p.exists())
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"{output} cannot be made: {existing} is not writable")
+
+
+def _export(context: RunContext, output: Path, overwrite: bool, watch: _Stopwatch) -> None:
+    """Run all exporters into a hidden folder and rename it when everything is in it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        for exporter in context.recipe.exports:
+            with watch.measure(exporter.type):
+                exporter.run(context, partial)
+        _publish(partial, output, overwrite)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(partial: Path, output: Path, overwrite: bool) -> None:
+    if output.exists():
+        if not overwrite:
+            raise InputError(f"{output} came into being meanwhile; give --overwrite to replace it")
+        old = output.with_name(f".{output.name}.old")
+        output.rename(old)
+        partial.rename(output)
+        shutil.rmtree(old)
+    else:
+        partial.rename(output)

@@ -1,0 +1,122 @@
+"""How large the parts of a model are, from its architecture and headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mcsharp_sdk.models.experts import MATRICES, fused_weight
+from mcsharp_sdk.models.source import SourceModel
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """One decoder layer.
+
+    Attributes
+    ----------
+    bytes : in memory, in the dtype it is computed in.
+    experts, top_k : 0 for a dense layer.
+    expert_rows, expert_columns : of the matrices of one expert.
+    linear_columns : inputs of each linear outside the experts.
+    expert_weights, linear_weights : numbers of weights.
+    """
+
+    bytes: int
+    experts: int
+    top_k: int
+    expert_rows: tuple[int, ...]
+    expert_columns: tuple[int, ...]
+    linear_columns: tuple[int, ...]
+    expert_weights: int
+    linear_weights: int
+
+    @property
+    def active_weights(self) -> int:
+        """Weights that one token is multiplied by."""
+        share = self.top_k / self.experts if self.experts else 0
+        return int(self.expert_weights * share) + self.linear_weights
+
+    @property
+    def expert_working_set(self) -> int:
+        """Bytes that quantising one expert's matrix takes."""
+        pairs = zip(self.expert_rows, self.expert_columns, strict=True)
+        return max((4 * (3 * r * c + 3 * c * c) for r, c in pairs), default=0)
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """A whole model; ``bytes`` is that of its weight files."""
+
+    bytes: int
+    dtype: torch.dtype
+    hidden_size: int
+    layers: tuple[LayerSizes, ...]
+    stored_bytes_per_weight: int
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one number in the dtype it is computed in."""
+        return self.dtype.itemsize
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights in routed experts."""
+        return sum(layer.expert_weights for layer in self.layers)
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights in the other linears of decoder layers."""
+        return sum(layer.linear_weights for layer in self.layers)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of routed experts on disk."""
+        return self.expert_weights * self.stored_bytes_per_weight
+
+    @property
+    def linear_bytes(self) -> int:
+        """Bytes of the other linears on disk."""
+        return self.linear_weights * self.stored_bytes_per_weight
+
+
+def model_sizes(source: SourceModel) -> ModelSizes:
+    """Sizes of an opened model."""
+    layers = tuple(_layer_sizes(source, i) for i in range(source.topology.num_layers))
+    return ModelSizes(
+        bytes=source.checkpoint.nbytes,
+        dtype=source.dtype,
+        hidden_size=source.config.get_text_config().hidden_size,
+        layers=layers,
+        stored_bytes_per_weight=source.stored_dtype.itemsize,
+    )
+
+
+def packed_bytes_of(weights: int, bits: float, group_size: int) -> int:
+    """Bytes of packed weights: codes, a 16-bit scale and a zero point of ``bits`` per group."""
+    return int(weights * (bits + (16 + bits) / group_size) / 8)
+
+
+def _layer_sizes(source: SourceModel, index: int) -> LayerSizes:
+    module = source.layer(index)
+    linears: list[Any] = [module.get_submodule(n) for n in source.topology.linears[index]]
+    block = source.topology.moe.get(index)
+    shapes: list[tuple[int, int]] = []
+    if block is not None:
+        experts: Any = module.get_submodule(block.experts)
+        for matrix in MATRICES:
+            _, rows, columns = fused_weight(experts, matrix).shape
+            shapes.append((rows, columns))
+    count = block.num_experts if block is not None else 0
+    return LayerSizes(
+        bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
+        experts=count,
+        top_k=block.top_k if block is not None else 0,
+        expert_rows=tuple(rows for rows, _ in shapes),
+        expert_columns=tuple(columns for _, columns in shapes),
+        linear_columns=tuple(linear.in_features for linear in linears),
+        expert_weights=count * sum(rows * columns for rows, columns in shapes),
+        linear_weights=sum(linear.weight.numel() for linear in linears),
+    )

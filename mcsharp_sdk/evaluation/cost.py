@@ -1,0 +1,170 @@
+"""What a model on disk costs: bytes, parameters and bits by role, from config and headers alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.evaluation.stored import (
+    Role,
+    StoredTensor,
+    classify,
+    expert_bytes,
+    read_config_json,
+    read_layout,
+)
+from mcsharp_sdk.models.shards import Checkpoint
+from mcsharp_sdk.models.topology import TOP_K_SETTINGS
+
+
+@dataclass(frozen=True)
+class Share:
+    """Parameters and bytes of one role."""
+
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Width of some weights.
+
+    Attributes
+    ----------
+    weights : how many there are.
+    nominal : mean bit width, as papers count.
+    stored : 8·bytes of everything kept for them (codes, scales, zeros, padding) over ``weights``.
+    """
+
+    weights: int
+    nominal: float
+    stored: float
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Costs of one model folder.
+
+    Attributes
+    ----------
+    compressed : whether mcsharp_sdk packed it.
+    weight_bytes : size of the weight files.
+    directory_bytes : size of all files in the folder.
+    roles : role -> its share.
+    bits : of the quantised weights; of an uncompressed model, of all weights that could be
+        (experts and linears).
+    expert_bits : the same of the routed experts alone; None without any.
+    group_size : columns per scale, None if uncompressed.
+    expert_bytes : decoder layer -> bytes of each routed expert.
+    top_k : experts per token; 0 without any.
+    always_read_bytes : bytes of weights that every token reads: all but the routed experts, and of
+        an embedding table that is not also the head one row.
+    """
+
+    compressed: bool
+    weight_bytes: int
+    directory_bytes: int
+    roles: Mapping[Role, Share]
+    bits: Bits
+    expert_bits: Bits | None
+    group_size: int | None
+    expert_bytes: Mapping[int, tuple[float, ...]]
+    top_k: int
+    always_read_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model."""
+        return sum(share.parameters for share in self.roles.values())
+
+    def activated_bytes(self, frequency: Mapping[int, Sequence[float]] | None = None) -> float:
+        """Bytes of weights read per token.
+
+        Parameters
+        ----------
+        frequency : decoder layer -> share of tokens that use each expert, as measured; layers
+            that it lacks were not run. Without it, each expert is taken to be used by k/E of the
+            tokens.
+        """
+        routed = 0.0
+        for layer, sizes in self.expert_bytes.items():
+            if frequency is None:
+                routed += self.top_k * sum(sizes) / len(sizes)
+            elif layer in frequency:
+                routed += sum(f * size for f, size in zip(frequency[layer], sizes, strict=True))
+        return self.always_read_bytes + routed
+
+
+def model_cost(directory: str | Path) -> ModelCost:
+    """Add up what the folder's config and safetensors headers say; no weight is read.
+
+    Raises
+    ------
+    InputError
+        If the folder is no model, its checkpoint is damaged, another method's packing hides how
+        many weights there are, or the config's widths and the stored tensors disagree.
+    """
+    directory = Path(directory)
+    config = read_config_json(directory)
+    layout = read_layout(config, directory)
+    checkpoint = Checkpoint.open(directory)
+    tensors = classify(checkpoint.tensors, layout, str(directory))
+    experts = expert_bytes(tensors, layout)
+    quantised = [tensor for tensor in tensors if tensor.quantised]
+    return ModelCost(
+        compressed=layout is not None,
+        weight_bytes=sum(file.stat().st_size for file in checkpoint.files),
+        directory_bytes=sum(f.stat().st_size for f in directory.rglob("*") if f.is_file()),
+        roles=_shares(tensors),
+        bits=_bits(quantised),
+        expert_bits=_bits(t for t in quantised if t.role == "experts") if experts else None,
+        group_size=layout.group_size if layout else None,
+        expert_bytes=experts,
+        top_k=_top_k(config, directory) if experts else 0,
+        always_read_bytes=_always_read(tensors),
+    )
+
+
+def _shares(tensors: Iterable[StoredTensor]) -> dict[Role, Share]:
+    parameters: dict[Role, int] = defaultdict(int)
+    size: dict[Role, int] = defaultdict(int)
+    for tensor in tensors:
+        parameters[tensor.role] += tensor.parameters
+        size[tensor.role] += tensor.info.nbytes
+    return {role: Share(parameters[role], size[role]) for role in parameters}
+
+
+def _bits(tensors: Iterable[StoredTensor]) -> Bits:
+    chosen = list(tensors)
+    weights = sum(tensor.parameters for tensor in chosen)
+    if not weights:
+        return Bits(0, 0.0, 0.0)
+    nominal = sum(tensor.bits * tensor.parameters for tensor in chosen)
+    stored = sum(8 * tensor.info.nbytes for tensor in chosen)
+    return Bits(weights, nominal / weights, stored / weights)
+
+
+def _always_read(tensors: Sequence[StoredTensor]) -> int:
+    """Bytes that every token reads; see :class:`ModelCost`."""
+    has_head = any(tensor.role == "head" for tensor in tensors)
+
+    def read(tensor: StoredTensor) -> int:
+        one_row = tensor.role == "embeddings" and has_head
+        return tensor.info.nbytes // tensor.info.shape[0] if one_row else tensor.info.nbytes
+
+    return sum(read(tensor) for tensor in tensors if tensor.role != "experts")
+
+
+def _top_k(config: Mapping[str, Any], directory: Path) -> int:
+    text = config.get("text_config") or config
+    for name in TOP_K_SETTINGS:
+        if isinstance(text.get(name), int):
+            return int(text[name])
+    raise InputError(
+        f"{directory / 'config.json'} does not say how many experts a token uses; "
+        f"looked for {', '.join(TOP_K_SETTINGS)}"
+    )

@@ -1,0 +1,182 @@
+"""Evaluate a model folder on a text: perplexity, bits, bytes, and the experts it really uses."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mcsharp_sdk.data.tokenise import load_tokenizer, token_stream
+from mcsharp_sdk.embedded.text import evaluation_text
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.evaluation.activation import watch_experts
+from mcsharp_sdk.evaluation.cost import model_cost
+from mcsharp_sdk.evaluation.loading import choose_device, choose_dtype, load_model
+from mcsharp_sdk.evaluation.perplexity import perplexity
+from mcsharp_sdk.models.source import read_config
+
+DEFAULT_WINDOW = 2048
+EMBEDDED_TEXT = "embedded evaluation text"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on one text.
+
+    Attributes
+    ----------
+    model, text : folder of the model, file of the text.
+    perplexity : exp of the mean loss over non-overlapping windows.
+    nll : mean loss in nats.
+    tokens : tokens of the text that were used.
+    window, windows : tokens per window, and how many windows there were.
+    compressed : whether mcsharp_sdk packed the model.
+    nominal_bits, stored_bits : mean width of the quantised weights (uncompressed: of all weights
+        that could be quantised), and 8·bytes of all that is kept for them per weight.
+    expert_nominal_bits, expert_stored_bits : the same of the routed experts; None without any.
+    bytes : size of the weight files.
+    directory_bytes : size of everything in the folder.
+    parameters : of the whole model.
+    activated_expert_ratio : activated (token, expert) pairs over tokens·k.
+    activated_expert_ratio_per_layer : the same per decoder layer that has experts.
+    activated_bytes_per_token : mean bytes of stored weights that a token of this text reads.
+    seconds : of the forward passes, loading excluded.
+    device, dtype : where and in which dtype it was computed.
+    """
+
+    model: str
+    text: str
+    perplexity: float
+    nll: float
+    tokens: int
+    window: int
+    windows: int
+    compressed: bool
+    nominal_bits: float
+    stored_bits: float
+    expert_nominal_bits: float | None
+    expert_stored_bits: float | None
+    bytes: int
+    directory_bytes: int
+    parameters: int
+    activated_expert_ratio: float
+    activated_expert_ratio_per_layer: dict[int, float]
+    activated_bytes_per_token: float
+    seconds: float
+    device: str
+    dtype: str
+
+    def to_json(self) -> str:
+        """One JSON object with these attributes; an infinite perplexity is null."""
+        fields = asdict(self)
+        if math.isinf(self.perplexity):
+            fields["perplexity"] = None
+        return json.dumps(fields, indent=2, allow_nan=False)
+
+
+def evaluate(
+    model_dir: str | Path,
+    text: str | Path | None = None,
+    *,
+    window: int | None = None,
+    max_tokens: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    track: Callable[[range], Iterable[int]] = iter,
+) -> Evaluation:
+    """Evaluate a model, compressed or not.
+
+    Parameters
+    ----------
+    model_dir : folder with config, safetensors and tokenizer.
+    text : a UTF-8 text file; None for the embedded evaluation text.
+    window : tokens per window; None for 2048, or all the model's positions if fewer.
+    max_tokens : use only so many tokens from the start of the text.
+    device : ``auto`` (GPUs where there are any), or a device of torch.
+    dtype : to compute in: ``auto`` (the checkpoint's, but float32 for float16 on a CPU),
+        ``float32``, ``bfloat16`` or ``float16``.
+    track : wraps the range of windows, e.g. to show progress.
+
+    Raises
+    ------
+    InputError
+        If the folder, its tokenizer, the text, the window, the device or the dtype cannot be used.
+    """
+    directory = Path(model_dir)
+    config = read_config(directory)
+    cost = model_cost(directory)
+    window = _choose_window(window, config)
+    place = choose_device(device)
+    computed_in = choose_dtype(dtype, config, place)
+    name, content = _read_text(text)
+    tokens = _read_tokens(content, name, directory, max_tokens)
+    model = load_model(directory, place, computed_in)
+    start = time.perf_counter()
+    with watch_experts(model) as activity:
+        result = perplexity(model, tokens, window, track=track)
+    seconds = time.perf_counter() - start
+    used = {layer: seen.frequency for layer, seen in activity.layers.items()}
+    experts = cost.expert_bits
+    return Evaluation(
+        model=str(directory),
+        text=name,
+        perplexity=result.perplexity,
+        nll=result.nll,
+        tokens=result.tokens,
+        window=window,
+        windows=result.windows,
+        compressed=cost.compressed,
+        nominal_bits=cost.bits.nominal,
+        stored_bits=cost.bits.stored,
+        expert_nominal_bits=experts.nominal if experts else None,
+        expert_stored_bits=experts.stored if experts else None,
+        bytes=cost.weight_bytes,
+        directory_bytes=cost.directory_bytes,
+        parameters=cost.parameters,
+        activated_expert_ratio=activity.ratio,
+        activated_expert_ratio_per_layer={k: seen.ratio for k, seen in activity.layers.items()},
+        activated_bytes_per_token=cost.activated_bytes(used),
+        seconds=seconds,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def _choose_window(window: int | None, config: Any) -> int:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if window is None:
+        return min(DEFAULT_WINDOW, positions or DEFAULT_WINDOW)
+    if window < 2:
+        raise InputError(f"a window of {window} predicts nothing: use 2 tokens or more")
+    if positions and window > positions:
+        raise InputError(f"a window of {window} is longer than the model's {positions} positions")
+    return window
+
+
+def _read_text(text: str | Path | None) -> tuple[str, str]:
+    """Name and content of the evaluation text."""
+    if text is None:
+        return EMBEDDED_TEXT, evaluation_text()
+    try:
+        return str(text), Path(text).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"the text {text} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the text {text} is not UTF-8: {error}") from error
+
+
+def _read_tokens(content: str, name: str, directory: Path, max_tokens: int | None) -> Tensor:
+    """Token ids of the text, (n,) int64."""
+    if max_tokens is not None and max_tokens < 2:
+        raise InputError(f"max_tokens is {max_tokens}: perplexity needs 2 tokens or more")
+    tokens = torch.as_tensor(token_stream(content, load_tokenizer(directory)), dtype=torch.int64)
+    if tokens.numel() < 2:
+        raise InputError(f"the text {name} has {tokens.numel()} tokens: 2 are needed at least")
+    return tokens[:max_tokens]

@@ -1,0 +1,115 @@
+"""What a model folder holds, without loading a weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.evaluation.cost import ModelCost, model_cost
+from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
+from mcsharp_sdk.models.routing import RouterSettings, router_settings
+from mcsharp_sdk.models.source import read_config
+from mcsharp_sdk.models.topology import Topology, read_topology
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Architecture, cost and bit widths of a model folder.
+
+    Attributes
+    ----------
+    model : the folder.
+    model_type : family, as in config.json.
+    layers : number of decoder layers.
+    experts_per_layer : decoder layer -> routed experts, for the layers that have any.
+    top_k : experts per token; 0 without any.
+    router : how experts are chosen, None where that is not known.
+    unsupported : why mcsharp_sdk cannot compress this model, empty if it can.
+    cost : bytes, parameters and bits.
+    widths : decoder layer -> bits of each expert; None if not compressed.
+    linear_widths : linear layer, relative to its decoder layer -> bits; None if not compressed.
+    """
+
+    model: str
+    model_type: str
+    layers: int
+    experts_per_layer: dict[int, int]
+    top_k: int
+    router: RouterSettings | None
+    unsupported: str
+    cost: ModelCost
+    widths: Mapping[int, tuple[int, ...]] | None
+    linear_widths: Mapping[str, int] | None
+
+    def to_json(self) -> str:
+        """One JSON object; what ``mcsharp evaluate`` also tells has the same name there."""
+        fields = asdict(self)
+        cost = self.cost
+        fields["cost"] = {
+            "compressed": cost.compressed,
+            "parameters": cost.parameters,
+            "bytes": cost.weight_bytes,
+            "directory_bytes": cost.directory_bytes,
+            "nominal_bits": cost.bits.nominal,
+            "stored_bits": cost.bits.stored,
+            "expert_nominal_bits": cost.expert_bits.nominal if cost.expert_bits else None,
+            "expert_stored_bits": cost.expert_bits.stored if cost.expert_bits else None,
+            "group_size": cost.group_size,
+            "activated_bytes_per_token": cost.activated_bytes(),
+            "roles": {role: asdict(share) for role, share in cost.roles.items()},
+        }
+        return json.dumps({**fields, **fields.pop("cost")}, indent=2)
+
+
+def inspect_model(model_dir: str | Path) -> Inspection:
+    """Read what config and safetensors headers say of a model.
+
+    Raises
+    ------
+    InputError
+        If the folder is no model or is damaged. A sound model that cannot be compressed is no
+        error: see ``Inspection.unsupported``.
+    """
+    directory = Path(model_dir)
+    config = read_config(directory)
+    cost = model_cost(directory)
+    layout = read_layout(read_config_json(directory), directory)
+    topology, unsupported = _topology(config)
+    router, router_fault = _router(config) if topology else (None, "")
+    stored = {layer: len(sizes) for layer, sizes in cost.expert_bytes.items()}
+    return Inspection(
+        model=str(directory),
+        model_type=config.model_type,
+        layers=topology.num_layers if topology else config.get_text_config().num_hidden_layers,
+        experts_per_layer=topology.experts_per_layer() if topology else stored,
+        top_k=cost.top_k,
+        router=router,
+        unsupported=unsupported or router_fault,
+        cost=cost,
+        widths=layout.experts if layout else None,
+        linear_widths=layout.linears if layout else None,
+    )
+
+
+def _topology(config: Any) -> tuple[Topology | None, str]:
+    """Where layers and experts are, or None and the reason why that is not known."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return read_topology(model, config), ""
+    except (InputError, ValueError) as error:
+        return None, str(error)
+
+
+def _router(config: Any) -> tuple[RouterSettings | None, str]:
+    try:
+        return router_settings(config), ""
+    except InputError as error:
+        return None, str(error)

@@ -1,0 +1,98 @@
+"""Load a model folder for evaluation, compressed or not, and never with made-up weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+import mcsharp_sdk.runtime.hf_quantizer  # noqa: F401  (lets transformers load compressed models)
+from mcsharp_sdk.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(directory: Path, device: str, dtype: torch.dtype) -> Any:
+    """The model in eval mode, its experts run by the exact ("eager") implementation.
+
+    Parameters
+    ----------
+    directory : folder with config and safetensors; no code from it is run.
+    device : ``auto`` spreads the model over the GPUs and, if need be, the CPU; else one device.
+    dtype : to compute in; packed weights stay packed.
+
+    Raises
+    ------
+    InputError
+        If the files do not fill the architecture that the config describes.
+    """
+    try:
+        with _no_progress_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype,
+                device_map="auto" if device == "auto" else {"": device},
+                experts_implementation="eager",
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{directory} cannot be loaded: {error}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        names = ", ".join(missing[:5])
+        raise InputError(f"{directory} lacks {len(missing)} tensors of its architecture: {names}")
+    return model.eval()
+
+
+def choose_device(name: str) -> str:
+    """``auto`` where there is a GPU, else ``cpu``; any other name is checked and kept.
+
+    Raises
+    ------
+    InputError
+        If there is no such device.
+    """
+    if name == "auto":
+        return "auto" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used: {reason}") from error
+    return name
+
+
+def choose_dtype(name: str, config: Any, device: str) -> torch.dtype:
+    """The dtype to compute in.
+
+    ``auto`` is the checkpoint's own, but float32 for float16 on a CPU, which has no float16
+    arithmetic to speak of.
+
+    Raises
+    ------
+    InputError
+        If the name is not ``auto`` or one of ``DTYPES``.
+    """
+    if name == "auto":
+        stored: torch.dtype = config.get_text_config().dtype or torch.float32
+        return torch.float32 if (stored, device) == (torch.float16, "cpu") else stored
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is not known: use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

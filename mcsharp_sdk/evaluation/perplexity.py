@@ -1,0 +1,134 @@
+"""Perplexity of a causal language model on a stream of tokens."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mcsharp_sdk.errors import InputError, RunError
+
+LOGITS_AT_ONCE = 2**24
+"""Logits held at once, in elements: 64 MiB of float32."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What a text cost a model.
+
+    Attributes
+    ----------
+    perplexity : exp of the mean loss; infinite where that overflows.
+    nll : mean negative log-likelihood of the predicted tokens, in nats.
+    tokens : tokens of the stream that lie in a window.
+    predicted : tokens that were predicted: all but the first of each window.
+    windows : number of windows.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    predicted: int
+    windows: int
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Any,
+    tokens: Tensor,
+    window: int = 2048,
+    *,
+    track: Callable[[range], Iterable[int]] = iter,
+) -> Perplexity:
+    """Measure perplexity over non-overlapping windows, each read with an empty context.
+
+    The loss is taken in float32 from the model's logits and summed in float64. The last window may
+    be shorter; a single left-over token is not used, since nothing predicts it.
+
+    Parameters
+    ----------
+    model : causal language model of transformers, in eval mode.
+    tokens : (n,) int64, n >= 2: the stream, on any device.
+    window : tokens per window, at least 2.
+    track : wraps the range of windows, e.g. to show progress.
+
+    Raises
+    ------
+    InputError
+        If the stream or the window has fewer than two tokens.
+    RunError
+        If the loss of a window is not a number.
+    """
+    if tokens.ndim != 1 or tokens.numel() < 2:
+        raise InputError(f"perplexity needs two tokens or more, got {list(tokens.shape)}")
+    if window < 2:
+        raise InputError(f"a window of {window} predicts nothing: use 2 tokens or more")
+    windows = [part for part in tokens.split(window) if part.numel() >= 2]
+    device = model.get_input_embeddings().weight.device
+    total = 0.0
+    for index in track(range(len(windows))):
+        loss = _window_nll(model, windows[index].to(device))
+        if math.isnan(loss):
+            raise RunError(f"the loss of window {index} is not a number: the model is broken")
+        total += loss
+    used = sum(part.numel() for part in windows)
+    predicted = used - len(windows)
+    mean = total / predicted
+    return Perplexity(_exp(mean), mean, used, predicted, len(windows))
+
+
+def _window_nll(model: Any, window: Tensor) -> float:
+    """Summed negative log-likelihood, in nats, of ``window[1:]``, (n,) int64."""
+    total = 0.0
+    for positions, logits in _logits(model, window):
+        targets = window[positions + 1].to(logits.device)
+        total += F.cross_entropy(logits.float(), targets, reduction="none").double().sum().item()
+    return total
+
+
+def _logits(model: Any, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions (p,) but the last, and the logits (p, vocabulary) there, a few at a time.
+
+    The body runs once. The head is the model's own forward, with whatever scaling the family puts
+    behind it, answered with the body's stored output.
+    """
+    ids = window[None]
+    positions = torch.arange(window.numel() - 1, device=window.device)
+    body = model.base_model
+    if body is model or "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
+        yield positions, model(input_ids=ids, use_cache=False).logits[0, :-1]
+        return
+    output = body(input_ids=ids, use_cache=False)
+    vocabulary = model.config.get_text_config().vocab_size
+    with _answered_with(body, output):
+        for chunk in positions.split(max(1, LOGITS_AT_ONCE // vocabulary)):
+            answer = model(input_ids=ids, use_cache=False, logits_to_keep=chunk)
+            yield chunk, answer.logits[0]
+
+
+@contextmanager
+def _answered_with(module: nn.Module, output: Any) -> Iterator[None]:
+    """Make ``module`` return ``output`` instead of computing."""
+    own = module.__dict__.get("forward")  # accelerate puts its own on the instance
+    module.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _exp(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,39 @@
+"""One packed weight matrix with what is needed to read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mcsharp_sdk.quantization.grid import PackedWeight
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A weight matrix W, [R, K], as stored.
+
+    Attributes
+    ----------
+    weight : its codes, scales and zero-point codes.
+    bits : width of a code.
+    group_size : columns that share a scale and a zero point.
+    columns : K.
+    """
+
+    weight: PackedWeight
+    bits: int
+    group_size: int
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return int(self.weight.scales.shape[-2])
+
+    @classmethod
+    def of(
+        cls, qweight: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, columns: int
+    ) -> PackedMatrix:
+        """A matrix from its three stored tensors."""
+        return cls(PackedWeight(qweight, scales, zeros), bits, group_size, columns)

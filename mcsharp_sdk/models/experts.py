@@ -1,0 +1,57 @@
+"""One view of every family's fused experts module.
+
+transformers keeps the experts of a layer as 3-D parameters and says by flags on the module
+(``has_gate``, ``has_bias``, ``is_transposed``, ``has_post_expert_norm``) how they are laid out.
+The functions here read these flags, so that nothing else has to.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Matrix = Literal["gate_up", "down"]
+MATRICES: tuple[Matrix, Matrix] = ("gate_up", "down")
+
+_FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether ``module`` holds the fused experts of a layer."""
+    return all(hasattr(module, flag) for flag in _FLAGS)
+
+
+def parameter_name(experts: Any, matrix: Matrix) -> str:
+    """Name of the fused parameter that holds ``matrix``."""
+    if matrix == "down":
+        return "down_proj"
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def fused_weight(experts: Any, matrix: Matrix) -> Tensor:
+    """View of all experts' ``matrix``, (experts, rows, columns), rows being outputs."""
+    fused = getattr(experts, parameter_name(experts, matrix))
+    return fused.transpose(1, 2) if experts.is_transposed else fused
+
+
+def activate(experts: Any, projected: Tensor, expert: int) -> Tensor:
+    """What goes into the down projection, (tokens, intermediate), from the first one's output."""
+    if experts.has_bias:
+        bias = experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias
+        projected = projected + bias[expert]
+    return experts._apply_gate(projected) if experts.has_gate else experts.act_fn(projected)
+
+
+def finish(experts: Any, output: Tensor, expert: int) -> Tensor:
+    """An expert's output, (tokens, hidden), from its down projection's output."""
+    if experts.has_bias:
+        output = output + experts.down_proj_bias[expert]
+    return experts.post_expert_norm(output) if experts.has_post_expert_norm else output
+
+
+def tokens_of_expert(top_k_index: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+    """Tokens that select ``expert`` and the slot in which they do, both (n,) int64."""
+    token, slot = torch.where(top_k_index == expert)
+    return token, slot

@@ -1,0 +1,280 @@
+"""One safetensors file: its header checked in full, and writing it atomically.
+
+The format is 8 bytes (little-endian length N), N bytes of JSON, then the tensors' bytes back to
+back. A file is trusted with nothing: every offset is checked before a tensor is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mcsharp_sdk.errors import Problem
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library; a longer header is damage or an attack."""
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+if hasattr(torch, "float8_e8m0fnu"):
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor; ``offset`` counts bytes from the start of ``file``."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything a file's header says."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+
+class _Damaged(Exception):
+    """Nothing more of this header can be checked."""
+
+
+def read_header(path: Path) -> tuple[Header, list[Problem]]:
+    """Read and check the header of one safetensors file; no tensor is read.
+
+    Parameters
+    ----------
+    path : an existing file.
+
+    Returns
+    -------
+    The tensors whose entries are sound, in the order of their bytes, and the problems found.
+    """
+    try:
+        entries, data_start, data_bytes = _parse(path)
+    except (_Damaged, OSError) as error:
+        return Header({}, {}), [Problem(path.name, str(error))]
+    problems: list[Problem] = []
+    metadata = entries.pop("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        problems.append(Problem(path.name, "__metadata__ must map names to strings"))
+        metadata = {}
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in entries.items():
+        fault, info = _tensor_info(entry, path, data_start, data_bytes)
+        if info is None:
+            problems.append(Problem(f"{path.name}: {name}", fault))
+        else:
+            tensors[name] = info
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+    if not problems:  # a bad entry would show up again as a hole
+        problems = _layout_problems(path, tensors, data_start, data_start + data_bytes)
+    return Header(tensors, metadata), problems
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one safetensors file so that ``path`` holds either all of it or what it held before.
+
+    Parameters
+    ----------
+    path : the file to write; its folder exists.
+    tensors : name -> tensor of any dtype in ``DTYPES``, on any device, of any strides. They are
+        copied to the CPU one at a time.
+    metadata : strings for the header's ``__metadata__``.
+
+    Raises
+    ------
+    TypeError
+        If safetensors has no name for a tensor's dtype.
+    """
+    unknown = [name for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES]
+    if unknown:
+        raise TypeError(f"safetensors cannot hold the dtype of {', '.join(unknown)}")
+    # Wide elements first keeps every tensor aligned to its element size, as the library does it.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(_header_bytes(names, tensors, metadata or {}))
+            for name in names:
+                file.write(_raw_bytes(tensors[name]))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def read_bytes(path: Path, offset: int, nbytes: int) -> torch.Tensor:
+    """Read bytes of a file into a fresh uint8 tensor of shape [nbytes].
+
+    Plain reads, not a memory map: mapped pages count as memory of this process until the map goes.
+
+    Raises
+    ------
+    EOFError
+        If the file ends first.
+    """
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    view = buffer.numpy().data
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        done = 0
+        while done < nbytes:
+            count = file.readinto(view[done:])
+            if not count:
+                raise EOFError(
+                    f"{path} ends at byte {offset + done}: it changed since it was opened"
+                )
+            done += count
+    return buffer
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header's JSON object, where the data starts, and how many bytes of data there are."""
+    size = path.stat().st_size
+    if size < 8:
+        raise _Damaged(f"only {size} bytes: not a safetensors file")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise _Damaged(f"header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
+        if 8 + length > size:
+            raise _Damaged(f"truncated: header of {length} bytes in a file of {size}")
+        text = file.read(length)
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_object_without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise _Damaged(f"the header is not valid JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise _Damaged("the header is not a JSON object")
+    return entries, 8 + length, size - 8 - length
+
+
+def _object_without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _Damaged(f"{key!r} stands twice in the header")
+        result[key] = value
+    return result
+
+
+def _tensor_info(
+    entry: Any, path: Path, data_start: int, data_bytes: int
+) -> tuple[str, TensorInfo | None]:
+    """What is wrong with one header entry ("" if nothing), and the tensor if nothing is."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        return "needs dtype, shape and data_offsets", None
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        return f"dtype {entry['dtype']!r} is not supported", None
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _is_counts(shape):
+        return f"shape {shape!r} is not a list of sizes", None
+    if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"data_offsets {offsets!r} are not [begin, end]", None
+    begin, end = offsets
+    if end > data_bytes:
+        return f"truncated: ends at byte {end} of the data, the file has {data_bytes}", None
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes != end - begin:
+        return f"shape {shape} of {entry['dtype']} needs {nbytes} bytes, has {end - begin}", None
+    return "", TensorInfo(dtype, tuple(shape), nbytes, path, data_start + begin)
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _layout_problems(
+    path: Path, tensors: Mapping[str, TensorInfo], start: int, end: int
+) -> list[Problem]:
+    """Tensors must fill ``start`` to ``end``, without overlaps or holes."""
+    problems = []
+    position = start
+    for name, info in tensors.items():
+        if info.offset < position:
+            problems.append(Problem(f"{path.name}: {name}", "overlaps the tensor before it"))
+        elif info.offset > position:
+            gap = info.offset - position
+            problems.append(Problem(f"{path.name}: {name}", f"{gap} unused bytes before it"))
+        position = max(position, info.offset + info.nbytes)
+    if position < end:
+        problems.append(Problem(path.name, f"{end - position} bytes after the last tensor"))
+    return problems
+
+
+def _header_bytes(
+    names: Iterable[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _raw_bytes(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):  # some systems cannot open or sync a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

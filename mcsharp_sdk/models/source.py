@@ -1,0 +1,182 @@
+"""A model on disk whose modules are filled and emptied one at a time.
+
+The module tree lives on the meta device. ``load`` fills chosen parts through transformers' own
+checkpoint conversion (so that every family's disk layout is understood), ``free`` empties them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from mcsharp_sdk.errors import InputError, RunError
+from mcsharp_sdk.models.architecture import empty_model, read_config
+from mcsharp_sdk.models.experts import MATRICES, parameter_name
+from mcsharp_sdk.models.routing import Router, read_router
+from mcsharp_sdk.models.shards import Checkpoint
+from mcsharp_sdk.models.topology import MoeBlock, Topology, read_topology
+
+
+class SourceModel:
+    """An uncompressed Mixture-of-Experts model, opened without loading its weights.
+
+    Parameters
+    ----------
+    path : folder with ``config.json`` and safetensors.
+    device : where parts are loaded to.
+
+    Attributes
+    ----------
+    model : the causal language model on the meta device.
+    topology : where its layers, routers, experts and linears are.
+    dtype : the dtype that it computes in: that of the checkpoint, but float32 for float16 on a
+        CPU, which has no float16 arithmetic to speak of.
+    """
+
+    def __init__(self, path: Path, device: str = "cpu") -> None:
+        self.path = path
+        self.device = device
+        self.config = read_config(path)
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise InputError(
+                f"{path} is already quantised: give the original model, "
+                "or use `mcsharp inspect` to see what this one holds"
+            )
+        self.checkpoint = Checkpoint.open(path)
+        self.stored_dtype: torch.dtype = self.config.get_text_config().dtype or torch.float32
+        self.dtype = _compute_dtype(self.stored_dtype, device)
+        self.model = empty_model(self.config, self.dtype)
+        self.topology: Topology = read_topology(self.model, self.config)
+
+    @cached_property
+    def memory_names(self) -> dict[str, str]:
+        """Name on disk -> name in the module tree (for fused tensors, many to one)."""
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        tree = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+
+        def rename(name: str) -> str:
+            return str(rename_source_key(name, renamings, converters, prefix, tree)[0])
+
+        return {name: rename(name) for name in self.checkpoint.names}
+
+    def layer_path(self, layer: int) -> str:
+        """Module path of decoder layer ``layer``."""
+        return f"{self.topology.layers_path}.{layer}"
+
+    def layer(self, layer: int) -> nn.Module:
+        """Decoder layer ``layer``, loaded or not."""
+        return self.model.get_submodule(self.layer_path(layer))
+
+    def fused_weights(self, layer: int) -> list[str]:
+        """Full names of the fused expert weights of a MoE layer."""
+        path = f"{self.layer_path(layer)}.{self.topology.moe[layer].experts}"
+        experts = self.model.get_submodule(path)
+        return [f"{path}.{parameter_name(experts, matrix)}" for matrix in MATRICES]
+
+    def load(self, *prefixes: str, but_not: Iterable[str] = ()) -> None:
+        """Fill every parameter and buffer whose name starts with one of ``prefixes``.
+
+        Parameters
+        ----------
+        prefixes : starts of names in the module tree, e.g. ``model.layers.3.``.
+        but_not : starts of names to leave empty.
+
+        Raises
+        ------
+        RunError
+            If the checkpoint does not fill all of them or holds other shapes; names them.
+        """
+        excluded = tuple(but_not)
+
+        def wanted(name: str) -> bool:
+            return name.startswith(prefixes) and not (excluded and name.startswith(excluded))
+
+        lazy = {k: self.checkpoint.slice(k) for k, m in self.memory_names.items() if wanted(m)}
+        settings = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            weight_mapping=get_model_conversion_mapping(self.model),
+        )
+        with _quiet_sequential_loading():
+            info, _ = convert_and_load_state_dict_in_model(self.model, lazy, settings)
+        bad = [*info.mismatched_keys, *info.conversion_errors, *info.unexpected_keys]
+        if bad:
+            raise RunError(f"{self.path}: tensors do not fit the architecture: {bad[:5]}")
+        empty = [n for n, t in self._tensors() if wanted(n) and t.is_meta]
+        if empty:
+            raise RunError(f"{self.path}: the checkpoint lacks {', '.join(empty[:5])}")
+
+    def free(self, *prefixes: str) -> None:
+        """Empty every module whose path starts with one of ``prefixes``."""
+        for name, module in self.model.named_modules():
+            if f"{name}.".startswith(prefixes):
+                module.to("meta")
+
+    def stored_tensors(self, prefix: str, but_not: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """Tensors under ``prefix`` by their names in the module tree, in the stored dtype."""
+        self.load(prefix, but_not=but_not)
+        persistent = self.model.state_dict(keep_vars=True)
+        for name, tensor in persistent.items():
+            if name.startswith(prefix) and not tensor.is_meta:
+                promoted = tensor.dtype == self.dtype
+                yield name, tensor.detach().to(self.stored_dtype if promoted else tensor.dtype)
+        self.free(prefix)
+
+    def routers(self) -> Iterator[Router]:
+        """The routers of all MoE layers, one loaded at a time."""
+        for index, block in self.topology.moe.items():
+            path = f"{self.layer_path(index)}.{block.router}"
+            self.load(f"{path}.")
+            yield self.router(block)
+            self.free(f"{path}.")
+
+    def router(self, block: MoeBlock) -> Router:
+        """The router of one loaded MoE layer."""
+        module = self.layer(block.layer).get_submodule(block.router)
+        return read_router(module, self.config, block.layer)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.model.named_parameters()
+        yield from self.model.named_buffers()
+
+
+def _compute_dtype(stored: torch.dtype, device: str) -> torch.dtype:
+    return torch.float32 if stored == torch.float16 and device == "cpu" else stored
+
+
+@contextmanager
+def _quiet_sequential_loading() -> Iterator[None]:
+    """transformers' loader without its progress bar, one tensor at a time to bound memory."""
+    variable = "HF_DEACTIVATE_ASYNC_LOAD"
+    before, bars = os.environ.get(variable), transformers_logging.is_progress_bar_enabled()
+    os.environ[variable] = "1"
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,157 @@
+"""Statistics of one MoE layer's experts, from the calibration tokens that reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mcsharp_sdk.artifacts import LayerStatistics
+from mcsharp_sdk.models.capture import RoutedInputs, routed_inputs
+from mcsharp_sdk.models.experts import MATRICES, Matrix, activate, finish, fused_weight
+from mcsharp_sdk.models.routing import router_scores
+from mcsharp_sdk.models.stream import StreamedLayer
+from mcsharp_sdk.modifiers.layer_quantisation import (
+    LayerNotes,
+    LayerQuantiser,
+    QuantizerSettings,
+    expert_chunks,
+)
+from mcsharp_sdk.quantization.gptq import quantise_gptq
+from mcsharp_sdk.quantization.hessian import InverseFactor, factorise
+from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
+from mcsharp_sdk.quantization.search import GridSettings
+
+ExpertWeights = dict[Matrix, Tensor]
+"""Matrix -> [R, K], one expert's weights in the model's dtype."""
+
+
+@dataclass(frozen=True)
+class ExpertMeasurement:
+    """What is measured, and how.
+
+    Attributes
+    ----------
+    widths : candidate bit widths.
+    quantizer : ``gptq`` or ``rtn``.
+    group_size : of the grid.
+    error_tokens : most tokens per expert that errors are measured on.
+    block_errors : whether to measure errors at the block's output at all.
+    """
+
+    widths: Sequence[int]
+    quantizer: Literal["gptq", "rtn"]
+    group_size: int
+    error_tokens: int
+    block_errors: bool
+
+    @torch.no_grad()
+    def of_layer(self, layer: StreamedLayer) -> LayerStatistics:
+        """Statistics of a loaded MoE layer.
+
+        ``quant_error[b][e]`` = ‖σ_e(t)·(F_e(x_t) − F_e^b(x_t))‖_F over the tokens t that select
+        expert e: as only that expert changes, it is the change of the block's output.
+        """
+        routed = routed_inputs(layer)
+        count = layer.moe.num_experts
+        errors = {width: np.zeros(count) for width in self.widths} if self.block_errors else {}
+        dropped = np.zeros(count)
+        experts: Any = layer.module.get_submodule(layer.moe.experts)
+        for expert, variants in self.quantised_experts(experts, routed):
+            tokens, routing = routed.of_expert(expert, self.error_tokens)
+            sampled = routed.of_expert(expert)[1].numel() / max(1, tokens.shape[0])
+            output = _run_expert(experts, expert, tokens)
+            dropped[expert] = _norm(output, routing, sampled)
+            if not self.block_errors:
+                continue
+            for width, weights in variants:
+                change = output - _run_expert(experts, expert, tokens, weights)
+                errors[width][expert] = _norm(change, routing, sampled)
+        return LayerStatistics(
+            layer=layer.index,
+            activation_count=np.array(routed.counts(count), dtype=np.float64),
+            routing_weight_sum=_routing_weight_sums(layer, routed),
+            quant_error=errors,
+            tokens=routed.num_tokens,
+            drop_error=dropped,
+        )
+
+    def quantised_experts(
+        self, experts: Any, routed: RoutedInputs
+    ) -> Iterator[tuple[int, Iterator[tuple[int, ExpertWeights]]]]:
+        """For each expert, its weights quantised to each candidate width.
+
+        Hessians and their factors are computed once and serve all widths.
+        """
+        for chunk in expert_chunks(experts):
+            variants = self._chunk_variants(experts, chunk, routed)
+            for position, expert in enumerate(chunk):
+                yield expert, _variants_of(variants, position)
+
+    def _chunk_variants(
+        self, experts: Any, chunk: Sequence[int], routed: RoutedInputs
+    ) -> dict[int, ExpertWeights]:
+        """Width -> matrix -> weights of the chunk's experts, [n, R, K] in the model's dtype."""
+        variants: dict[int, ExpertWeights] = {width: {} for width in self.widths}
+        for matrix in MATRICES:
+            weights = fused_weight(experts, matrix)[chunk]
+            factor = self._factor(experts, matrix, chunk, routed)
+            for width in self.widths:
+                widths = [width] * len(chunk)
+                batch = (
+                    quantise_rtn(weights, widths, self._grid)
+                    if factor is None
+                    else quantise_gptq(weights, factor, widths, self._grid)
+                )
+                variants[width][matrix] = batch.dequantise(weights.dtype)
+        return variants
+
+    def _factor(
+        self, experts: Any, matrix: Matrix, chunk: Sequence[int], routed: RoutedInputs
+    ) -> InverseFactor | None:
+        if self.quantizer == "rtn":
+            return None
+        settings = QuantizerSettings("gptq", self._grid, 0.01, False, True)
+        quantiser = LayerQuantiser(settings, None, None)
+        hessians = quantiser.expert_hessians(experts, matrix, chunk, routed, LayerNotes())
+        return factorise(hessians)
+
+    @property
+    def _grid(self) -> GridSettings:
+        return GridSettings(group_size=self.group_size)
+
+
+def _variants_of(
+    variants: dict[int, ExpertWeights], position: int
+) -> Iterator[tuple[int, ExpertWeights]]:
+    for width, matrices in variants.items():
+        yield width, {matrix: stacked[position] for matrix, stacked in matrices.items()}
+
+
+def _run_expert(
+    experts: Any, expert: int, tokens: Tensor, weights: ExpertWeights | None = None
+) -> Tensor:
+    """Output of an expert on tokens [n, hidden], with other weights than its own if given."""
+    if weights is None:
+        weights = {matrix: fused_weight(experts, matrix)[expert] for matrix in MATRICES}
+    inner = activate(experts, tokens @ weights["gate_up"].t(), expert)
+    return finish(experts, inner @ weights["down"].t(), expert)
+
+
+def _norm(change: Tensor, routing: Tensor, sampled: float) -> float:
+    """Frobenius norm of the routing-weighted change; ``sampled`` is tokens per measured token."""
+    weighted = change.float() * routing.float().unsqueeze(-1)
+    return float(weighted.norm()) * sampled**0.5
+
+
+def _routing_weight_sums(layer: StreamedLayer, routed: RoutedInputs) -> Any:
+    """(experts,) router scores of the selected experts, before renormalisation, summed."""
+    router = layer.source.router(layer.moe)
+    scores = router_scores(router, routed.hidden).gather(1, routed.top_k_index)
+    sums = torch.zeros(layer.moe.num_experts, dtype=torch.float64)
+    sums.index_add_(0, routed.top_k_index.reshape(-1), scores.reshape(-1).double())
+    return sums.numpy()

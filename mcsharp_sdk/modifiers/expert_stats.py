@@ -1,0 +1,107 @@
+"""ExpertStats: how often each expert is used, with what weight, and what quantising it would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from mcsharp_sdk.artifacts import ExpertStatistics, LayerStatistics
+from mcsharp_sdk.modifiers.base import Modifier
+from mcsharp_sdk.quantization.grid import WIDTHS
+
+if TYPE_CHECKING:
+    from mcsharp_sdk.engine.context import RunContext
+
+
+class ExpertStats(Modifier):
+    """Measure the importance of each expert on calibration tokens (MC, arXiv 2410.06270, Sec. 3.2).
+
+    ``mode: released`` measures errors as the released code does (round to nearest, output of the
+    block); ``paper`` as Eq. 3 says (output of the model); ``best`` with the quantiser that will be
+    used.
+    """
+
+    type: Literal["ExpertStats"] = "ExpertStats"
+    mode: Annotated[
+        Literal["best", "paper", "released"],
+        Field(description="Whose choices the other settings default to."),
+    ] = "best"
+    bits: Annotated[
+        tuple[int, ...], Field(min_length=1, description="Widths whose error is measured.")
+    ] = (1, 2, 3)
+    quantizer: Annotated[
+        Literal["gptq", "rtn"], Field(description="Quantiser whose error is measured.")
+    ] = "gptq"
+    scope: Annotated[
+        Literal["block", "model"],
+        Field(description="Error at the output of the MoE block, or of the model (small models)."),
+    ] = "block"
+    group_size: Annotated[
+        int, Field(ge=8, description="Columns that share a scale and a zero point.")
+    ] = 128
+    error_tokens: Annotated[
+        int,
+        Field(ge=1, description="Errors are measured on at most this many tokens of an expert."),
+    ] = 2048
+    coverage: Annotated[
+        int, Field(ge=0, description="Experts that fewer tokens reach are named in the report.")
+    ] = 128
+
+    writes: ClassVar[str] = ExpertStatistics.NAME
+    uses_calibration: ClassVar[bool] = True
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"quantizer": "rtn", "scope": "model"},
+        "released": {"quantizer": "rtn", "scope": "block"},
+    }
+
+    @field_validator("bits")
+    @classmethod
+    def _widths(cls, bits: tuple[int, ...]) -> tuple[int, ...]:
+        unknown = sorted(set(bits) - set(WIDTHS))
+        if unknown:
+            raise ValueError(f"{unknown} are no widths that can be stored; these are {WIDTHS}")
+        return tuple(sorted(set(bits)))
+
+    def run(self, context: RunContext) -> None:
+        from mcsharp_sdk.modifiers.expert_measurement import ExpertMeasurement
+        from mcsharp_sdk.modifiers.model_errors import measure_model_errors
+
+        measurement = ExpertMeasurement(
+            self.bits, self.quantizer, self.group_size, self.error_tokens, self.scope == "block"
+        )
+        layers = context.layers(self.writes)
+        for layer in context.stream("measuring experts"):
+            if layer.moe is not None and not layers.has(layer.index):
+                layers.write(layer.index, {}, measurement.of_layer(layer).to_json())
+        measured = [
+            LayerStatistics.from_json(layers.notes(index)) for index in context.model.topology.moe
+        ]
+        if self.scope == "model":
+            measured = measure_model_errors(context, measurement, measured)
+        self._name_starved(context, measured)
+        context.write(self._statistics(context, measured))
+
+    def _statistics(
+        self, context: RunContext, measured: list[LayerStatistics]
+    ) -> ExpertStatistics:
+        blocks = list(context.model.topology.moe.values())
+        counts = {block.num_experts for block in blocks}
+        return ExpertStatistics(
+            model=context.model.path.name,
+            source=f"{context.tokens.shape[0]} x {context.tokens.shape[1]} calibration tokens, "
+            f"error of {self.quantizer} at the {self.scope}'s output, group {self.group_size}",
+            num_experts=counts.pop() if len(counts) == 1 else None,
+            top_k=blocks[0].top_k,
+            layers=tuple(measured),
+        )
+
+    def _name_starved(self, context: RunContext, measured: list[LayerStatistics]) -> None:
+        for layer in measured:
+            for expert, count in enumerate(layer.activation_count):
+                if count < self.coverage:
+                    context.report.warn(
+                        f"layer {layer.layer}: only {int(count)} calibration tokens reached "
+                        f"expert {expert}: its statistics are weak"
+                    )

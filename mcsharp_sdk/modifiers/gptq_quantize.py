@@ -1,0 +1,197 @@
+"""GPTQQuantize: quantise experts at their allocated widths, and the other linears at one width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from mcsharp_sdk.artifacts import BitMap
+from mcsharp_sdk.errors import InputError, Problem
+from mcsharp_sdk.modifiers.base import Modifier
+from mcsharp_sdk.quantization.grid import WIDTHS
+from mcsharp_sdk.recipe.paths import RecipePath
+
+if TYPE_CHECKING:
+    from mcsharp_sdk.engine.context import RunContext
+    from mcsharp_sdk.engine.run_directory import LayerStore
+    from mcsharp_sdk.modifiers.layer_quantisation import LayerQuantiser
+    from mcsharp_sdk.runtime.layout import PackedLayout
+
+QUANTIZED_WEIGHTS = "quantized_weights"
+
+
+class GPTQQuantize(Modifier):
+    """Quantise the model, one decoder layer at a time, on the outputs of the layers before it.
+
+    GPTQ (arXiv 2210.17323) with one Hessian per expert, gate and up sharing theirs. ``mode: paper``
+    and ``mode: released`` follow MC (arXiv 2410.06270) and its released code; ``best`` is ours.
+    """
+
+    type: Literal["GPTQQuantize"] = "GPTQQuantize"
+    mode: Annotated[
+        Literal["best", "paper", "released"],
+        Field(description="Whose choices the other settings default to."),
+    ] = "best"
+    quantizer: Annotated[
+        Literal["gptq", "rtn"],
+        Field(description="gptq, or rtn: round to nearest without compensation."),
+    ] = "gptq"
+    group_size: Annotated[
+        int, Field(ge=8, description="Columns that share a scale and a zero point.")
+    ] = 128
+    other_bits: Annotated[
+        int | None,
+        Field(description="Width of attention, shared experts and dense MLPs; null keeps them."),
+    ] = 4
+    router_bits: Annotated[
+        Literal[4, 8] | None,
+        Field(description="Round router weights to this many bits; null keeps them."),
+    ] = None
+    bits: Annotated[
+        RecipePath | int | None,
+        Field(description="A bit map file, or one width for all experts, in place of a stage's."),
+    ] = None
+    damping: Annotated[
+        float, Field(gt=0, lt=1, description="Share of the Hessian's mean diagonal added to it.")
+    ] = 0.01
+    hessian_weighting: Annotated[
+        Literal["none", "routing"],
+        Field(description="Weigh tokens in an expert's Hessian by their routing weight squared."),
+    ] = "none"
+    smallest_clip: Annotated[
+        float,
+        Field(gt=0, le=1, description="Clip search goes from 1.0 down to this share of the range."),
+    ] = 0.3
+    binary: Annotated[
+        Literal["optimised", "released", "paper"],
+        Field(description="How the scale of 1-bit weights is found."),
+    ] = "optimised"
+    compensate_within_block: Annotated[
+        bool, Field(description="Pass errors on inside a block at 3 bits and fewer.")
+    ] = True
+
+    reads: ClassVar[tuple[str, ...]] = ("bit_allocation",)
+    writes: ClassVar[str] = QUANTIZED_WEIGHTS
+    uses_calibration: ClassVar[bool] = True
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"binary": "paper", "router_bits": 4, "smallest_clip": 0.8},
+        "released": {
+            "binary": "released",
+            "smallest_clip": 0.8,
+            "compensate_within_block": False,
+        },
+    }
+
+    @field_validator("other_bits")
+    @classmethod
+    def _other_width(cls, bits: int | None) -> int | None:
+        return bits if bits is None else _known_width(bits)
+
+    @field_validator("bits")
+    @classmethod
+    def _expert_width(cls, bits: Path | int | None) -> Path | int | None:
+        return _known_width(bits) if isinstance(bits, int) else bits
+
+    def needs(self) -> tuple[str, ...]:
+        return () if self.bits is not None else self.reads
+
+    def files(self) -> dict[str, Path]:
+        return {"bits": self.bits} if isinstance(self.bits, Path) else {}
+
+    def check_experts(self, experts: Mapping[int, int]) -> list[Problem]:
+        """Whether a given bit map fits the model and its widths can be stored."""
+        if not isinstance(self.bits, Path):
+            return []
+        try:
+            self.given_map(experts)
+        except InputError as error:
+            return [Problem("GPTQQuantize.bits", str(error))]
+        return []
+
+    def run(self, context: RunContext) -> None:
+        from mcsharp_sdk.modifiers.layer_quantisation import restore_layer
+
+        bit_map = self._bit_map(context)
+        quantiser = self._quantiser()
+        layers = context.layers(self.writes)
+        for layer in context.stream("quantising"):
+            widths = bit_map.bits.get(layer.index)
+            if layers.has(layer.index):
+                restore_layer(
+                    layer,
+                    layers.tensors(layer.index),
+                    expert_bits=widths,
+                    linear_bits=self.other_bits,
+                    group_size=self.group_size,
+                )
+            else:
+                tensors, notes = quantiser.quantise(layer, widths)
+                layers.write(layer.index, tensors, asdict(notes))
+        layers.write_summary(self._layout(context, bit_map).to_dict())
+        self._report(context, layers)
+
+    def _bit_map(self, context: RunContext) -> BitMap:
+        experts = context.model.topology.experts_per_layer()
+        if self.bits is None:
+            return context.read(BitMap).for_model(experts)
+        return self.given_map(experts)
+
+    def given_map(self, experts: Mapping[int, int]) -> BitMap:
+        """The bit map that ``bits`` gives, for a model with so many experts per MoE layer.
+
+        Raises
+        ------
+        InputError
+            If the file does not fit the model, or a width cannot be stored.
+        """
+        if not isinstance(self.bits, Path):
+            return BitMap({layer: (int(self.bits or 0),) * n for layer, n in experts.items()})
+        bit_map = BitMap.load(self.bits).for_model(experts)
+        for widths in bit_map.bits.values():
+            for width in widths:
+                _known_width(width)
+        return bit_map
+
+    def _quantiser(self) -> LayerQuantiser:
+        from mcsharp_sdk.modifiers.layer_quantisation import LayerQuantiser, QuantizerSettings
+        from mcsharp_sdk.quantization.search import GridSettings
+
+        settings = QuantizerSettings(
+            quantizer=self.quantizer,
+            grid=GridSettings(group_size=self.group_size, binary=self.binary),
+            damping=self.damping,
+            routing_weighted=self.hessian_weighting == "routing",
+            compensate_within_block=self.compensate_within_block,
+        )
+        return LayerQuantiser(settings, self.other_bits, self.router_bits)
+
+    def _layout(self, context: RunContext, bit_map: BitMap) -> PackedLayout:
+        from mcsharp_sdk.runtime.layout import PackedLayout
+
+        names = {n for linears in context.model.topology.linears.values() for n in linears}
+        linears = {} if self.other_bits is None else dict.fromkeys(sorted(names), self.other_bits)
+        return PackedLayout(self.group_size, dict(bit_map.bits), linears)
+
+    def _report(self, context: RunContext, layers: LayerStore) -> None:
+        notes = {index: layers.notes(index) for index in range(context.model.topology.num_layers)}
+        for index, note in notes.items():
+            for expert, tokens in note["starved"].items():
+                context.report.warn(
+                    f"layer {index}: only {tokens} calibration tokens reached expert {expert}; "
+                    "its Hessian was completed by that of all tokens"
+                )
+            for name in note["raised_damping"]:
+                context.report.warn(f"layer {index}: the Hessian of {name} needed more damping")
+            for name in note["fallbacks"]:
+                context.report.warn(f"layer {index}: {name} was rounded to nearest, not by GPTQ")
+        context.report.stages[self.type] = {"layers": notes}
+
+
+def _known_width(bits: int) -> int:
+    if bits not in WIDTHS:
+        raise InputError(f"{bits} is no width that can be stored; these are {list(WIDTHS)}")
+    return bits

@@ -1,0 +1,303 @@
+"""Quantise one decoder layer in place: its linears first, then its routed experts.
+
+The order is that of the forward pass, so that everything is calibrated on inputs that come from
+what is already quantised: attention, then the dense or shared MLP, then the experts' gate and up
+projections, then their down projections on the quantised gate and up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mcsharp_sdk.models.capture import RoutedInputs, linear_inputs, routed_inputs
+from mcsharp_sdk.models.experts import MATRICES, Matrix, activate, fused_weight
+from mcsharp_sdk.models.stream import StreamedLayer
+from mcsharp_sdk.quantization.gptq import quantise_gptq
+from mcsharp_sdk.quantization.grid import (
+    PackedWeight,
+    QuantizedBatch,
+    QuantizedWeight,
+    dequantise,
+    pack_weight,
+    unpack_weight,
+)
+from mcsharp_sdk.quantization.hessian import accumulate, diagonal_importance, factorise, shrink
+from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
+from mcsharp_sdk.quantization.search import GridSettings
+from mcsharp_sdk.runtime.layout import (
+    TENSORS,
+    bucket_name,
+    expert_tensors,
+    linear_tensors,
+    members,
+    tensor_name,
+)
+
+QuantizerName = Literal["gptq", "rtn"]
+WORKING_SET_BYTES = 256 * 2**20
+"""Memory for the float32 weights and Hessians of the experts that are quantised together."""
+
+
+@dataclass(frozen=True)
+class QuantizerSettings:
+    """How weights are quantised, whatever their width.
+
+    Attributes
+    ----------
+    quantizer : ``gptq``, or ``rtn`` (round to nearest, no compensation).
+    grid : group size and clip search.
+    damping : share of the Hessian's mean diagonal that is added to it.
+    routing_weighted : weigh each token's part of an expert's Hessian by its routing weight squared.
+    compensate_within_block : whether GPTQ passes errors on inside a block at 3 bits and fewer.
+    """
+
+    quantizer: QuantizerName
+    grid: GridSettings
+    damping: float
+    routing_weighted: bool
+    compensate_within_block: bool
+
+
+@dataclass
+class LayerNotes:
+    """What happened to a layer, for the report.
+
+    Attributes
+    ----------
+    raised_damping : matrices whose Hessian needed more damping.
+    fallbacks : matrices that were rounded to nearest because no damping helped.
+    starved : experts that fewer tokens reached than their input has columns -> tokens.
+    """
+
+    raised_damping: list[str] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
+    starved: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerQuantiser:
+    """Quantises decoder layers with one set of settings.
+
+    Attributes
+    ----------
+    settings : of the quantiser.
+    linear_bits : width of linears outside the experts, or None to leave them.
+    router_bits : width that router weights are rounded to, or None to leave them. They keep their
+        dtype in storage: what they weigh is not worth packing.
+    """
+
+    settings: QuantizerSettings
+    linear_bits: int | None
+    router_bits: int | None
+
+    @torch.no_grad()
+    def quantise(
+        self, layer: StreamedLayer, expert_bits: Sequence[int] | None
+    ) -> tuple[dict[str, Tensor], LayerNotes]:
+        """Quantise a loaded layer in place.
+
+        Parameters
+        ----------
+        expert_bits : width of each routed expert, or None for a dense layer.
+
+        Returns
+        -------
+        Packed tensors by their full names, and notes.
+        """
+        notes = LayerNotes()
+        packed: dict[str, Tensor] = {}
+        prefix = layer.source.layer_path(layer.index)
+        if self.linear_bits is not None:
+            for names in components(layer.source.topology.linears[layer.index]):
+                for name, weight in self._linears(layer, names, self.linear_bits, notes):
+                    packed |= linear_tensors(f"{prefix}.{name}", weight)
+        if expert_bits is not None:
+            if self.router_bits is not None:
+                packed |= self._router(layer, self.router_bits)
+            weights = self._experts(layer, expert_bits, notes)
+            packed |= expert_tensors(f"{prefix}.{layer.moe.experts}", expert_bits, weights)
+        return packed, notes
+
+    def _linears(
+        self, layer: StreamedLayer, names: Sequence[str], bits: int, notes: LayerNotes
+    ) -> Iterator[tuple[str, PackedWeight]]:
+        hessians: dict[tuple[str, ...], Tensor] = {}
+
+        def collect(group: tuple[str, ...], inputs: Tensor) -> None:
+            columns = inputs.shape[-1]
+            hessian = hessians.setdefault(group, torch.zeros(columns, columns))
+            accumulate(hessian, inputs)
+
+        linear_inputs(layer, names, collect)
+        for group in list(hessians):
+            # Linears that share their input are quantised as one tall matrix.
+            linears: list[Any] = [layer.module.get_submodule(name) for name in group]
+            rows = [linear.out_features for linear in linears]
+            stacked = torch.cat([linear.weight for linear in linears]).unsqueeze(0)
+            hessian = hessians.pop(group).unsqueeze(0)
+            batch = self._quantise(stacked, hessian, [bits], [f"{group[0]}"], notes)
+            for name, linear, part in zip(group, linears, _split_rows(batch, rows), strict=True):
+                linear.weight.copy_(dequantise(part, linear.weight.dtype))
+                yield name, pack_weight(part)
+
+    def _router(self, layer: StreamedLayer, bits: int) -> dict[str, Tensor]:
+        path = f"{layer.moe.router}.weight"
+        weight = layer.module.get_parameter(path)
+        batch = quantise_rtn(weight.float().unsqueeze(0), [bits], self.settings.grid)
+        weight.copy_(dequantise(batch.expert(0), weight.dtype))
+        stored = weight.to(layer.source.stored_dtype, copy=True)
+        return {f"{layer.source.layer_path(layer.index)}.{path}": stored}
+
+    def _experts(
+        self, layer: StreamedLayer, bits: Sequence[int], notes: LayerNotes
+    ) -> dict[Matrix, list[PackedWeight]]:
+        experts: Any = layer.module.get_submodule(layer.moe.experts)
+        routed = routed_inputs(layer)
+        packed: dict[Matrix, list[PackedWeight]] = {"gate_up": [], "down": []}
+        for chunk in expert_chunks(experts):
+            widths = [bits[e] for e in chunk]
+            for matrix in packed:
+                hessians = self.expert_hessians(experts, matrix, chunk, routed, notes)
+                weights = fused_weight(experts, matrix)
+                names = [f"experts.{e}.{matrix}" for e in chunk]
+                batch = self._quantise(weights[chunk], hessians, widths, names, notes)
+                for position, expert in enumerate(chunk):
+                    quantised = batch.expert(position)
+                    weights[expert] = dequantise(quantised, weights.dtype)
+                    packed[matrix].append(pack_weight(quantised))
+        return packed
+
+    def expert_hessians(
+        self,
+        experts: Any,
+        matrix: Matrix,
+        chunk: Sequence[int],
+        routed: RoutedInputs,
+        notes: LayerNotes,
+    ) -> Tensor:
+        """Hessians of one matrix of some experts, [n, K, K], from the tokens routed to each.
+
+        Experts with few tokens are completed by the tokens of the whole layer, and noted.
+        """
+        columns = fused_weight(experts, matrix).shape[-1]
+        hessians = torch.zeros(len(chunk), columns, columns)
+        for hessian, expert in zip(hessians, chunk, strict=True):
+            tokens, routing = routed.of_expert(expert)
+            inputs = _matrix_inputs(experts, matrix, expert, tokens)
+            accumulate(hessian, inputs, routing if self.settings.routing_weighted else None)
+            if len(tokens) < columns:
+                notes.starved[str(expert)] = len(tokens)
+                everything = _matrix_inputs(experts, matrix, expert, routed.hidden)
+                overall = torch.zeros_like(hessian)
+                accumulate(overall, everything)
+                total = routed.num_tokens
+                hessian.copy_(shrink(hessian[None], [len(tokens)], overall, total)[0])
+        return hessians
+
+    def _quantise(
+        self,
+        weights: Tensor,
+        hessians: Tensor,
+        bits: Sequence[int],
+        names: Sequence[str],
+        notes: LayerNotes,
+    ) -> QuantizedBatch:
+        """Quantise matrices [n, R, K] with their Hessians [n, K, K]; the Hessians are used up."""
+        s = self.settings
+        if s.quantizer == "rtn":
+            importance = diagonal_importance(hessians)
+            return quantise_rtn(weights, bits, s.grid, importance=importance)
+        factor = factorise(hessians, damping=s.damping)
+        notes.raised_damping += [names[e] for e in factor.raised]
+        notes.fallbacks += [names[e] for e in factor.failed]
+        return quantise_gptq(
+            weights,
+            factor,
+            bits,
+            s.grid,
+            compensate_within_block=s.compensate_within_block or min(bits) > 3,
+        )
+
+
+@torch.no_grad()
+def restore_layer(
+    layer: StreamedLayer,
+    packed: Mapping[str, Tensor],
+    *,
+    expert_bits: Sequence[int] | None,
+    linear_bits: int | None,
+    group_size: int,
+) -> None:
+    """Give a loaded layer the weights that :meth:`LayerQuantiser.quantise` left it with.
+
+    Parameters
+    ----------
+    packed : the tensors that it returned.
+    expert_bits, linear_bits, group_size : that it worked with.
+    """
+    prefix = f"{layer.source.layer_path(layer.index)}."
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in packed.items()}
+    for name in layer.source.topology.linears[layer.index]:
+        if linear_bits is not None:
+            linear: Any = layer.module.get_submodule(name)
+            weight = PackedWeight(*(tensors[f"{name}.{part}"] for part in TENSORS))
+            linear.weight.copy_(_restored(weight, linear.weight, linear_bits, group_size))
+    if expert_bits is None:
+        return
+    router = f"{layer.moe.router}.weight"
+    if router in tensors:
+        layer.module.get_parameter(router).copy_(tensors[router])
+    experts: Any = layer.module.get_submodule(layer.moe.experts)
+    for matrix in MATRICES:
+        weights = fused_weight(experts, matrix)
+        for width, chosen in members(expert_bits).items():
+            bucket = f"{layer.moe.experts}.{bucket_name(width)}."
+            stacked = [tensors[f"{bucket}{tensor_name(matrix, part)}"] for part in TENSORS]
+            for slot, expert in enumerate(chosen):
+                weight = PackedWeight(*(part[slot] for part in stacked))
+                weights[expert] = _restored(weight, weights[expert], width, group_size)
+
+
+def _restored(packed: PackedWeight, like: Tensor, bits: int, group_size: int) -> Tensor:
+    """Dequantised weight of the shape and dtype of ``like``."""
+    columns = like.shape[-1]
+    weight = unpack_weight(packed, bits=bits, group_size=group_size, columns=columns)
+    return dequantise(weight, like.dtype)
+
+
+def _split_rows(batch: QuantizedBatch, rows: Sequence[int]) -> Iterator[QuantizedWeight]:
+    """Cut a batch of one tall matrix into the matrices that were stacked in it."""
+    whole = batch.expert(0)
+    parts = (tensor.split(list(rows)) for tensor in (whole.codes, whole.scales, whole.zeros))
+    for codes, scales, zeros in zip(*parts, strict=True):
+        yield QuantizedWeight(codes, scales, zeros, whole.bits, whole.group_size)
+
+
+def components(names: Sequence[str]) -> list[list[str]]:
+    """Linears by the child of the layer that they are in (attention, MLP), in order of the tree."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.split(".")[0], []).append(name)
+    return list(found.values())
+
+
+def expert_chunks(experts: Any) -> list[list[int]]:
+    """Experts in runs that fit the working set together; at least one a run."""
+    rows_columns = [fused_weight(experts, matrix).shape[1:] for matrix in ("gate_up", "down")]
+    each = max(4 * (3 * rows * columns + 3 * columns**2) for rows, columns in rows_columns)
+    size = max(1, WORKING_SET_BYTES // each)
+    count = int(experts.num_experts)
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+
+def _matrix_inputs(experts: Any, matrix: Matrix, expert: int, tokens: Tensor) -> Tensor:
+    """Inputs of one matrix of an expert, [n, K], from the inputs of the expert, [n, hidden]."""
+    if matrix == "gate_up":
+        return tokens
+    first = fused_weight(experts, "gate_up")[expert]
+    return activate(experts, tokens @ first.t(), expert)

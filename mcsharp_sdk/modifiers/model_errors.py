@@ -1,0 +1,83 @@
+"""Quantisation errors at the output of the whole model (MC, arXiv 2410.06270, Eq. 3).
+
+The model is held in memory, and everything behind a layer runs again for each of its experts and
+widths: for small models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mcsharp_sdk.artifacts import LayerStatistics
+from mcsharp_sdk.models.capture import routed_inputs
+from mcsharp_sdk.models.experts import MATRICES, fused_weight
+from mcsharp_sdk.models.stream import LayerInputs, StreamedLayer, embed
+
+if TYPE_CHECKING:
+    from mcsharp_sdk.engine.context import RunContext
+    from mcsharp_sdk.modifiers.expert_measurement import ExpertMeasurement, ExpertWeights
+
+
+@torch.no_grad()
+def measure_model_errors(
+    context: RunContext, measurement: ExpertMeasurement, measured: list[LayerStatistics]
+) -> list[LayerStatistics]:
+    """Fill in ``quant_error``: ‖F(θ) − F(θ[e → Q(e, b)])‖_F over the last hidden states.
+
+    F is taken before the final norm and head, over as many whole sequences as ``error_tokens``
+    allows, at least one.
+    """
+    source, tokens = context.model, context.tokens
+    few = tokens[: max(1, measurement.error_tokens // tokens.shape[1])]
+    last = source.topology.num_layers
+    inputs, probe = embed(source, tokens), embed(source, few)
+    source.load(f"{source.topology.layers_path}.")
+    reference = _run_layers(context, probe.hidden, probe, 0, last)
+    filled = []
+    for index in context.track(range(last), "measuring model errors"):
+        layer = StreamedLayer(source, index, source.layer(index), inputs)
+        statistics = next((s for s in measured if s.layer == index), None)
+        if statistics is not None:
+            count = statistics.num_experts
+            errors = {width: np.zeros(count) for width in measurement.widths}
+            experts: Any = layer.module.get_submodule(layer.moe.experts)
+            for expert, variants in measurement.quantised_experts(experts, routed_inputs(layer)):
+                for width, weights in variants:
+                    with _replaced(experts, expert, weights):
+                        output = _run_layers(context, probe.hidden, probe, index, last)
+                    errors[width][expert] = float((output - reference).float().norm())
+            filled.append(replace(statistics, quant_error=errors))
+        inputs.advance(layer.module, index)
+        probe.advance(layer.module, index)
+    source.free(f"{source.topology.layers_path}.")
+    return filled
+
+
+def _run_layers(
+    context: RunContext, hidden: Tensor, like: LayerInputs, start: int, stop: int
+) -> Tensor:
+    """Hidden states behind layer ``stop - 1``, from those in front of layer ``start``."""
+    passing = replace(like, hidden=hidden.clone())
+    for index in range(start, stop):
+        passing.advance(context.model.layer(index), index)
+    return passing.hidden
+
+
+@contextmanager
+def _replaced(experts: Any, expert: int, weights: ExpertWeights) -> Iterator[None]:
+    """Give an expert other weights for a while."""
+    own = {matrix: fused_weight(experts, matrix)[expert].clone() for matrix in MATRICES}
+    for matrix in MATRICES:
+        fused_weight(experts, matrix)[expert] = weights[matrix]
+    try:
+        yield
+    finally:
+        for matrix in MATRICES:
+            fused_weight(experts, matrix)[expert] = own[matrix]

@@ -1,0 +1,236 @@
+"""The grid: how a code, a scale and a zero-point code make a weight.
+
+    weight = scale · (code − zero),   zero = mid + (zero_code − mid) · ZERO_STEP[bits],
+    mid = (2^bits − 1) / 2
+
+Each row has one fp16 scale and one zero-point code of ``bits`` bits per group of ``group_size``
+columns; the last group may be shorter. A step below one spends the zero-point code on the
+neighbourhood of a symmetric grid, where the zero points of trained weights lie. At 1 bit the step
+is 0: the two levels are ±scale/2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mcsharp_sdk.quantization.packing import pack, packed_bytes, unpack
+
+ZERO_STEP: dict[int, float] = {1: 0.0, 2: 0.5, 3: 1.0, 4: 1.0, 8: 1.0}
+"""Bit width -> distance of neighbouring zero points, in units of the scale. Part of the format."""
+
+WIDTHS: tuple[int, ...] = tuple(ZERO_STEP)
+"""The bit widths that can be quantised to and stored."""
+
+SMALLEST_SCALE = float(torch.finfo(torch.float16).smallest_normal)
+LARGEST_SCALE = float(torch.finfo(torch.float16).max)
+
+
+def levels(bits: int) -> int:
+    """Number of codes of a width; ValueError if the width is not supported."""
+    if bits not in ZERO_STEP:
+        raise ValueError(f"no grid of {bits} bits; supported widths are {list(WIDTHS)}")
+    return int(2**bits)
+
+
+def group_count(columns: int, group_size: int) -> int:
+    """Groups in a row of ``columns`` columns; the last may be short."""
+    return -(-columns // group_size)
+
+
+def zero_points(zero_codes: Tensor, bits: int) -> Tensor:
+    """Zero points in units of the scale, fp32, from their codes (uint8, any shape)."""
+    middle = (levels(bits) - 1) / 2
+    step = ZERO_STEP[bits]
+    return zero_codes.float().mul_(step).add_(middle * (1 - step))
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Weights at one bit width, not yet packed.
+
+    Attributes
+    ----------
+    codes : uint8 [..., R, K], each below 2**bits.
+    scales : fp16 [..., R, G], G = ceil(K / group_size).
+    zeros : uint8 [..., R, G], zero-point codes, each below 2**bits.
+    bits : the width.
+    group_size : columns that share a scale and a zero point.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class QuantizedBatch:
+    """Weights of several experts, each at its own width.
+
+    Attributes
+    ----------
+    codes : uint8 [E, R, K]
+    scales : fp16 [E, R, G]
+    zeros : uint8 [E, R, G], zero-point codes.
+    bits : the width of each expert, length E.
+    group_size : columns that share a scale and a zero point.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bits: tuple[int, ...]
+    group_size: int
+
+    def __len__(self) -> int:
+        return len(self.bits)
+
+    def expert(self, index: int) -> QuantizedWeight:
+        """One expert's weight, [R, K]."""
+        return QuantizedWeight(
+            self.codes[index],
+            self.scales[index],
+            self.zeros[index],
+            self.bits[index],
+            self.group_size,
+        )
+
+    def of_width(self, bits: int) -> tuple[list[int], QuantizedWeight]:
+        """Indices (ascending) of the experts of one width, and their weights [n, R, K]."""
+        chosen = [e for e, width in enumerate(self.bits) if width == bits]
+        return chosen, QuantizedWeight(
+            self.codes[chosen], self.scales[chosen], self.zeros[chosen], bits, self.group_size
+        )
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """All experts' weights, [E, R, K]."""
+        out = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        for index in range(len(self)):
+            out[index] = dequantise(self.expert(index))
+        return out
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Weights at one width as stored.
+
+    Attributes
+    ----------
+    qweight : uint8 [..., R, packed_bytes(K, bits)], packed along the columns.
+    scales : fp16 [..., R, G]
+    zeros : uint8 [..., G, packed_bytes(R, bits)], zero-point codes packed along the rows.
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+
+def dequantise(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights that the codes stand for, [..., R, K]; computed in fp32, rounded once to ``dtype``."""
+    zeros = zero_points(weight.zeros, weight.bits)
+    return _scale_codes(weight.codes, weight.scales.float(), zeros, weight.group_size, dtype)
+
+
+def pack_weight(weight: QuantizedWeight) -> PackedWeight:
+    """Pack codes along the columns and zero-point codes along the rows."""
+    return PackedWeight(
+        pack(weight.codes, weight.bits),
+        weight.scales.contiguous(),
+        pack(weight.zeros.transpose(-1, -2), weight.bits),
+    )
+
+
+def unpack_weight(
+    packed: PackedWeight, *, bits: int, group_size: int, columns: int
+) -> QuantizedWeight:
+    """Inverse of :func:`pack_weight`; ``columns`` is K, the number of rows follows from the scales."""
+    rows = packed.scales.shape[-2]
+    zeros = unpack(packed.zeros, bits, rows).transpose(-1, -2)
+    return QuantizedWeight(
+        unpack(packed.qweight, bits, columns), packed.scales, zeros, bits, group_size
+    )
+
+
+def dequantise_packed(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Weights from their stored form, for one matrix, a batch of them, or a slice of rows.
+
+    Parameters
+    ----------
+    qweight, scales, zeros : as in :class:`PackedWeight`. For the rows r0 to r1 of a matrix (r0 a
+        multiple of 128, r1 too or the end) give ``qweight[..., r0:r1, :]``,
+        ``scales[..., r0:r1, :]`` and ``zeros[..., packed_bytes(r0, bits):packed_bytes(r1, bits)]``.
+    columns : K.
+    dtype : of the result; arithmetic is fp32.
+
+    Returns
+    -------
+    [..., R, K] of ``dtype``.
+    """
+    weight = unpack_weight(
+        PackedWeight(qweight, scales, zeros), bits=bits, group_size=group_size, columns=columns
+    )
+    return dequantise(weight, dtype)
+
+
+def packed_rows(packed: PackedWeight, bits: int, start: int, stop: int) -> PackedWeight:
+    """Views of the rows ``start`` to ``stop``; ``start`` a multiple of 128, ``stop`` too or the end."""
+    return PackedWeight(
+        packed.qweight[..., start:stop, :],
+        packed.scales[..., start:stop, :],
+        packed.zeros[..., packed_bytes(start, bits) : packed_bytes(stop, bits)],
+    )
+
+
+def stored_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
+    """Bytes of one packed matrix: codes, scales and zero points."""
+    groups = group_count(columns, group_size)
+    codes = rows * packed_bytes(columns, bits)
+    return codes + rows * groups * 2 + groups * packed_bytes(rows, bits)
+
+
+def check_widths(bits: Sequence[int], experts: int) -> tuple[int, ...]:
+    """``bits`` as a tuple, one supported width per expert; ValueError otherwise."""
+    widths = tuple(int(width) for width in bits)
+    if len(widths) != experts:
+        raise ValueError(f"{experts} experts need as many widths, got {len(widths)}")
+    for width in widths:
+        levels(width)
+    return widths
+
+
+def _scale_codes(
+    codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """scale · (code − zero) group by group; scales and zeros fp32 [..., R, G]."""
+    columns = codes.shape[-1]
+    full = columns // group_size
+    out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    if full:
+        split = (full, group_size)
+        body = out[..., : full * group_size].unflatten(-1, split)
+        torch.sub(
+            codes[..., : full * group_size].unflatten(-1, split),
+            zeros[..., :full, None],
+            out=body,
+        )
+        body.mul_(scales[..., :full, None])
+    if full * group_size < columns:
+        tail = out[..., full * group_size :]
+        torch.sub(codes[..., full * group_size :], zeros[..., full:], out=tail)
+        tail.mul_(scales[..., full:])
+    return out.to(dtype)

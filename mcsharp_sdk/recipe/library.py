@@ -1,0 +1,63 @@
+"""The recipes that come with the package, by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.recipe.document import suggestion
+from mcsharp_sdk.recipe.schema import Recipe
+
+_SUFFIX = ".yaml"
+
+
+def packaged() -> dict[str, str]:
+    """Name -> YAML text of each recipe of the package, sorted by name."""
+    entries = [e for e in files("mcsharp_recipes").iterdir() if e.name.endswith(_SUFFIX)]
+    named = {entry.name.removesuffix(_SUFFIX): entry for entry in entries}
+    return {name: named[name].read_text(encoding="utf-8") for name in sorted(named)}
+
+
+def packaged_text(name: str) -> str:
+    """The text of a recipe of the package.
+
+    Raises
+    ------
+    InputError
+        If there is none of that name.
+    """
+    recipes = packaged()
+    found = recipes.get(name.removesuffix(_SUFFIX))
+    if found is None:
+        near = suggestion(name, recipes, otherwise="there are ")
+        raise InputError(f"no recipe '{name}' comes with the package{near}")
+    return found
+
+
+def open_recipe(
+    reference: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] = os.environ,
+) -> Recipe:
+    """The recipe in a file or, where there is no such file, the package's recipe of that name.
+
+    File names in a recipe of the package are relative to the current folder.
+
+    Raises
+    ------
+    InputProblems, InputError
+        If there is neither, or the recipe is wrong.
+    """
+    path = Path(reference)
+    name = path.name.removesuffix(_SUFFIX)
+    if path.exists() or path.parent != Path() or (path.suffix and name not in packaged()):
+        return Recipe.from_file(path, overrides, environ)
+    if name not in packaged():
+        near = suggestion(name, packaged(), otherwise="the package has ")
+        raise InputError(f"there is no recipe file '{path}' here{near}")
+    return Recipe.from_text(
+        packaged_text(name), f"{name}{_SUFFIX}", overrides=overrides, environ=environ
+    )

@@ -1,0 +1,117 @@
+"""Settings changed from the command line: ``stages.BitAllocation.target_bits=2.0``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mcsharp_sdk.recipe.document import Document, Finding, Location, Place, path_text, suggestion
+from mcsharp_sdk.recipe.yaml_text import parse_value
+
+_STEP = re.compile(r"\.?(?:\[(?P<index>[0-9]{1,6})\]|(?P<name>[^.\[\]=]+))")
+
+
+class BadOverride(ValueError):
+    """An override that cannot be read, or whose target is not there, and what to do."""
+
+
+@dataclass(frozen=True)
+class Override:
+    """One assignment: ``text`` as given, the steps to its target, and the new value."""
+
+    text: str
+    steps: tuple[str, ...]
+    value: Any
+
+
+def parse_override(text: str) -> Override:
+    """Read ``target=value``; the value is YAML, e.g. ``2.0``, ``gptq``, ``[1, 2]``.
+
+    Raises
+    ------
+    BadOverride
+    """
+    target, equals, written = text.partition("=")
+    if not equals or not target.strip():
+        raise BadOverride("write it as target=value, e.g. stages.BitAllocation.target_bits=2.0")
+    try:
+        value = parse_value(written)
+    except ValueError as error:
+        raise BadOverride(f"the value cannot be read: {error}") from None
+    return Override(text, tuple(_steps(target.strip())), value)
+
+
+def _steps(target: str) -> Iterator[str]:
+    position = 0
+    while position < len(target):
+        match = _STEP.match(target, position)
+        if match is None:
+            raise BadOverride(f"'{target}' is no target: write e.g. stages[1].target_bits")
+        yield match["index"] or match["name"]
+        position = match.end()
+
+
+def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
+    """Change the document's data; overrides that do not fit become findings.
+
+    Each changed entry is placed at its override, so that later findings about it say so.
+    """
+    for text in overrides:
+        try:
+            override = parse_override(text)
+            location = _target(document.data, override.steps)
+            _assign(document.data, location, override.value)
+        except BadOverride as error:
+            document.findings.append(Finding((), str(error), override=text))
+            continue
+        document.forget(location)
+        document.places[location] = Place(0, 0, text)
+        document.changed = True
+
+
+def _target(data: Any, steps: Sequence[str]) -> Location:
+    """Where the steps lead in the data; the last may name a setting that is not written yet."""
+    location: Location = ()
+    for step in steps[:-1]:
+        location = (*location, _existing(data, step, location))
+        data = data[location[-1]]
+    if isinstance(data, dict):
+        return (*location, steps[-1])
+    return (*location, _existing(data, steps[-1], location))
+
+
+def _existing(data: Any, step: str, location: Location) -> str | int:
+    where = path_text(location) or "the recipe"
+    if isinstance(data, list):
+        return _item(data, step, where)
+    if not isinstance(data, dict):
+        raise BadOverride(f"{where} has no entries, so there is no '{step}' in it")
+    if step not in data:
+        near = suggestion(step, data, otherwise="there are ")
+        raise BadOverride(f"{where} has no '{step}'{near}")
+    return step
+
+
+def _item(items: list[Any], step: str, where: str) -> int:
+    """The index that a step means: a number, or the type of an item that no other item has."""
+    if step.isdecimal() and step.isascii():
+        if int(step) < len(items):
+            return int(step)
+        raise BadOverride(f"{where} has {len(items)} entries, counted from 0: there is no [{step}]")
+    types = [item.get("type") if isinstance(item, dict) else None for item in items]
+    found = [index for index, kind in enumerate(types) if kind == step]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        choice = " or ".join(f"{where}[{index}]" for index in found)
+        raise BadOverride(f"{where} has {len(found)} of type '{step}': write {choice}")
+    near = suggestion(step, {t for t in types if isinstance(t, str)}, otherwise="there are ")
+    raise BadOverride(f"{where} has no '{step}'{near}")
+
+
+def _assign(data: Any, location: Location, value: Any) -> None:
+    for part in location[:-1]:
+        data = data[part]
+    data[location[-1]] = value

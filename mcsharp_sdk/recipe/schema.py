@@ -1,0 +1,141 @@
+"""The recipe: calibration, a list of stages, a list of exporters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from mcsharp_sdk.recipe.consistency import misfits
+from mcsharp_sdk.recipe.document import Document
+from mcsharp_sdk.recipe.elements import CalibrationSettings, Export, Stage, errors_at
+from mcsharp_sdk.recipe.load import checked, read_text
+from mcsharp_sdk.recipe.overrides import apply_overrides
+from mcsharp_sdk.recipe.yaml_text import dump, parse
+
+_DEFAULT_EXPORTS: Any = ({"type": "safetensors"},)
+
+
+class Recipe(BaseModel):
+    """What to do to a model: stages in order, and how to write the result down.
+
+    A recipe is checked in full when it is made: a stage finds what it needs among what earlier
+    stages make, files that it names exist (they may be relative to the recipe's folder).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Annotated[Literal[1], Field(description="Version of the recipe format.")]
+    calibration: Annotated[
+        CalibrationSettings | None, Field(description="The text that the stages measure with.")
+    ] = None
+    stages: Annotated[tuple[Stage, ...], Field(description="The work, in this order.")]
+    exports: Annotated[
+        tuple[Export, ...],
+        Field(description="Ways to write the result down.", validate_default=True),
+    ] = _DEFAULT_EXPORTS
+
+    _name: str = PrivateAttr(default="recipe")
+    _source: str = PrivateAttr(default="")
+    _as_run: str = PrivateAttr(default="")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        if not self.stages:
+            raise errors_at((("stages",), "at least one stage is needed"))
+        found = misfits(
+            self.stages,
+            self.exports,
+            calibrated=self.calibration is not None,
+            exports_given="exports" in self.model_fields_set,
+        )
+        if found:
+            raise errors_at(*((finding.location, finding.message) for finding in found))
+        return self
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | os.PathLike[str],
+        overrides: Sequence[str] = (),
+        environ: Mapping[str, str] = os.environ,
+    ) -> Recipe:
+        """Read a recipe file.
+
+        Parameters
+        ----------
+        path : the YAML file; file names in it are relative to its folder.
+        overrides : assignments such as ``stages.BitAllocation.target_bits=2.0``.
+        environ : where ``${NAME}`` in the file's values is looked up.
+
+        Raises
+        ------
+        InputProblems
+            With everything that is wrong, each with its line.
+        """
+        path = Path(path)
+        text = read_text(path)
+        folder = path.absolute().parent
+        return cls.from_text(text, str(path), overrides=overrides, environ=environ, base=folder)
+
+    @classmethod
+    def from_text(
+        cls,
+        text: str,
+        name: str = "recipe.yaml",
+        *,
+        overrides: Sequence[str] = (),
+        environ: Mapping[str, str] = os.environ,
+        base: Path | None = None,
+    ) -> Recipe:
+        """Read a recipe from YAML text; relative file names start in ``base`` (default: here)."""
+        document = parse(text, Path(name).name or name, name, environ)
+        return cls._checked(document, overrides, base)
+
+    @classmethod
+    def from_dict(
+        cls,
+        data: Mapping[str, Any],
+        *,
+        overrides: Sequence[str] = (),
+        base: Path | None = None,
+    ) -> Recipe:
+        """Make a recipe of plain data; relative file names start in ``base`` (default: here)."""
+        return cls._checked(Document("", "recipe", data=deepcopy(dict(data))), overrides, base)
+
+    @classmethod
+    def _checked(cls, document: Document, overrides: Sequence[str], base: Path | None) -> Recipe:
+        apply_overrides(document, overrides)
+        recipe = checked(document, base or Path.cwd(), cls)
+        recipe._name = document.subject
+        recipe._source = document.text
+        if document.text:
+            recipe._as_run = dump(document.data) if document.changed else document.text
+        return recipe
+
+    @property
+    def name(self) -> str:
+        """The file that the recipe was read from, as it was given."""
+        return self._name
+
+    @property
+    def source(self) -> str:
+        """The exact text that the recipe was read from; empty if it was made of data."""
+        return self._source
+
+    @property
+    def as_run(self) -> str:
+        """YAML text of the recipe as it runs.
+
+        The source itself, comments and all, if nothing was changed by overrides or the
+        environment; else what was written with those changes put in.
+        """
+        return self._as_run or dump(self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """All settings as plain data, defaults and absolute paths included: for fingerprints."""
+        return self.model_dump(mode="json")

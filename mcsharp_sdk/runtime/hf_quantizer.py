@@ -1,0 +1,151 @@
+"""The transformers plug-in: with it, ``from_pretrained`` loads and runs compressed models."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.quantizers import (
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.topology import read_topology
+from mcsharp_sdk.runtime.layout import INDEX_FILE, METHOD, WEIGHTS_NAME, PackedLayout
+from mcsharp_sdk.runtime.modules import PackedLinear, pack_experts_module
+from mcsharp_sdk.runtime.saving import rename_weight_files
+
+
+@register_quantization_config(METHOD)
+class McSharpConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a compressed model; see :mod:`mcsharp_sdk.runtime.layout`."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.quant_method = METHOD
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def layout(self) -> PackedLayout:
+        """The layout that the settings describe; InputError if they are malformed."""
+        return PackedLayout.from_dict(self.to_dict())
+
+
+@register_quantizer(METHOD)
+class McSharpQuantizer(HfQuantizer):
+    """Puts packed modules in place before the weights are loaded."""
+
+    requires_calibration = True
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before weight files are looked for: name ours."""
+        config.transformers_weights = INDEX_FILE
+        return config
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        pack_modules(model, self.quantization_config.layout())
+        return model
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        """None: tensors are stored under their names in the module tree."""
+        return []
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model._weight_conversions = []
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.requires_grad_(False)
+        make_savable(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def pack_modules(model: Any, layout: PackedLayout) -> None:
+    """Replace the modules that ``layout`` names by packed ones, in place, with empty tensors.
+
+    Raises
+    ------
+    InputError
+        If the layout does not fit the model: other layers, experts or linears.
+    """
+    topology = read_topology(model, model.config)
+    if set(layout.experts) != set(topology.moe):
+        raise InputError(
+            f"quantization_config has experts in decoder layers {sorted(layout.experts)}, "
+            f"but the model in {sorted(topology.moe)}"
+        )
+    found: set[str] = set()
+    for index, layer in enumerate(model.get_submodule(topology.layers_path)):
+        for name in topology.linears[index]:
+            if name in layout.linears:
+                found.add(name)
+                _pack_linear(layer, name, layout)
+        if index in topology.moe:
+            block = topology.moe[index]
+            bits = layout.experts[index]
+            if len(bits) != block.num_experts:
+                raise InputError(
+                    f"quantization_config gives {len(bits)} widths to the {block.num_experts} "
+                    f"experts of decoder layer {index}"
+                )
+            pack_experts_module(layer.get_submodule(block.experts), bits, layout.group_size)
+    if missing := sorted(set(layout.linears) - found):
+        raise InputError(f"quantization_config names linears that the model lacks: {missing}")
+
+
+def _pack_linear(layer: nn.Module, name: str, layout: PackedLayout) -> None:
+    linear = layer.get_submodule(name)
+    packed = PackedLinear(
+        linear.in_features, linear.out_features, layout.linears[name], layout.group_size, linear.bias
+    )
+    layer.set_submodule(name, packed)
+
+
+class CompressedModelMixin:
+    """What a compressed model does differently from its stock class."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save under the file names of compressed models, so that it can be loaded again.
+
+        Raises
+        ------
+        InputError
+            With ``push_to_hub=True``: save first, then upload the folder.
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise InputError("save the compressed model first, then upload its folder")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            super().save_pretrained(temporary, **kwargs)  # type: ignore[misc]
+            rename_weight_files(Path(temporary), WEIGHTS_NAME)
+            for file in sorted(Path(temporary).iterdir()):
+                shutil.move(file, folder / file.name)
+
+
+_SAVABLE_CLASSES: dict[type, type] = {}
+
+
+def make_savable(model: Any) -> None:
+    """Give a loaded compressed model its own ``save_pretrained``; the class keeps its name."""
+    original = type(model)
+    if issubclass(original, CompressedModelMixin):
+        return
+    if original not in _SAVABLE_CLASSES:
+        names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+        _SAVABLE_CLASSES[original] = type(
+            original.__name__, (CompressedModelMixin, original), names
+        )
+    model.__class__ = _SAVABLE_CLASSES[original]

@@ -1,0 +1,143 @@
+"""What a compressed model's ``config.json`` says about its packed tensors, and their names.
+
+The one place where the stored format is written down:
+
+- ``experts``: decoder layer index -> bit width of each routed expert. The experts of one width
+  are stacked in a bucket ``<experts>.width_<b>``, in ascending order of expert.
+- ``linears``: path of a linear layer, relative to the decoder layer -> its width; it holds for
+  every decoder layer that has such a linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.experts import MATRICES, Matrix
+from mcsharp_sdk.quantization.grid import WIDTHS, PackedWeight, group_count
+from mcsharp_sdk.quantization.packing import packed_bytes
+
+METHOD = "mcsharp"
+FORMAT_VERSION = 1
+WEIGHTS_NAME = "mcsharp"
+"""Weight files are ``mcsharp-00001-of-0000N.safetensors`` with an index, never ``model…``:
+so transformers without this package finds no weights instead of leaving experts random."""
+
+INDEX_FILE = f"{WEIGHTS_NAME}.safetensors.index.json"
+TENSORS = ("qweight", "scales", "zeros")
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Which tensors are packed, and how.
+
+    Attributes
+    ----------
+    group_size : columns that share a scale and a zero point.
+    experts : decoder layer -> width per expert.
+    linears : path relative to the decoder layer -> width.
+    """
+
+    group_size: int
+    experts: Mapping[int, tuple[int, ...]]
+    linears: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ``quantization_config`` of ``config.json``."""
+        return {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "group_size": self.group_size,
+            "experts": {str(layer): list(bits) for layer, bits in self.experts.items()},
+            "linears": dict(self.linears),
+        }
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> PackedLayout:
+        """Read a ``quantization_config``.
+
+        Raises
+        ------
+        InputError
+            If it is of another version, or not what ``to_dict`` writes.
+        """
+        version = config.get("format_version")
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"quantization_config has format_version {version!r}; this mcsharp_sdk reads "
+                f"version {FORMAT_VERSION}"
+            )
+        try:
+            layout = cls(
+                group_size=int(config["group_size"]),
+                experts={
+                    int(layer): tuple(int(b) for b in bits)
+                    for layer, bits in config["experts"].items()
+                },
+                linears={str(name): int(bits) for name, bits in config["linears"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"quantization_config is malformed: {error!r}") from error
+        widths = {b for bits in layout.experts.values() for b in bits} | set(layout.linears.values())
+        if layout.group_size < 1 or not widths <= set(WIDTHS):
+            raise InputError(
+                f"quantization_config asks for group size {layout.group_size} and widths "
+                f"{sorted(widths)}; group sizes from 1 and widths of {list(WIDTHS)} are stored"
+            )
+        return layout
+
+
+def members(bits: Sequence[int]) -> dict[int, list[int]]:
+    """Width -> the experts that have it, both ascending."""
+    return {width: [e for e, b in enumerate(bits) if b == width] for width in sorted(set(bits))}
+
+
+def bucket_name(width: int) -> str:
+    """Name of the module that stacks the experts of one width."""
+    return f"width_{width}"
+
+
+def tensor_name(matrix: Matrix, part: str) -> str:
+    """Name of a bucket's tensor: ``part`` (one of ``TENSORS``) of ``matrix``."""
+    return f"{matrix}_{part}"
+
+
+def empty_packed(rows: int, columns: int, bits: int, group_size: int, *batch: int) -> PackedWeight:
+    """Uninitialised tensors of one packed matrix [R, K], or of a stack of them."""
+    groups = group_count(columns, group_size)
+    return PackedWeight(
+        torch.empty(*batch, rows, packed_bytes(columns, bits), dtype=torch.uint8),
+        torch.empty(*batch, rows, groups, dtype=torch.float16),
+        torch.empty(*batch, groups, packed_bytes(rows, bits), dtype=torch.uint8),
+    )
+
+
+def expert_tensors(
+    path: str, bits: Sequence[int], packed: Mapping[Matrix, Sequence[PackedWeight]]
+) -> dict[str, Tensor]:
+    """Name -> tensor of one layer's experts, stacked into buckets.
+
+    Parameters
+    ----------
+    path : module path of the experts.
+    bits : width per expert.
+    packed : matrix -> one packed weight per expert.
+    """
+    return {
+        f"{path}.{bucket_name(width)}.{tensor_name(matrix, part)}": torch.stack(
+            [getattr(packed[matrix][e], part) for e in experts]
+        )
+        for width, experts in members(bits).items()
+        for matrix in MATRICES
+        for part in TENSORS
+    }
+
+
+def linear_tensors(path: str, packed: PackedWeight) -> dict[str, Tensor]:
+    """Name -> tensor of one packed linear layer."""
+    return {f"{path}.{part}": getattr(packed, part) for part in TENSORS}

@@ -1,0 +1,170 @@
+"""The modules that a compressed model is made of.
+
+Packed tensors are parameters (uint8, no gradient), since buffers are not offloaded; and they are
+read inside the ``forward`` of the module that owns them, since offloading fetches them only there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mcsharp_sdk.kernels import PackedMatrix, packed_linear
+from mcsharp_sdk.models.experts import (
+    MATRICES,
+    Matrix,
+    activate,
+    finish,
+    fused_weight,
+    parameter_name,
+)
+from mcsharp_sdk.quantization.grid import PackedWeight
+from mcsharp_sdk.runtime.layout import TENSORS, bucket_name, empty_packed, members, tensor_name
+
+
+def _register(module: nn.Module, packed: PackedWeight, name: Callable[[str], str]) -> None:
+    for part in TENSORS:
+        parameter = nn.Parameter(getattr(packed, part), requires_grad=False)
+        module.register_parameter(name(part), parameter)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight is packed.
+
+    Parameters
+    ----------
+    in_features, out_features : K and R.
+    bits, group_size : of the weight.
+    bias : the bias as it was, or None.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bits: int, group_size: int, bias: Tensor | None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size = bits, group_size
+        packed = empty_packed(out_features, in_features, bits, group_size)
+        _register(self, packed, str)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., R], in x's dtype."""
+        matrix = PackedMatrix.of(
+            self.qweight, self.scales, self.zeros, self.bits, self.group_size, self.in_features
+        )
+        out = packed_linear(x, matrix)
+        return out if self.bias is None else out + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group_size}"
+
+
+class ExpertBucket(nn.Module):
+    """The experts of one layer that share a bit width, stacked.
+
+    Parameters
+    ----------
+    experts : which experts of the layer these are, ascending.
+    shapes : matrix -> (rows, columns).
+    """
+
+    def __init__(
+        self, experts: Sequence[int], shapes: dict[Matrix, tuple[int, int]], bits: int, group: int
+    ) -> None:
+        super().__init__()
+        self.experts = tuple(experts)
+        self.columns = {matrix: shape[1] for matrix, shape in shapes.items()}
+        self.bits, self.group_size = bits, group
+        for matrix, (rows, columns) in shapes.items():
+            packed = empty_packed(rows, columns, bits, group, len(self.experts))
+            _register(self, packed, lambda part, matrix=matrix: tensor_name(matrix, part))
+
+    def matrix(self, matrix: Matrix, slot: int) -> PackedMatrix:
+        """One expert's matrix; ``slot`` counts the experts of this bucket."""
+        tensors = (getattr(self, tensor_name(matrix, part))[slot] for part in TENSORS)
+        return PackedMatrix.of(*tensors, self.bits, self.group_size, self.columns[matrix])
+
+    def forward(self, tokens: Sequence[Tensor], owner: Any) -> list[Tensor]:
+        """Run each expert of the bucket on its own tokens.
+
+        Parameters
+        ----------
+        tokens : one [n, hidden] per expert of the bucket; n may be 0.
+        owner : the experts module, which knows activation, biases and norms.
+
+        Returns
+        -------
+        one [n, hidden] per expert.
+        """
+        outputs = []
+        for slot, (expert, x) in enumerate(zip(self.experts, tokens, strict=True)):
+            if x.shape[0]:
+                inner = activate(owner, packed_linear(x, self.matrix("gate_up", slot)), expert)
+                x = finish(owner, packed_linear(inner, self.matrix("down", slot)), expert)
+            outputs.append(x)
+        return outputs
+
+    def extra_repr(self) -> str:
+        return f"experts={list(self.experts)}, bits={self.bits}, group={self.group_size}"
+
+
+class PackedExpertsMixin:
+    """Forward of an experts module whose fused weights have become buckets."""
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum of the selected experts.
+
+        Parameters
+        ----------
+        hidden : [T, hidden]
+        top_k_index : int64 [T, k]; ``num_experts`` marks a dropped slot, which costs nothing.
+        top_k_weights : [T, k]
+        """
+        out = torch.zeros_like(hidden)
+        slots = top_k_index.reshape(-1)
+        order = torch.argsort(slots, stable=True)
+        k = top_k_index.shape[1]
+        counts = torch.bincount(slots, minlength=self.num_experts + 1).tolist()
+        places = order.split(counts)
+        weights = top_k_weights.reshape(-1, 1)
+        for bucket in self._buckets():
+            taken = [places[e] for e in bucket.experts]
+            results = bucket([hidden[place // k] for place in taken], self)
+            for place, result in zip(taken, results, strict=True):
+                weighted = result * weights[place]
+                out.index_add_(0, place // k, weighted.to(out.dtype))
+        return out
+
+    def _buckets(self) -> list[ExpertBucket]:
+        return [m for m in self.children() if isinstance(m, ExpertBucket)]  # type: ignore[attr-defined]
+
+
+_PACKED_CLASSES: dict[type, type] = {}
+
+
+def pack_experts_module(experts: Any, bits: Sequence[int], group_size: int) -> None:
+    """Turn a fused experts module into a packed one, in place; the packed tensors are empty.
+
+    The instance stays, so that its activation, biases, limits and norms do; only its fused weights
+    go and its class gains :class:`PackedExpertsMixin`.
+    """
+    shapes: dict[Matrix, tuple[int, int]] = {}
+    for matrix in MATRICES:
+        _, rows, columns = fused_weight(experts, matrix).shape
+        shapes[matrix] = (rows, columns)
+    for matrix in MATRICES:
+        del experts._parameters[parameter_name(experts, matrix)]
+    for width, chosen in members(bits).items():
+        experts.add_module(bucket_name(width), ExpertBucket(chosen, shapes, width, group_size))
+    original = type(experts)
+    if original not in _PACKED_CLASSES:
+        _PACKED_CLASSES[original] = type(
+            f"Packed{original.__name__}", (PackedExpertsMixin, original), {}
+        )
+    experts.__class__ = _PACKED_CLASSES[original]
+    # The family's weight initialisation would look for the fused weights.
+    experts._is_hf_initialized = True
