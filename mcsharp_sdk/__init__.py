@@ -9,8 +9,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import wrapt
+
 from mcsharp_sdk._version import __version__
-from mcsharp_sdk.runtime import hf_quantizer as _plug_in  # noqa: F401  registers itself
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.export import export
@@ -30,6 +31,12 @@ _HOMES = {
     "export": "mcsharp_sdk.engine.export",
     "plan": "mcsharp_sdk.engine.plan",
 }
+
+
+@wrapt.when_imported("transformers.modeling_utils")
+def _plug_in(_: Any) -> None:
+    """Register the format with transformers as soon as that is there; it takes seconds to import."""
+    import_module("mcsharp_sdk.runtime.hf_quantizer")
 
 
 def __getattr__(name: str) -> Any:

@@ -76,7 +76,7 @@ def error_norm_cost(
 def frequency_cost(
     factors: Factors, exponents: Exponents, rng: np.random.Generator | None = None
 ) -> FloatArray:
-    """φ · 4^-b: an error that falls by four with each bit, as rounding noise does, times how often."""
+    """φ · 4^-b: how often it is used, times an error that falls like rounding noise."""
     return _falling(shares("activation_count", factors.activation_count), factors.widths)
 
 
@@ -138,7 +138,7 @@ def spend_all(
     budget_rule: BudgetRule = "at_most",
     at_least: Mapping[int, int] = NONE_REQUIRED,
 ) -> NDArray[np.int64]:
-    """Least cost with as many bits as the budget allows, for costs that do not fall with the width."""
+    """Least cost with as many bits as the budget allows, for costs unrelated to the width."""
     most = check_budget(len(cost), widths, budget, budget_rule=budget_rule, at_least=at_least)
     return solve_bit_allocation(cost, widths, most, budget_rule="exact", at_least=at_least)
 

@@ -37,13 +37,19 @@ if TYPE_CHECKING:
 Table = list[list[int]]
 OPEN_CHOICES = 24
 """Choices beyond one per expert in the first core: few enough for milliseconds."""
-OBJECTIVE_BITS = 52
-"""Size of an objective: CP-SAT reports values and bounds as floats, exact up to 53 bits."""
+OBJECTIVE_BITS = 40
+"""Size of one objective: CP-SAT reports bounds as floats, and proves small numbers sooner."""
+EFFORT = 60.0
+"""Deterministic time after which CP-SAT gives up, so that no program runs for ever."""
+PRICE_ROUNDS = 2
+"""Rounds over the prizes where there are several."""
+PRIZE_BITS = 64
+"""Digits to which a prize is found."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """The constraints: candidate widths, ascending; bits to use; width -> experts that must have it."""
+    """Candidate widths, ascending; bits to use; width -> experts that must have it."""
 
     widths: tuple[int, ...]
     budget: int
@@ -89,7 +95,7 @@ def solve_exactly(cost: NDArray[np.float64], program: Program) -> list[int]:
         if chosen is None:
             if limit == ranked[-1]:
                 raise RunError("the bit allocation has no solution")
-            size *= 2
+            size += size - len(excess)
             limit = ranked[min(size, len(ranked)) - 1]
             continue
         value = _value(chosen, excess, prices, program)
@@ -132,24 +138,40 @@ def _unique_keys(cost: Table, widths: tuple[int, ...]) -> Table:
 
 
 def _prices(keys: Table, program: Program) -> Prices:
-    """Good multipliers; any would be right, these leave a small core.
+    """Good multipliers; any would be right, these leave a small core."""
+    prizes = dict.fromkeys(program.at_least, 0)
+    for _ in range(PRICE_ROUNDS if len(prizes) > 1 else 1):
+        for width in prizes:
+            prizes[width] = _prize(width, prizes, keys, program)
+    return _with_prizes(prizes, keys, program)
 
-    Two rounds of coordinate ascent: the price of a bit where the relaxed program meets the budget,
-    then for each required width the prize at which enough experts take it.
-    """
-    prices = Prices(_price_of_bit(keys, program), dict.fromkeys(program.at_least, 0))
-    for _ in range(2):
-        for width, count in program.at_least.items():
-            others = Prices(prices.bit, {**prices.width, width: 0})
-            j = program.widths.index(width)
-            gaps = sorted(row[j] for row in _excess(keys, others, program))
-            prices.width[width] = gaps[count - 1] if count else 0
-        rewarded = [
-            [key - prices.width.get(w, 0) for key, w in zip(row, program.widths, strict=True)]
-            for row in keys
-        ]
-        prices = Prices(_price_of_bit(rewarded, program), prices.width)
-    return prices
+
+def _prize(width: int, prizes: Mapping[int, int], keys: Table, program: Program) -> int:
+    """Least prize, to some digits, at which as many experts take ``width`` as are required."""
+    j = program.widths.index(width)
+
+    def enough(prize: int) -> bool:
+        prices = _with_prizes({**prizes, width: prize}, keys, program)
+        takers = sum(row[j] == 0 for row in _excess(keys, prices, program))
+        return takers >= program.at_least[width]
+
+    if enough(0):
+        return 0
+    low, high = 0, 1
+    ceiling = 2 * len(keys) * max(map(max, keys))
+    while high < ceiling and not enough(high):
+        low, high = high, high << 8
+    while high - low > max(1, high >> PRIZE_BITS):
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _with_prizes(prizes: Mapping[int, int], keys: Table, program: Program) -> Prices:
+    """These prizes and the price per bit that goes with them."""
+    offsets = [prizes.get(w, 0) for w in program.widths]
+    rewarded = [[key - o for key, o in zip(row, offsets, strict=True)] for row in keys]
+    return Prices(_price_of_bit(rewarded, program), dict(prizes))
 
 
 def _price_of_bit(keys: Table, program: Program) -> int:
@@ -255,6 +277,7 @@ def _minimise(model: cp_model.CpModel, terms: list[Term]) -> cp_model.CpSolver |
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
     solver.parameters.absolute_gap_limit = 0
+    solver.parameters.max_deterministic_time = EFFORT
     units = sum(term.most for term in terms)
     unseen = max((term.price.bit_length() for term in terms), default=0)
     plane = OBJECTIVE_BITS - units.bit_length() - 1
@@ -272,9 +295,12 @@ def _minimise(model: cp_model.CpModel, terms: list[Term]) -> cp_model.CpSolver |
         if status == cp_model.INFEASIBLE:
             return None
         if status != cp_model.OPTIMAL:
-            raise RunError(f"CP-SAT ended with {solver.status_name(status)}, not with a proof")
+            raise RunError(
+                f"CP-SAT ended with {solver.status_name(status)}, not with a proof of the best "
+                "bit allocation; fewer required widths (at_least) make it easier"
+            )
         least = solver.value(objective)
-        if solver.best_objective_bound != least:
+        if round(solver.best_objective_bound) != least:
             raise RunError(f"CP-SAT proved {solver.best_objective_bound:.0f}, but found {least}")
         if unseen == 0:
             return solver

@@ -46,8 +46,7 @@ def _checked(reference: str, model: Path | None, overrides: list[str]) -> Recipe
     if model is not None:
         from mcsharp_sdk.engine.plan import check_model
 
-        if problems := check_model(recipe, model):
-            raise InputProblems(recipe.name, problems)
+        check_model(recipe, model)
     return recipe
 
 

@@ -1,21 +1,28 @@
-"""``mcsharp evaluate``: perplexity and cost of a model folder."""
+"""mcsharp evaluate: perplexity and cost of a model folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from mcsharp_sdk.cli.options import JsonOption
+from mcsharp_sdk.cli.output import console, print_json, print_table
 
 if TYPE_CHECKING:
     from mcsharp_sdk.evaluation.evaluate import Evaluation
 
 
 def evaluate(
-    directory: Annotated[Path, typer.Argument(help="Model folder, compressed or not.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the model.")],
     text: Annotated[
         Path | None,
-        typer.Option(help="UTF-8 text to predict. Default: text that comes with Python."),
+        typer.Option(
+            metavar="FILE",
+            help="Text, JSON lines or parquet to predict. Default: text that Python carries.",
+        ),
     ] = None,
     window: Annotated[
         int | None,
@@ -26,52 +33,48 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: JsonOption = False,
 ) -> None:
-    """Measure perplexity, bits, bytes and activated experts of a model."""
-    from rich.console import Console
-    from rich.progress import track
+    """Measure perplexity, bits, bytes and activated experts of a model, compressed or not."""
+    from mcsharp_sdk.evaluation.evaluate import evaluate as measure
 
-    from mcsharp_sdk.evaluation.evaluate import evaluate as run
-
-    status = Console(stderr=True)
-    result = run(
+    result = measure(
         directory,
         text,
         window=window,
         max_tokens=max_tokens,
         device=device,
         dtype=dtype,
-        track=lambda windows: track(
-            windows, "windows", console=status, disable=not status.is_terminal, transient=True
-        ),
+        track=_progress,
     )
-    if as_json:
-        typer.echo(result.to_json())
+    if json:
+        print_json(result.to_json())
     else:
-        _print(result)
+        show_evaluation(result)
 
 
-def _print(result: Evaluation) -> None:
-    from rich.console import Console
+def show_evaluation(result: Evaluation) -> None:
+    """Print an evaluation for people."""
     from rich.filesize import decimal
-    from rich.table import Table
-    from rich.text import Text
 
-    windows = f"{result.windows} windows of {result.window}"
-    rows = {
-        "text": f"{result.text} ({result.tokens:,} tokens, {windows})",
-        "perplexity": f"{result.perplexity:.4g}",
-        "bits per quantised weight": f"{result.nominal_bits:.3f} nominal, "
-        f"{result.stored_bits:.3f} stored",
-        "size of the weights": decimal(result.bytes),
-        "activated experts": f"{result.activated_expert_ratio:.1%}",
-        "weights read per token": decimal(round(result.activated_bytes_per_token)),
-        "computed": f"in {result.dtype} on {result.device}, {result.seconds:.1f} s",
-    }
-    if not result.compressed:
-        rows["bits per quantised weight"] = f"not compressed ({result.stored_bits:.4g} stored)"
-    table = Table(title=Text(result.model), show_header=False, title_justify="left")
-    for name, value in rows.items():
-        table.add_row(name, Text(value))
-    Console().print(table)
+    bits = f"{result.nominal_bits:.3f} nominal, {result.stored_bits:.3f} stored"
+    computed = f"in {result.dtype} on {result.device} in {result.seconds:.1f} s"
+    facts = [
+        ("text", result.text),
+        ("tokens", f"{result.tokens:,} in {result.windows} windows of {result.window}"),
+        ("perplexity", f"{result.perplexity:.4g}"),
+        ("bits per weight", bits if result.compressed else f"{bits}; not compressed"),
+        ("weights on disk", decimal(result.bytes)),
+        ("activated experts", f"{result.activated_expert_ratio:.1%}"),
+        ("weights read per token", decimal(round(result.activated_bytes_per_token))),
+        ("computed", computed),
+    ]
+    print_table(result.model, ["", ""], facts)
+
+
+def _progress(windows: range) -> Iterable[int]:
+    """A bar on standard error, if that is a terminal."""
+    from rich.progress import track
+
+    status = console(stderr=True)
+    return track(windows, "windows", console=status, disable=not status.is_terminal, transient=True)

@@ -47,7 +47,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     for row in rows:
         table.add_row(*(escape(_cell(value)) for value in row))
     screen = console()
-    screen.print(table, width=None if screen.is_terminal else _width(columns, rows))
+    if not screen.is_terminal:
+        screen.width = max(_width(columns, rows), len(title))
+    screen.print(table)
 
 
 def _width(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> int:

@@ -1,8 +1,8 @@
-"""Text that every Python installation carries: the embedded model's training, calibration and evaluation text.
+"""Text that every Python installation carries, to train, calibrate and evaluate the embedded model.
 
-Read from the running Python: the language reference in ``pydoc_data.topics``, and the docstrings and
-source of the standard library. The wording differs a little between Python versions. It is under the
-PSF licence.
+Read from the running Python: the language reference in ``pydoc_data.topics``, and the docstrings
+and source of the standard library. The wording differs a little between Python versions. It is
+under the PSF licence.
 
 Whole modules are held out for evaluation: nothing of them is in the training or calibration text.
 """
@@ -65,9 +65,9 @@ _UNWANTED_FOLDERS = frozenset({"test", "tests", "_vendor", "__pycache__", "idle_
 
 @cache
 def training_text() -> str:
-    """What the embedded model is trained on: topics, docstrings, then source, held-out modules excluded.
+    """What the embedded model is trained on: :func:`calibration_text`, then source.
 
-    Docstrings appear twice, once as prose and once inside their source.
+    Nothing of the held-out modules. Docstrings appear twice, as prose and inside their source.
     """
     return SEPARATOR.join([calibration_text(), *_sources(held_out=False)])
 
@@ -93,7 +93,7 @@ def evaluation_text() -> str:
     InputError
         If this Python carries no standard library source.
     """
-    seen = _long_lines(training_text())
+    seen = _long_lines(SEPARATOR.join([*_topics(), *_sources(held_out=False)]))
     found = SEPARATOR.join(_docstrings(held_out=True)).split(SEPARATOR)
     return _joined([paragraph for paragraph in found if seen.isdisjoint(_long_lines(paragraph))])
 
@@ -109,7 +109,8 @@ def _joined(documents: list[str]) -> str:
 
 def _long_lines(text: str) -> set[str]:
     """Lines long enough that meeting one twice means that the text was copied."""
-    return {line.strip() for line in text.splitlines() if len(line.strip()) > 50}
+    lines = (line.strip(" \t\"'") for line in text.splitlines())
+    return {line for line in lines if len(line) > 50}
 
 
 def _library() -> Path:
@@ -146,19 +147,28 @@ def docstrings(source: str) -> str:
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return ""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
-    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-    found = (ast.get_docstring(node, clean=False) for node in nodes)
+    found = (ast.get_docstring(node, clean=False) for node in (tree, *_definitions(tree)))
     return SEPARATOR.join(dict.fromkeys(inspect.cleandoc(text).strip() for text in found if text))
+
+
+def _definitions(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Classes and functions below a node, in order; expressions, which hold none, are not visited."""
+    for block in ("body", "handlers", "cases", "orelse", "finalbody"):
+        for child in getattr(node, block, []):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield child
+            yield from _definitions(child)
 
 
 def _modules() -> Iterator[tuple[str, str]]:
     """(path within the library, text) of every wanted module, sorted by path."""
     library = _library()
-    relative = sorted(path.relative_to(library) for path in library.rglob("*.py"))
-    for path in relative:
-        if not _wanted(path):
+    if not library.is_dir():
+        return
+    tops = [entry for entry in library.iterdir() if _wanted(entry.name.removesuffix(".py"))]
+    found = (path for top in tops for path in ([top] if top.is_file() else top.rglob("*.py")))
+    for path in sorted(path.relative_to(library) for path in found):
+        if _UNWANTED_FOLDERS.intersection(path.parts):
             continue
         try:
             yield path.as_posix(), (library / path).read_text(encoding="utf-8")
@@ -166,13 +176,12 @@ def _modules() -> Iterator[tuple[str, str]]:
             continue  # an unreadable module is a missing module
 
 
-def _wanted(path: Path) -> bool:
-    top = _top(path.as_posix())
+def _wanted(top: str) -> bool:
+    """Whether a top-level module is read; other folders may hold any number of packages."""
     return (
         top in sys.stdlib_module_names
         and top not in LEFT_OUT
         and not top.startswith("_sysconfigdata")
-        and not _UNWANTED_FOLDERS.intersection(path.parts)
     )
 
 

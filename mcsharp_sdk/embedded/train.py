@@ -1,8 +1,8 @@
 """Make the embedded model: ``python -m mcsharp_sdk.embedded.train OUT``.
 
 Trains a byte-level BPE tokenizer and a small Mixtral on the text of the running Python (see
-``mcsharp_sdk.embedded.text``) and writes a model directory that stock ``transformers`` loads. The same
-Python, libraries, processor and seed give the same model. About half an hour on two cores.
+``mcsharp_sdk.embedded.text``) and writes a model directory that stock ``transformers`` loads. The
+same Python, libraries, processor, threads and seed give the same model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.moe import ExpertsInterface
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from mcsharp_sdk.embedded import text
 from mcsharp_sdk.embedded.card import model_card
@@ -28,7 +30,7 @@ from mcsharp_sdk.embedded.card import model_card
 WINDOW = 256
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 1536
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 192,
     "intermediate_size": 128,
     "num_hidden_layers": 5,
@@ -101,11 +103,13 @@ def new_model() -> MixtralForCausalLM:
     return MixtralForCausalLM(config)
 
 
-def batched_experts(experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def batched_experts(
+    experts: MixtralExperts, hidden: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
     """The experts as two batched products over tokens sorted by expert; for training.
 
-    Every expert's tokens are padded to one multiple of 256, so that few matrix shapes occur: preparing
-    a product for a new shape costs a CPU more than the padding.
+    Every expert's tokens are padded to one multiple of 256, so that few matrix shapes occur:
+    preparing a product for a new shape costs a CPU more than the padding.
 
     Parameters
     ----------
@@ -160,7 +164,9 @@ def batches(streams: list[tuple[Tensor, int]], generator: torch.Generator) -> It
         )
 
 
-def training_loss(model: MixtralForCausalLM, windows: Tensor, balance: float) -> tuple[Tensor, Tensor]:
+def training_loss(
+    model: MixtralForCausalLM, windows: Tensor, balance: float
+) -> tuple[Tensor, Tensor]:
     """(loss to minimise, its part that is the mean cross-entropy in nats)."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(input_ids=windows, use_cache=False, output_router_logits=True)
@@ -173,7 +179,7 @@ def training_loss(model: MixtralForCausalLM, windows: Tensor, balance: float) ->
 
 @torch.no_grad()
 def held_out_perplexity(model: nn.Module, stream: Tensor, batch: int = 16) -> float:
-    """Perplexity of a token stream in non-overlapping windows of WINDOW tokens; the tail is left out."""
+    """Perplexity of a token stream in non-overlapping windows of WINDOW tokens, less the tail."""
     windows = stream[: len(stream) // WINDOW * WINDOW].view(-1, WINDOW)
     total = 0.0
     for part in windows.split(batch):
@@ -197,7 +203,7 @@ def train(
     model: MixtralForCausalLM,
     streams: list[tuple[Tensor, int]],
     schedule: Schedule,
-    save: Callable[[int], None],
+    save: Callable[[int], object],
 ) -> None:
     """Train in place, printing progress; ``save(step)`` is called now and then."""
     ExpertsInterface.register("mcsharp_training", batched_experts)
@@ -217,7 +223,10 @@ def train(
         average = entropy.item() if step == 0 else 0.95 * average + 0.05 * entropy.item()
         if (step + 1) % 50 == 0:
             minutes = (time.monotonic() - began) / 60
-            print(f"step {step + 1}/{schedule.steps}  loss {average:.3f}  {minutes:.1f} min", flush=True)
+            print(
+                f"step {step + 1}/{schedule.steps}  loss {average:.3f}  {minutes:.1f} min",
+                flush=True,
+            )
         if (step + 1) % schedule.save_every == 0 and step + 1 < schedule.steps:
             save(step + 1)
     model.set_experts_implementation("eager")
@@ -227,7 +236,7 @@ def write(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pa
     """Save a bfloat16 copy and the tokenizer; returns the copy, read back and in float32."""
     copy = MixtralForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
-    copy.to(torch.bfloat16).save_pretrained(out)
+    copy.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
     return MixtralForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
 
@@ -242,36 +251,49 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    schedule = Schedule(steps=arguments.steps, seed=arguments.seed)
+    make(arguments.out, Schedule(steps=arguments.steps, seed=arguments.seed))
 
+
+def make(out: Path, schedule: Schedule) -> None:
+    """Train a model and write it to ``out``, with its card."""
     prose, everything = text.calibration_text(), text.training_text()
     tokenizer = train_tokenizer(prose)
-    stream, tail = encode(tokenizer, prose), encode(tokenizer, everything[len(prose) :])
+    stream, source = encode(tokenizer, prose), encode(tokenizer, everything[len(prose) :])
     held_out = encode(tokenizer, text.evaluation_text())
     from_prose = round(schedule.batch * schedule.prose_share)
-    streams = [(stream, from_prose), (tail, schedule.batch - from_prose)]
-    print(f"tokens: {len(stream)} prose, {len(tail)} source, {len(held_out)} held out", flush=True)
+    print(
+        f"tokens: {len(stream)} prose, {len(source)} source, {len(held_out)} held out", flush=True
+    )
 
     model = new_model()
+
+    def save(step: int) -> float:
+        perplexity = held_out_perplexity(write(model, tokenizer, out), held_out)
+        print(f"step {step}: held-out {perplexity:.3f}, windows of {WINDOW}", flush=True)
+        return perplexity
+
     began = time.monotonic()
-
-    def save(step: int) -> None:
-        measured = write(model, tokenizer, arguments.out)
-        print(f"step {step}: held-out {held_out_perplexity(measured, held_out):.2f}", flush=True)
-
-    train(model, streams, schedule, save)
-    perplexity = held_out_perplexity(write(model, tokenizer, arguments.out), held_out)
+    train(model, [(stream, from_prose), (source, schedule.batch - from_prose)], schedule, save)
+    minutes = (time.monotonic() - began) / 60
     card = model_card(
         parameters=model.num_parameters(),
-        perplexity=perplexity,
+        perplexity=save(schedule.steps),
         held_out_tokens=len(held_out),
-        training_tokens=len(stream) + len(tail),
+        held_out_modules=", ".join(sorted(text.HELD_OUT)),
+        training_tokens=len(stream) + len(source),
         seen_tokens=schedule.steps * schedule.batch * WINDOW,
-        minutes=(time.monotonic() - began) / 60,
+        minutes=minutes,
+        threads=torch.get_num_threads(),
         python=platform.python_version(),
+        window=WINDOW,
+        vocabulary=VOCABULARY,
+        steps=schedule.steps,
+        batch=schedule.batch,
+        seed=schedule.seed,
+        prose_share=schedule.prose_share,
+        **SHAPE,
     )
-    (arguments.out / "README.md").write_text(card, encoding="utf-8")
-    print(f"held-out perplexity {perplexity:.3f}, windows of {WINDOW}")
+    (out / "README.md").write_text(card, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -10,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from mcsharp_sdk.data.corpora import text_pieces
 from mcsharp_sdk.data.tokenise import load_tokenizer, token_stream
 from mcsharp_sdk.embedded.text import evaluation_text
 from mcsharp_sdk.errors import InputError
@@ -73,12 +72,10 @@ class Evaluation:
     device: str
     dtype: str
 
-    def to_json(self) -> str:
-        """One JSON object with these attributes; an infinite perplexity is null."""
-        fields = asdict(self)
-        if math.isinf(self.perplexity):
-            fields["perplexity"] = None
-        return json.dumps(fields, indent=2, allow_nan=False)
+    def to_json(self) -> dict[str, Any]:
+        """These attributes as plain data for JSON; an infinite perplexity is null."""
+        finite = self.perplexity if math.isfinite(self.perplexity) else None
+        return {**asdict(self), "perplexity": finite}
 
 
 def evaluate(
@@ -96,7 +93,7 @@ def evaluate(
     Parameters
     ----------
     model_dir : folder with config, safetensors and tokenizer.
-    text : a UTF-8 text file; None for the embedded evaluation text.
+    text : a file of UTF-8 text, JSON lines or parquet; None for the embedded evaluation text.
     window : tokens per window; None for 2048, or all the model's positions if fewer.
     max_tokens : use only so many tokens from the start of the text.
     device : ``auto`` (GPUs where there are any), or a device of torch.
@@ -115,8 +112,8 @@ def evaluate(
     window = _choose_window(window, config)
     place = choose_device(device)
     computed_in = choose_dtype(dtype, config, place)
-    name, content = _read_text(text)
-    tokens = _read_tokens(content, name, directory, max_tokens)
+    name, pieces = _pieces(text)
+    tokens = _read_tokens(pieces, directory, max_tokens, config)
     model = load_model(directory, place, computed_in)
     start = time.perf_counter()
     with watch_experts(model) as activity:
@@ -160,23 +157,24 @@ def _choose_window(window: int | None, config: Any) -> int:
     return window
 
 
-def _read_text(text: str | Path | None) -> tuple[str, str]:
-    """Name and content of the evaluation text."""
+def _pieces(text: str | Path | None) -> tuple[str, Iterable[str]]:
+    """Name of the evaluation text, and the text in pieces."""
     if text is None:
-        return EMBEDDED_TEXT, evaluation_text()
-    try:
-        return str(text), Path(text).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"the text {text} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"the text {text} is not UTF-8: {error}") from error
+        return EMBEDDED_TEXT, [evaluation_text()]
+    return str(text), text_pieces(Path(text))
 
 
-def _read_tokens(content: str, name: str, directory: Path, max_tokens: int | None) -> Tensor:
-    """Token ids of the text, (n,) int64."""
-    if max_tokens is not None and max_tokens < 2:
-        raise InputError(f"max_tokens is {max_tokens}: perplexity needs 2 tokens or more")
-    tokens = torch.as_tensor(token_stream(content, load_tokenizer(directory)), dtype=torch.int64)
+def _read_tokens(text: Iterable[str], directory: Path, limit: int | None, config: Any) -> Tensor:
+    """Token ids of the text, (n,) int64, checked against the model's vocabulary."""
+    if limit is not None and limit < 2:
+        raise InputError(f"max_tokens is {limit}: perplexity needs 2 tokens or more")
+    tokens = token_stream(text, load_tokenizer(directory), limit=limit)
     if tokens.numel() < 2:
-        raise InputError(f"the text {name} has {tokens.numel()} tokens: 2 are needed at least")
-    return tokens[:max_tokens]
+        raise InputError(f"the text has {tokens.numel()} tokens: 2 are needed at least")
+    vocabulary = config.get_text_config().vocab_size
+    if int(tokens.max()) >= vocabulary:
+        raise InputError(
+            f"the tokenizer gives token {int(tokens.max())}, but the model knows {vocabulary}: "
+            "use the tokenizer that belongs to the model"
+        )
+    return tokens

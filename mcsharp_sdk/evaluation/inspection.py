@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,11 +47,12 @@ class Inspection:
     widths: Mapping[int, tuple[int, ...]] | None
     linear_widths: Mapping[str, int] | None
 
-    def to_json(self) -> str:
-        """One JSON object; what ``mcsharp evaluate`` also tells has the same name there."""
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON; what ``mcsharp evaluate`` also tells has the same name there."""
         fields = asdict(self)
         cost = self.cost
         fields["cost"] = {
+            "supported": not self.unsupported,
             "compressed": cost.compressed,
             "parameters": cost.parameters,
             "bytes": cost.weight_bytes,
@@ -65,7 +65,7 @@ class Inspection:
             "activated_bytes_per_token": cost.activated_bytes(),
             "roles": {role: asdict(share) for role, share in cost.roles.items()},
         }
-        return json.dumps({**fields, **fields.pop("cost")}, indent=2)
+        return {**fields, **fields.pop("cost")}
 
 
 def inspect_model(model_dir: str | Path) -> Inspection:

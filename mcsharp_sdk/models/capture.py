@@ -128,6 +128,7 @@ def _stop(*_: Any) -> None:
     raise _Enough
 
 
+@torch.no_grad()
 def _run(layer: StreamedLayer) -> None:
     for rows in layer.inputs.batches():
         try:
@@ -136,6 +137,7 @@ def _run(layer: StreamedLayer) -> None:
             continue
 
 
+@torch.no_grad()
 def _sharing_groups(layer: StreamedLayer, names: Sequence[str]) -> list[tuple[str, ...]]:
     """Linears that are called with one and the same tensor, found by calling the layer once.
 

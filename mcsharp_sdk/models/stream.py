@@ -156,6 +156,5 @@ def stream_layers(
         source.load(path)
         layer = StreamedLayer(source, index, source.layer(index), inputs)
         yield layer
-        with torch.no_grad():
-            inputs.advance(layer.module, index)
+        inputs.advance(layer.module, index)
         source.free(path)

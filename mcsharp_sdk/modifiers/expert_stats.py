@@ -99,9 +99,10 @@ class ExpertStats(Modifier):
 
     def _name_starved(self, context: RunContext, measured: list[LayerStatistics]) -> None:
         for layer in measured:
-            for expert, count in enumerate(layer.activation_count):
-                if count < self.coverage:
-                    context.report.warn(
-                        f"layer {layer.layer}: only {int(count)} calibration tokens reached "
-                        f"expert {expert}: its statistics are weak"
-                    )
+            counts = {e: int(n) for e, n in enumerate(layer.activation_count)}
+            starved = [f"{e} ({n})" for e, n in counts.items() if n < self.coverage]
+            if starved:
+                context.report.warn(
+                    f"layer {layer.layer}: fewer than {self.coverage} calibration tokens reached "
+                    f"experts (tokens) {', '.join(starved)}: their statistics are weak"
+                )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -179,16 +179,25 @@ class GPTQQuantize(Modifier):
     def _report(self, context: RunContext, layers: LayerStore) -> None:
         notes = {index: layers.notes(index) for index in range(context.model.topology.num_layers)}
         for index, note in notes.items():
-            for expert, tokens in note["starved"].items():
-                context.report.warn(
-                    f"layer {index}: only {tokens} calibration tokens reached expert {expert}; "
-                    "its Hessian was completed by that of all tokens"
-                )
-            for name in note["raised_damping"]:
-                context.report.warn(f"layer {index}: the Hessian of {name} needed more damping")
-            for name in note["fallbacks"]:
-                context.report.warn(f"layer {index}: {name} was rounded to nearest, not by GPTQ")
+            for what, message in _WARNINGS.items():
+                if note[what]:
+                    context.report.warn(f"layer {index}: {message}: {_listed(note[what])}")
         context.report.stages[self.type] = {"layers": notes}
+
+
+_WARNINGS = {
+    "starved": "few calibration tokens reached these experts (tokens), so that their Hessians "
+    "were completed by that of all tokens",
+    "raised_damping": "the Hessians of these matrices needed more damping",
+    "fallbacks": "these matrices were rounded to nearest, since no damping helped",
+}
+"""Kind of note about a layer -> what it means."""
+
+
+def _listed(noted: Mapping[str, int] | Sequence[str]) -> str:
+    if isinstance(noted, Mapping):
+        return ", ".join(f"{name} ({count})" for name, count in noted.items())
+    return ", ".join(noted)
 
 
 def _known_width(bits: int) -> int:

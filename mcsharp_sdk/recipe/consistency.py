@@ -91,9 +91,9 @@ class _Chain:
         return _needs(f"{exporter.type}, the default,", artifact, [self._remedy(artifact), keep])
 
     def _remedy(self, artifact: str) -> str:
-        later = [s for s in self.stages[self.passed :] if s is not None and s.writes == artifact]
-        if later:
-            return f"move {later[0].model_fields['type'].default} before it"
+        for later in self.stages[self.passed :]:
+            if isinstance(later, Modifier) and later.writes == artifact:
+                return f"move {later.type} before it"
         makers = [n for n, kind in MODIFIERS.usable() if kind and kind.writes == artifact]
         if makers:
             return f"add {_one_of(makers)} stage before it"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar, cast
 
@@ -39,7 +41,7 @@ class Registry(Generic[Element]):
 
     def names(self) -> tuple[str, ...]:
         """Names on offer, sorted; nothing is imported."""
-        return tuple(sorted({entry.name for entry in entry_points(group=self.group)}))
+        return tuple(sorted({offer.name for offer in _offers(self.group, tuple(sys.path))}))
 
     def load(self, name: str) -> type[Element]:
         """The class that goes by ``name``.
@@ -49,7 +51,7 @@ class Registry(Generic[Element]):
         PluginError
             If the name is unknown, two packages offer it, or what is offered cannot be used.
         """
-        offers = list(dict.fromkeys(entry_points(group=self.group, name=name)))
+        offers = [o for o in _offers(self.group, tuple(sys.path)) if o.name == name]
         if not offers:
             near = suggestion(name, self.names(), otherwise="there are ")
             raise PluginError(f"unknown {self.noun} '{name}'{near}")
@@ -81,6 +83,12 @@ class Registry(Generic[Element]):
         if found.model_fields["type"].default != offer.name:
             raise PluginError(f"{title} calls itself '{found.model_fields['type'].default}'")
         return cast(type[Element], found)
+
+
+@lru_cache(maxsize=8)
+def _offers(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """All entry points of a group; ``path`` is the module search path that they are found on."""
+    return tuple(entry_points(group=group))
 
 
 def _owner(offer: EntryPoint) -> str:

@@ -39,8 +39,8 @@ _HINTS = {
 }
 
 
-class _TooMuch(Exception):
-    """A limit is passed; the message says which."""
+class _Refused(Exception):
+    """Nothing in the text can be checked further; arguments: the line, and why."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -54,9 +54,9 @@ class _Loader(yaml.SafeLoader):
         self.depth += 1
         line = self.peek_event().start_mark.line + 1
         if self.nodes > MAX_NODES:
-            raise _TooMuch(line, f"more than {MAX_NODES} entries: this is no recipe")
+            raise _Refused(line, f"more than {MAX_NODES} entries: this is no recipe")
         if self.depth > MAX_DEPTH:
-            raise _TooMuch(line, f"nested more than {MAX_DEPTH} levels deep: this is no recipe")
+            raise _Refused(line, f"nested more than {MAX_DEPTH} levels deep: this is no recipe")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -97,7 +97,7 @@ def parse(
             document.places[()] = Place(_line(root), _line(root))
             builder = _Builder(document, references, environ if substitute else None)
             document.data = builder.value(root, ())
-    except _TooMuch as error:
+    except _Refused as error:
         line, message = error.args
         document.add((), references.restore(message), line=line)
         raise document.error(document.findings) from None
@@ -114,13 +114,13 @@ def _compose(text: str) -> Node | None:
         wrong = ", ".join(part for part in (error.context, error.problem) if part)
         if mark and begin and begin.line != mark.line and "while" in wrong:
             wrong += f" (begun on line {begin.line + 1})"
-        raise _TooMuch(mark.line + 1 if mark else 1, _syntax(wrong)) from None
+        raise _Refused(mark.line + 1 if mark else 1, _syntax(wrong)) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise _TooMuch(line, _syntax(f"character U+{error.character:04X} is not allowed")) from None
+        raise _Refused(line, _syntax(f"character U+{error.character:04X} is not allowed")) from None
     except (ValueError, OverflowError):
         line = loader.line + 1 if loader is not None else 1
-        raise _TooMuch(line, _syntax("an escape or number in it is out of range")) from None
+        raise _Refused(line, _syntax("an escape or number in it is out of range")) from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -136,14 +136,14 @@ def _measure(node: Node, known: dict[int, tuple[int, int] | None]) -> tuple[int,
     if id(node) in known:
         size = known[id(node)]
         if size is None:
-            raise _TooMuch(_line(node), "an anchor that holds itself has no end")
+            raise _Refused(_line(node), "an anchor that holds itself has no end")
         return size
     known[id(node)] = None
     parts = [_measure(child, known) for child in _children(node)]
     size = (1 + sum(part[0] for part in parts), 1 + max((part[1] for part in parts), default=0))
     if size[0] > MAX_NODES or size[1] > MAX_DEPTH:
         limits = f"{MAX_NODES} entries or {MAX_DEPTH} levels"
-        raise _TooMuch(_line(node), f"with its aliases written out it has more than {limits}")
+        raise _Refused(_line(node), f"with its aliases written out it has more than {limits}")
     known[id(node)] = size
     return size
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GraniteMoeConfig, GraniteMoeForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -50,6 +48,9 @@ def tiny(kind: str = "mixtral") -> Any:
     return model_class(config_class(**SHAPE, **extra)).eval()
 
 
+MODEL = tiny()
+
+
 @pytest.fixture(scope="module")
 def tokens() -> Tensor:
     return torch.randint(128, (200,), generator=torch.Generator().manual_seed(1))
@@ -81,22 +82,20 @@ def test_equals_the_plain_computation(
     assert (result.predicted, result.tokens, result.windows) == (count, 200, 5)
 
 
-@settings(max_examples=25, deadline=None)
-@given(length=st.integers(2, 40), window=st.integers(2, 20))
+@pytest.mark.parametrize(
+    ("length", "window"), [(2, 2), (3, 2), (5, 8), (8, 8), (9, 8), (10, 8), (24, 8), (25, 8)]
+)
 def test_any_length_and_window(length: int, window: int) -> None:
-    model = MODEL
     stream = torch.randint(128, (length,), generator=torch.Generator().manual_seed(length))
-    expected, count = plain_nll(model, stream, window)
-    result = perplexity(model, stream, window)
+    expected, count = plain_nll(MODEL, stream, window)
+    result = perplexity(MODEL, stream, window)
     assert result.nll == pytest.approx(expected, rel=1e-5)
     assert result.predicted == count
     left_over = 1 if length % window == 1 else 0
     assert result.tokens == length - left_over
 
 
-MODEL = tiny()
-
-
+@torch.no_grad()
 def test_agrees_with_the_loss_of_transformers(tokens: Tensor) -> None:
     loss = MODEL(input_ids=tokens[None], labels=tokens[None]).loss
     assert perplexity(MODEL, tokens, 2048).nll == pytest.approx(float(loss), rel=1e-6)
@@ -146,5 +145,5 @@ def test_a_broken_model_is_an_error(tokens: Tensor) -> None:
 
 @pytest.mark.parametrize(("count", "window"), [(0, 8), (1, 8), (9, 1), (9, 0)])
 def test_too_little_to_predict_is_refused(count: int, window: int) -> None:
-    with pytest.raises(InputError, match="2 tokens|two tokens"):
+    with pytest.raises(InputError, match=r"2 tokens|two tokens"):
         perplexity(MODEL, torch.zeros(count, dtype=torch.int64), window)

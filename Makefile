@@ -1,0 +1,43 @@
+# Two commands are all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# onnxruntime and onnxruntime-gpu share one folder, so exactly one of them is installed.
+RUNTIME := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
+
+.PHONY: demo test test-slow lint install install-dev clean
+
+demo: install
+	$(BIN)/mcsharp demo --output out/demo
+
+test: install-dev
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: install-dev
+	$(BIN)/python -m pytest -q -m slow
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/installed-$(RUNTIME)
+
+install-dev: $(VENV)/installed-$(RUNTIME)-dev
+
+$(VENV)/installed-$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$(RUNTIME)]"
+	touch $@
+
+$(VENV)/installed-$(RUNTIME)-dev: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$(RUNTIME),dev]"
+	touch $@ $(VENV)/installed-$(RUNTIME)
+
+$(BIN)/pip:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

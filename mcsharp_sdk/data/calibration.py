@@ -1,0 +1,133 @@
+"""The ``calibration`` part of a recipe: which text, and how many tokens of it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.recipe.paths import BASE, RecipePath
+
+RANDOM_SCOPE = 64
+"""Random windows are drawn from the first ``RANDOM_SCOPE * sequences * length`` tokens."""
+
+
+class _Source(BaseModel):
+    """What every source of calibration text has in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    sequences: Annotated[int, Field(gt=0, description="How many sequences to calibrate with.")] = (
+        128
+    )
+    length: Annotated[int, Field(gt=0, description="Tokens per sequence.")] = 2048
+    sampling: Annotated[
+        Literal["random", "first"],
+        Field(
+            description="Which windows of the text: 'random' draws them by 'seed' without "
+            f"replacement (from the first {RANDOM_SCOPE} times as many tokens as are asked for), "
+            "'first' takes them from the start."
+        ),
+    ] = "random"
+    seed: Annotated[int, Field(ge=0, description="Seed of the random choice of windows.")] = 0
+
+
+class TextSource(_Source):
+    """A text file: plain text, JSON lines or parquet."""
+
+    source: Literal["text"] = "text"
+    path: Annotated[
+        RecipePath,
+        Field(
+            description="The file. '.jsonl' and '.ndjson' are JSON lines, '.parquet' is parquet, "
+            "anything else is plain UTF-8 text. A relative path starts at the recipe's folder."
+        ),
+    ]
+    field: Annotated[
+        str,
+        Field(min_length=1, description="Field or column that holds the text (jsonl, parquet)."),
+    ] = "text"
+
+
+def _beside_recipe(name: str, info: ValidationInfo) -> str:
+    """The path of a dataset in the recipe's folder; any other name as it is."""
+    base: Path | None = (info.context or {}).get(BASE)
+    if base is None:
+        return name
+    path = base / name
+    return str(path) if path.exists() else name
+
+
+class DatasetSource(_Source):
+    """A dataset of the ``datasets`` library, by name or local path."""
+
+    source: Literal["dataset"] = "dataset"
+    name: Annotated[
+        str,
+        AfterValidator(_beside_recipe),
+        Field(min_length=1, description="Name on the hub, or path of a local dataset."),
+    ]
+    config: Annotated[
+        str | None, Field(description="Configuration of the dataset, e.g. 'wikitext-2-raw-v1'.")
+    ] = None
+    split: Annotated[str, Field(min_length=1, description="Split to read.")] = "train"
+    field: Annotated[str, Field(min_length=1, description="Column that holds the text.")] = "text"
+
+
+class EmbeddedSource(_Source):
+    """Text that every Python installation carries: for first steps, not for real models."""
+
+    source: Literal["embedded"] = "embedded"
+
+
+Calibration = Annotated[
+    TextSource | DatasetSource | EmbeddedSource,
+    Field(discriminator="source"),
+]
+
+
+def data_fingerprint(settings: Calibration) -> dict[str, str]:
+    """What the calibration text is, for telling whether a run may be resumed.
+
+    Returns
+    -------
+    Name of a part -> sha256 of a file's, a local dataset's or the embedded text's bytes; a
+    dataset on the hub is known by its name alone.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read.
+    """
+    if isinstance(settings, TextSource):
+        return {"calibration file": _hash_files([settings.path])}
+    if isinstance(settings, DatasetSource):
+        identity = f"{settings.name}/{settings.config}/{settings.split}/{settings.field}"
+        files = _local_files(Path(settings.name))
+        contents = {"calibration dataset files": _hash_files(files)} if files else {}
+        return {"calibration dataset": identity} | contents
+    from mcsharp_sdk.embedded.text import calibration_text
+
+    return {"calibration text": hashlib.sha256(calibration_text().encode()).hexdigest()}
+
+
+def _local_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+
+
+def _hash_files(paths: list[Path]) -> str:
+    """sha256 over the files' names and contents, read piece by piece."""
+    total = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return total.hexdigest()

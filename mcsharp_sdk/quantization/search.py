@@ -1,0 +1,179 @@
+"""Choosing the scale and the zero point of a group of columns.
+
+The error of a group is Σ_k d_k (w_k − scale·(code_k − zero))², d_k the importance of column k. Its
+minimum over scale and zero point has no closed form; it is searched in two steps: scales from the
+full range of the group down to a share of it, then, from the best, in turn the neighbouring zero
+points and the least-squares scale for the codes as they are. Scales are rounded to fp16 before they
+are judged, so what is stored is what was chosen. Our choice; the papers search the range alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mcsharp_sdk.quantization.grid import ZERO_STEP, top_code
+
+BinaryScale = Literal["optimised", "released", "paper"]
+
+CHUNK_ELEMENTS = 1 << 17
+"""Weights searched at a time: temporaries stay in the processor's second-level cache."""
+
+SMALLEST_SCALE = float(torch.finfo(torch.float16).smallest_normal)
+LARGEST_SCALE = float(torch.finfo(torch.float16).max)
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """How scales and zero points are chosen.
+
+    Attributes
+    ----------
+    group_size : columns that share a scale and a zero point.
+    clip_ratios : shares of the group's range that are tried as the grid's range.
+    refinements : rounds of neighbouring zero points and least-squares scale; 0 leaves both out.
+    neighbours : zero points tried around the best, in units of the scale.
+    binary : the scale at 1 bit. "released": ± the mean magnitude of each row and group, as the
+        authors' code has it; "paper": ± the mean magnitude of the matrix (MC, arXiv 2410.06270,
+        Eq. 8-9); "optimised": the least-squares scale with a zero point, like other widths.
+    """
+
+    group_size: int = 128
+    clip_ratios: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35)
+    refinements: int = 2
+    neighbours: tuple[float, ...] = (-0.5, -0.25, 0.25, 0.5)
+    binary: BinaryScale = "optimised"
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+        if not self.clip_ratios or not all(0 < ratio <= 1 for ratio in self.clip_ratios):
+            raise ValueError(f"clip_ratios must lie in (0, 1], got {self.clip_ratios}")
+
+
+@dataclass(frozen=True)
+class GroupGrid:
+    """Scale (fp32, exactly an fp16 number, never 0) and zero point of each row, [n, R]."""
+
+    scales: Tensor
+    zeros: Tensor
+
+    def zero_codes(self, bits: int) -> Tensor:
+        """The zero points as codes, uint8 [n, R]."""
+        return ((self.zeros - top_code(bits) / 2) / ZERO_STEP).round().to(torch.uint8)
+
+
+def fit_group(
+    weights: Tensor,
+    bits: int,
+    importance: Tensor,
+    settings: GridSettings,
+    matrix_magnitude: Tensor | None = None,
+) -> GroupGrid:
+    """Search scale and zero point of one group of columns for every row.
+
+    Parameters
+    ----------
+    weights : fp32 [n, g, R], the group's columns, transposed.
+    bits : one width for all.
+    importance : fp32 [n or 1, g], d_k >= 0.
+    settings : the search.
+    matrix_magnitude : fp32 [n, R], mean |w| of the matrix that each row is of; needed for 1 bit in
+        the "paper" manner only.
+    """
+    if bits == 1 and settings.binary != "optimised":
+        if settings.binary == "paper" and matrix_magnitude is None:
+            raise ValueError("the paper's 1-bit scale needs the mean magnitude of the matrix")
+        magnitude = weights.abs().mean(-2) if settings.binary == "released" else matrix_magnitude
+        scales = _storable(2 * magnitude)
+        return GroupGrid(scales, torch.full_like(scales, 0.5))
+    n, columns, rows = weights.shape
+    scales, zeros = weights.new_empty(n, rows), weights.new_empty(n, rows)
+    step = max(CHUNK_ELEMENTS // (n * columns), 1)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        scales[:, part], zeros[:, part] = _search(weights[..., part], bits, importance, settings)
+    return GroupGrid(scales, zeros)
+
+
+class _Best:
+    """The best scale and zero-point offset so far of each row, all [n, 1, R]."""
+
+    def __init__(self, weights: Tensor, bits: int, importance: Tensor) -> None:
+        self.weights = weights
+        self.top = top_code(bits)
+        self.importance = importance.unsqueeze(-2)
+        self.buffers = (torch.empty_like(weights), torch.empty_like(weights))
+        self.error = weights.new_full((weights.shape[0], 1, weights.shape[2]), torch.inf)
+        self.scale = torch.ones_like(self.error)
+        self.offset = torch.zeros_like(self.error)
+
+    def consider(self, scale: Tensor, offset: Tensor) -> None:
+        """Keep the candidate where it lowers the error."""
+        exact, rounded = self._codes(scale, offset)
+        error = (self.importance @ exact.sub_(rounded).square_()).mul_(scale).mul_(scale)
+        better = error < self.error
+        self.error = torch.where(better, error, self.error)
+        self.scale = torch.where(better, scale, self.scale)
+        self.offset = torch.where(better, offset, self.offset)
+
+    def refit(self, scale: Tensor, offset: Tensor) -> None:
+        """Try the least-squares scale for the codes that a grid gives."""
+        _, levels = self._codes(scale, offset)
+        levels -= offset + self.top / 2
+        norm = self.importance @ torch.mul(levels, levels, out=self.buffers[0])
+        fit = self.importance @ levels.mul_(self.weights)
+        self.consider(_storable(fit / norm.clamp_min_(torch.finfo(norm.dtype).tiny)), offset)
+
+    def _codes(self, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        exact, rounded = self.buffers
+        torch.mul(self.weights, scale.reciprocal(), out=exact).add_(offset + self.top / 2)
+        torch.round(exact, out=rounded).clamp_(0, self.top)
+        return exact, rounded
+
+
+def _search(
+    weights: Tensor, bits: int, importance: Tensor, settings: GridSettings
+) -> tuple[Tensor, Tensor]:
+    weights = weights.contiguous()
+    best = _Best(weights, bits, importance)
+    if bits == 1:
+        _start_binary(best)
+    else:
+        _start_from_range(best, settings.clip_ratios)
+    for _ in range(settings.refinements):
+        scale, offset = best.scale, best.offset
+        for distance in settings.neighbours:
+            best.consider(scale, _on_offset_grid(offset + distance, best.top))
+        best.refit(best.scale, best.offset)
+    # The sign of the scale holds the sign of the offset (grid.py).
+    scale = torch.where(best.offset < 0, -best.scale, best.scale)
+    return scale.squeeze(-2), (best.offset.abs() + best.top / 2).squeeze(-2)
+
+
+def _start_from_range(best: _Best, ratios: tuple[float, ...]) -> None:
+    low = best.weights.amin(-2, keepdim=True).clamp_(max=0)
+    high = best.weights.amax(-2, keepdim=True).clamp_(min=0)
+    for ratio in ratios:
+        scale = _storable((high - low) * (ratio / best.top))
+        best.consider(scale, _on_offset_grid((high + low) / (-2 * scale), best.top))
+
+
+def _start_binary(best: _Best) -> None:
+    total = best.importance.sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+    scale = _storable(2 * (best.importance @ best.weights.abs()) / total)
+    for offset in (0.0, -ZERO_STEP, ZERO_STEP):
+        best.refit(scale, torch.full_like(scale, offset))
+
+
+def _on_offset_grid(offset: Tensor, top: int) -> Tensor:
+    limit = top * ZERO_STEP
+    return (offset / ZERO_STEP).round_().mul_(ZERO_STEP).clamp_(-limit, limit)
+
+
+def _storable(scale: Tensor) -> Tensor:
+    """Rounded to fp16, kept in its normal range; fp32."""
+    return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()

@@ -1,0 +1,154 @@
+"""The command line as a whole: verbs, exit codes, messages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer import Typer
+
+from mcsharp_sdk import __version__
+from mcsharp_sdk.cli import main
+from mcsharp_sdk.errors import InputError, RunError
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main.run(arguments)
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def fake_verb(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> None:
+    """Makes `mcsharp schema` raise ``error``."""
+
+    def schema() -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr("mcsharp_sdk.cli.schema.schema", schema)
+
+
+HELP = """\
+import sys
+import mcsharp_sdk
+before = set(sys.modules)
+from mcsharp_sdk.cli.main import VERBS, run
+try:
+    run(["--help"])
+except SystemExit as end:
+    unwanted = {"torch", "transformers", "onnx", "ortools"}
+    unwanted |= {f"mcsharp_sdk.cli.{verb}" for verb in VERBS}
+    imported = unwanted & (set(sys.modules) - before)
+    sys.exit(end.code or (f"imported {imported}" if imported else 0))
+"""
+
+
+def test_help_names_all_verbs_and_imports_none() -> None:
+    command = [sys.executable, "-c", HELP]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for verb in main.VERBS:
+        assert f" {verb} " in done.stdout
+
+
+@pytest.mark.parametrize("verb", main.VERBS)
+def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(verb, "--help") == 0
+    assert f"mcsharp {verb}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"mcsharp {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["chekc"], ["check"], ["check", "--nope", "x"], ["--nope"]])
+def test_a_wrong_command_line_is_bad_input(arguments: list[str]) -> None:
+    assert run(*arguments) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (None, 0, ""),
+        (InputError("the recipe is [red]"), 2, "error: the recipe is [red]"),
+        (RunError("the disk is full"), 1, "error: the disk is full"),
+        (KeyboardInterrupt(), 130, ""),
+        (ZeroDivisionError("by zero"), 1, "error: ZeroDivisionError: by zero (run again with"),
+    ],
+)
+def test_exit_codes(
+    error: BaseException | None,
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake_verb(monkeypatch, error)
+    monkeypatch.delenv(main.DEBUG_VARIABLE, raising=False)
+    assert run("schema") == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "schema"], ["schema", "--debug"]])
+def test_debug_shows_where_an_error_came_from(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_verb(monkeypatch, ZeroDivisionError("by zero"))
+    assert run(*arguments) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_debug_by_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_verb(monkeypatch, InputError("no"))
+    monkeypatch.setenv(main.DEBUG_VARIABLE, "1")
+    assert run("schema") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_json_output_is_one_document_of_plain_values(capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+
+    from mcsharp_sdk.cli.output import print_json
+    from mcsharp_sdk.errors import Problem
+
+    value = {
+        "array": np.arange(3),
+        "nan": float("nan"),
+        "number": np.float64(0.5),
+        "path": Path("a"),
+        "problem": Problem("here", "ü"),
+        2: {3},
+    }
+    print_json(value)
+    assert json.loads(capsys.readouterr().out) == {
+        "array": [0, 1, 2],
+        "nan": None,
+        "number": 0.5,
+        "path": "a",
+        "problem": {"where": "here", "message": "ü"},
+        "2": [3],
+    }
+
+
+def test_tables_off_a_terminal_cut_nothing_off(capsys: pytest.CaptureFixture[str]) -> None:
+    from mcsharp_sdk.cli.output import print_table
+
+    print_table("title", ["name", "value"], [("x" * 300, 1.23456), ("[red]", None)])
+    printed = capsys.readouterr().out
+    assert "x" * 300 in printed
+    assert "1.235" in printed
+    assert "[red]" in printed
+
+
+def test_the_app_is_a_typer_app() -> None:
+    assert isinstance(main.app, Typer)

@@ -1,0 +1,126 @@
+"""The streamed model against the full one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import FAMILIES, save_tiny_model
+from transformers import AutoModelForCausalLM
+
+from mcsharp_sdk.models.capture import linear_inputs, routed_inputs
+from mcsharp_sdk.models.experts import is_experts
+from mcsharp_sdk.models.source import SourceModel
+from mcsharp_sdk.models.stream import stream_layers
+
+
+def _tokens(sequences: int = 5, length: int = 19) -> torch.Tensor:
+    return torch.randint(1, 128, (sequences, length), generator=torch.Generator().manual_seed(1))
+
+
+def _full(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, experts_implementation="eager"
+    ).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_hidden_states_equal_those_of_the_full_model(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = save_tiny_model(tmp_path, family, dtype=dtype)
+    tokens = _tokens()
+    with torch.no_grad():
+        reference = _full(folder, dtype)(tokens, output_hidden_states=True, use_cache=False)
+    for layer in stream_layers(SourceModel(folder), tokens):
+        # Not bit for bit: matrix products may depend on where memory happens to be aligned.
+        expected = reference.hidden_states[layer.index]
+        torch.testing.assert_close(layer.inputs.hidden, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_one_layer_is_loaded_at_a_time(tmp_path: Path) -> None:
+    source = SourceModel(save_tiny_model(tmp_path, "mixtral"))
+    for layer in stream_layers(source, _tokens()):
+        loaded = {
+            name.split(".")[2]
+            for name, tensor in source.model.named_parameters()
+            if not tensor.is_meta
+        }
+        assert loaded == {str(layer.index)}
+    assert all(tensor.is_meta for tensor in source.model.parameters())
+
+
+def test_a_changed_layer_changes_what_the_layers_behind_it_see(tmp_path: Path) -> None:
+    source = SourceModel(save_tiny_model(tmp_path, "mixtral"))
+    for layer in stream_layers(source, _tokens()):
+        if layer.index == 0:
+            with torch.no_grad():
+                for parameter in layer.module.parameters():
+                    parameter.zero_()
+            before = layer.inputs.hidden.clone()
+        if layer.index == 1:
+            # A layer of zeros adds nothing to the residual stream.
+            assert torch.equal(layer.inputs.hidden, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captured_expert_inputs_equal_those_of_the_full_model(family: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path, family)
+    tokens = _tokens()
+    full = _full(folder, torch.float32)
+    calls: dict[int, tuple[torch.Tensor, ...]] = {}
+    for index, layer in enumerate(full.model.layers):
+        for module in layer.modules():
+            if is_experts(module):
+                module.register_forward_pre_hook(
+                    lambda _, args, index=index: calls.__setitem__(index, args)
+                )
+    with torch.no_grad():
+        full(tokens, use_cache=False)
+    for layer in stream_layers(SourceModel(folder), tokens):
+        if layer.moe is None:
+            assert layer.index not in calls
+            continue
+        captured = routed_inputs(layer)
+        hidden, index, weights = calls[layer.index]
+        torch.testing.assert_close(captured.hidden, hidden, rtol=1e-5, atol=1e-5)
+        assert torch.equal(captured.top_k_index, index)
+        torch.testing.assert_close(captured.top_k_weights, weights, rtol=1e-5, atol=1e-5)
+        assert sum(captured.counts(layer.moe.num_experts)) == index.numel()
+
+
+def test_linears_that_share_an_input_are_handed_over_together(tmp_path: Path) -> None:
+    source = SourceModel(save_tiny_model(tmp_path, "mixtral"))
+    seen: dict[tuple[str, ...], int] = {}
+
+    def consume(names: tuple[str, ...], inputs: torch.Tensor) -> None:
+        seen[names] = seen.get(names, 0) + inputs.shape[0]
+
+    layer = next(iter(stream_layers(source, _tokens())))
+    linear_inputs(layer, source.topology.linears[0], consume)
+    qkv = tuple(f"self_attn.{p}_proj" for p in "qkv")
+    assert seen == {qkv: 5 * 19, ("self_attn.o_proj",): 5 * 19}
+
+
+def test_an_expert_gets_its_own_tokens_and_weights(tmp_path: Path) -> None:
+    source = SourceModel(save_tiny_model(tmp_path, "mixtral"))
+    layer = next(iter(stream_layers(source, _tokens())))
+    routed = routed_inputs(layer)
+    for expert in range(4):
+        chosen = (routed.top_k_index == expert).any(1)
+        tokens, weights = routed.of_expert(expert)
+        assert torch.equal(tokens, routed.hidden[chosen])
+        assert weights.shape == (int(chosen.sum()),)
+        fewer, _ = routed.of_expert(expert, most=3)
+        assert fewer.shape[0] == min(3, tokens.shape[0])
+
+
+def test_linears_and_experts_are_found_but_no_steering(tmp_path: Path) -> None:
+    topology = SourceModel(save_tiny_model(tmp_path, "qwen2_moe")).topology
+    names = topology.linears[0]
+    assert "mlp.shared_expert.gate_proj" in names
+    assert "mlp.shared_expert_gate" not in names
+    assert not any("experts" in name for name in names)
+    assert topology.experts_per_layer() == {0: 4, 1: 4, 2: 4}

@@ -1,0 +1,222 @@
+"""Compressed models in transformers: load, run, save, offload, and refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, save_tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import mcsharp_sdk
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.experts import MATRICES, fused_weight
+from mcsharp_sdk.models.topology import read_topology
+from mcsharp_sdk.quantization.grid import dequantise_packed
+from mcsharp_sdk.recipe.schema import Recipe
+from mcsharp_sdk.runtime.modules import ExpertBucket, PackedLinear
+
+LENGTH = 32
+
+
+def save_tokenizer(folder: Path, vocabulary: int = 128) -> None:
+    """A tokenizer of one token per ASCII character."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {chr(code): code for code in range(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def recipe(tmp_path: Path, bits: dict[str, list[int]], **quantise: Any) -> Recipe:
+    """Quantise experts at given widths, calibrated on a text of the alphabet."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    widths = tmp_path / "bits.json"
+    widths.write_text(json.dumps({"version": 1, "bits": bits}))
+    calibration = {"source": "text", "path": str(text), "sequences": 8, "length": LENGTH}
+    stage = {"type": "GPTQQuantize", "bits": str(widths), "group_size": 16, **quantise}
+    return Recipe.from_dict({"version": 1, "calibration": calibration, "stages": [stage]})
+
+
+def compress_tiny(tmp_path: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
+    """A tiny model of a family, compressed at mixed widths; the original is in ``original``."""
+    original = save_tiny_model(tmp_path / "original", family, dtype=dtype)
+    save_tokenizer(original)
+    topology = mcsharp_sdk.models.source.SourceModel(original).topology
+    bits = {
+        str(layer): [(1, 2, 3, 4)[(expert + layer) % 4] for expert in range(count)]
+        for layer, count in topology.experts_per_layer().items()
+    }
+    output = tmp_path / "compressed"
+    mcsharp_sdk.compress(recipe(tmp_path, bits), original, output, progress=False)
+    return output
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compress_tiny(tmp_path_factory.mktemp("mixtral"), "mixtral")
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(1, 128, (2, 11), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(tokens(), use_cache=False).logits
+
+
+def load(folder: Path, **settings: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+
+
+def packed_modules(model: Any) -> Iterator[tuple[str, PackedLinear | ExpertBucket]]:
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | ExpertBucket):
+            yield name, module
+
+
+@torch.no_grad()
+def dequantised(compressed: Any, original: Path) -> Any:
+    """The stock model with the packed weights written out."""
+    stock = AutoModelForCausalLM.from_pretrained(
+        original, dtype=compressed.dtype, experts_implementation="eager"
+    ).eval()
+    for name, module in packed_modules(compressed):
+        if isinstance(module, PackedLinear):
+            stock.get_submodule(name).weight.copy_(
+                dequantise_packed(
+                    module.qweight,
+                    module.scales,
+                    module.zeros,
+                    bits=module.bits,
+                    group_size=module.group_size,
+                    columns=module.in_features,
+                    dtype=compressed.dtype,
+                )
+            )
+            continue
+        experts = stock.get_submodule(name.rpartition(".")[0])
+        for matrix in MATRICES:
+            for slot, expert in enumerate(module.experts):
+                packed = module.matrix(matrix, slot)
+                fused_weight(experts, matrix)[expert] = dequantise_packed(
+                    packed.weight.qweight,
+                    packed.weight.scales,
+                    packed.weight.zeros,
+                    bits=packed.bits,
+                    group_size=packed.group_size,
+                    columns=packed.columns,
+                    dtype=compressed.dtype,
+                )
+    return stock
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_the_stock_model_with_dequantised_weights(
+    family: str, tmp_path: Path
+) -> None:
+    folder = compress_tiny(tmp_path, family)
+    compressed = load(folder)
+    widths = {module.bits for _, module in packed_modules(compressed)}
+    assert widths == {1, 2, 3, 4}
+    stock = dequantised(compressed, tmp_path / "original")
+    torch.testing.assert_close(logits(compressed), logits(stock), rtol=1e-4, atol=1e-5)
+
+
+def test_generation_with_a_cache_equals_generation_of_the_stock_model(mixtral: Path) -> None:
+    compressed = load(mixtral)
+    stock = dequantised(compressed, mixtral.parent / "original")
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(
+        compressed.generate(tokens(), **settings), stock.generate(tokens(), **settings)
+    )
+
+
+def test_saving_a_loaded_model_round_trips(mixtral: Path, tmp_path: Path) -> None:
+    model = load(mixtral)
+    model.save_pretrained(tmp_path / "once", max_shard_size="40KB")
+    assert not list((tmp_path / "once").glob("model*"))
+    assert len(list((tmp_path / "once").glob("mcsharp-*.safetensors"))) > 1
+    again = load(tmp_path / "once")
+    assert torch.equal(logits(again), logits(model))
+    assert again.config.quantization_config.to_dict() == model.config.quantization_config.to_dict()
+    again.save_pretrained(tmp_path / "twice")
+    assert torch.equal(logits(load(tmp_path / "twice")), logits(model))
+
+
+def test_a_model_loads_onto_devices_chosen_by_accelerate(mixtral: Path) -> None:
+    assert torch.equal(logits(load(mixtral, device_map="auto")), logits(load(mixtral)))
+
+
+def test_packed_weights_can_be_offloaded_to_disk(mixtral: Path, tmp_path: Path) -> None:
+    reference = load(mixtral)
+    places = {name: "cpu" for name, _ in reference.named_children() if name != "model"}
+    places |= {f"model.{name}": "cpu" for name, _ in reference.model.named_children()}
+    del places["model.layers"]
+    places |= {f"model.layers.{i}": "disk" for i in range(3)}
+    model = load(mixtral, device_map=places, offload_folder=tmp_path)
+    packed = [p for _, module in packed_modules(model) for p in module.parameters()]
+    assert all(parameter.is_meta for parameter in packed)
+    torch.testing.assert_close(logits(model), logits(reference), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_dtype_asked_for_is_that_of_the_outputs(mixtral: Path, dtype: torch.dtype) -> None:
+    model = load(mixtral, dtype=dtype)
+    assert logits(model).dtype == dtype
+    scales = [p for n, p in model.named_parameters() if n.endswith("scales")]
+    assert {s.dtype for s in scales} == {torch.float16}
+
+
+def test_without_the_package_loading_is_an_error(mixtral: Path) -> None:
+    program = (
+        "from transformers import AutoModelForCausalLM as A; "
+        f"A.from_pretrained({str(mixtral)!r}); print('loaded')"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "loaded" not in result.stdout
+    assert "OSError" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q["experts"].pop("1"), "decoder layers"),
+        (lambda q: q["experts"]["0"].append(2), "5 widths to the 4 experts"),
+        (lambda q: q["linears"].update({"self_attn.x_proj": 4}), "x_proj"),
+        (lambda q: q.update(format_version=9), "format_version 9"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_model_is_refused(
+    mixtral: Path, tmp_path: Path, change: Any, message: str
+) -> None:
+    folder = shutil.copytree(mixtral, tmp_path / "broken")
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        load(folder)
+
+
+def test_shapes_that_do_not_fit_the_widths_are_refused(mixtral: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(mixtral, tmp_path / "broken")
+    config = json.loads((folder / "config.json").read_text())
+    widths = config["quantization_config"]["experts"]["0"]
+    config["quantization_config"]["experts"]["0"] = [4 if b == 3 else b for b in widths]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError):
+        load(folder)
