@@ -39,12 +39,10 @@ OPEN_CHOICES = 24
 """Choices beyond one per expert in the first core: few enough for milliseconds."""
 OBJECTIVE_BITS = 40
 """Size of one objective: CP-SAT reports bounds as floats, and proves small numbers sooner."""
-EFFORT = 60.0
-"""Deterministic time after which CP-SAT gives up, so that no program runs for ever."""
+ATTEMPTS = ((64, 1.0), (100_000, 20.0))
+"""Digits to which prizes are found, deterministic time of one plane; first quick, then thorough."""
 PRICE_ROUNDS = 2
 """Rounds over the prizes where there are several."""
-PRIZE_BITS = 64
-"""Digits to which a prize is found."""
 
 
 @dataclass(frozen=True)
@@ -85,23 +83,41 @@ def solve_exactly(cost: NDArray[np.float64], program: Program) -> list[int]:
         If CP-SAT stops without a proof.
     """
     keys = _unique_keys(_exact_integers(cost), program.widths)
-    prices = _prices(keys, program)
+    for digits, effort in ATTEMPTS:
+        try:
+            return _solve_priced(keys, _prices(keys, program, digits), program, effort)
+        except _GaveUp:
+            continue
+    raise RunError("no bit allocation could be proved to be the best; require fewer widths")
+
+
+class _GaveUp(Exception):
+    """CP-SAT reached its limit before it had a proof."""
+
+
+def _solve_priced(keys: Table, prices: Prices, program: Program, effort: float) -> list[int]:
+    """Solve for a small core, and for larger ones until nothing outside can be better."""
     excess = _excess(keys, prices, program)
     ranked = sorted(value for row in excess for value in row)
-    size = len(excess) + OPEN_CHOICES
-    limit = ranked[min(size, len(ranked)) - 1]
+    open_choices = OPEN_CHOICES
+    limit = _smallest(ranked, len(excess) + open_choices)
     while True:
-        chosen = _solve_core(excess, limit, prices, program)
-        if chosen is None:
-            if limit == ranked[-1]:
-                raise RunError("the bit allocation has no solution")
-            size += size - len(excess)
-            limit = ranked[min(size, len(ranked)) - 1]
-            continue
-        value = _value(chosen, excess, prices, program)
-        if value <= limit or limit == ranked[-1]:
-            return chosen
-        limit = value
+        chosen = _solve_core(excess, limit, prices, program, effort)
+        if chosen is not None:
+            value = _value(chosen, excess, prices, program)
+            if value <= limit or limit == ranked[-1]:
+                return chosen
+            limit = value
+        elif limit == ranked[-1]:
+            raise RunError("the bit allocation has no solution")
+        else:
+            open_choices *= 2
+            limit = _smallest(ranked, len(excess) + open_choices)
+
+
+def _smallest(ranked: list[int], count: int) -> int:
+    """Largest of the ``count`` smallest values."""
+    return ranked[min(count, len(ranked)) - 1]
 
 
 def _exact_integers(cost: NDArray[np.float64]) -> Table:
@@ -116,37 +132,41 @@ def _exact_integers(cost: NDArray[np.float64]) -> Table:
 
 
 def _unique_keys(cost: Table, widths: tuple[int, ...]) -> Table:
-    """Cost first, then fewer bits, then wider widths for lower experts, in one integer.
+    """Cost, then total bits, then Σ index · bits, then the order from expert 0 on, in one integer.
 
-    All keys are multiples of the least common multiple of the differences between widths, so that
-    key per bit is a whole number.
+    The last makes keys unique; the one before it keeps the core small where costs are tied. All
+    keys are multiples of the least common multiple of the differences between widths, so that key
+    per bit is a whole number.
     """
     experts, choices = len(cost), len(widths)
-    spread = math.lcm(*(b - a for a in widths for b in widths if b > a))
-    bits_unit = spread * choices**experts
-    cost_unit = bits_unit * (widths[-1] * experts + 1)
-    keys = []
-    for expert, row in enumerate(cost):
-        place = spread * choices ** (experts - 1 - expert)
-        keys.append(
-            [
-                value * cost_unit + width * bits_unit + (choices - 1 - j) * place
-                for j, (value, width) in enumerate(zip(row, widths, strict=True))
-            ]
-        )
-    return keys
+    order_unit = math.lcm(*(b - a for a in widths for b in widths if b > a))
+    index_unit = order_unit * choices**experts
+    bits_unit = index_unit * (1 + widths[-1] * experts * (experts - 1) // 2)
+    cost_unit = bits_unit * (1 + widths[-1] * experts)
+    return [
+        [
+            value * cost_unit
+            + width * bits_unit
+            + expert * width * index_unit
+            + (choices - 1 - j) * choices ** (experts - 1 - expert) * order_unit
+            for j, (value, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for expert, row in enumerate(cost)
+    ]
 
 
-def _prices(keys: Table, program: Program) -> Prices:
+def _prices(keys: Table, program: Program, digits: int) -> Prices:
     """Good multipliers; any would be right, these leave a small core."""
     prizes = dict.fromkeys(program.at_least, 0)
     for _ in range(PRICE_ROUNDS if len(prizes) > 1 else 1):
         for width in prizes:
-            prizes[width] = _prize(width, prizes, keys, program)
+            prizes[width] = _prize(width, prizes, keys, program, digits)
     return _with_prizes(prizes, keys, program)
 
 
-def _prize(width: int, prizes: Mapping[int, int], keys: Table, program: Program) -> int:
+def _prize(
+    width: int, prizes: Mapping[int, int], keys: Table, program: Program, digits: int
+) -> int:
     """Least prize, to some digits, at which as many experts take ``width`` as are required."""
     j = program.widths.index(width)
 
@@ -161,7 +181,7 @@ def _prize(width: int, prizes: Mapping[int, int], keys: Table, program: Program)
     ceiling = 2 * len(keys) * max(map(max, keys))
     while high < ceiling and not enough(high):
         low, high = high, high << 8
-    while high - low > max(1, high >> PRIZE_BITS):
+    while high - low > max(1, high >> digits):
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
@@ -220,7 +240,9 @@ def _value(chosen: list[int], excess: Table, prices: Prices, program: Program) -
     )
 
 
-def _solve_core(excess: Table, limit: int, prices: Prices, program: Program) -> list[int] | None:
+def _solve_core(
+    excess: Table, limit: int, prices: Prices, program: Program, effort: float
+) -> list[int] | None:
     """Best assignment among the choices of at most ``limit`` excess; None if there is none."""
     from ortools.sat.python import cp_model  # here, because it takes half a second to import
 
@@ -237,7 +259,7 @@ def _solve_core(excess: Table, limit: int, prices: Prices, program: Program) -> 
         if len(row) > 1:
             model.add_exactly_one(picks[e, j] for j in row)
     terms += _constrain(model, core, picks, prices, program)
-    solver = _minimise(model, terms)
+    solver = _minimise(model, terms, effort)
     if solver is None:
         return None
     return [
@@ -269,7 +291,9 @@ def _constrain(
     return terms
 
 
-def _minimise(model: cp_model.CpModel, terms: list[Term]) -> cp_model.CpSolver | None:
+def _minimise(
+    model: cp_model.CpModel, terms: list[Term], effort: float
+) -> cp_model.CpSolver | None:
     """Least Σ price · variable, exactly, plane by plane; None if the model has no solution."""
     from ortools.sat.python import cp_model
 
@@ -277,7 +301,7 @@ def _minimise(model: cp_model.CpModel, terms: list[Term]) -> cp_model.CpSolver |
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
     solver.parameters.absolute_gap_limit = 0
-    solver.parameters.max_deterministic_time = EFFORT
+    solver.parameters.max_deterministic_time = effort
     units = sum(term.most for term in terms)
     unseen = max((term.price.bit_length() for term in terms), default=0)
     plane = OBJECTIVE_BITS - units.bit_length() - 1
@@ -295,10 +319,7 @@ def _minimise(model: cp_model.CpModel, terms: list[Term]) -> cp_model.CpSolver |
         if status == cp_model.INFEASIBLE:
             return None
         if status != cp_model.OPTIMAL:
-            raise RunError(
-                f"CP-SAT ended with {solver.status_name(status)}, not with a proof of the best "
-                "bit allocation; fewer required widths (at_least) make it easier"
-            )
+            raise _GaveUp(solver.status_name(status))
         least = solver.value(objective)
         if round(solver.best_objective_bound) != least:
             raise RunError(f"CP-SAT proved {solver.best_objective_bound:.0f}, but found {least}")

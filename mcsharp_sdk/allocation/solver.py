@@ -46,9 +46,9 @@ def solve_bit_allocation(
 
     Returns
     -------
-    (experts,) int64, the width of each expert. Of several assignments with the same cost, the one
-    with the fewest bits; of these, the one that gives the wider widths to the lower expert indices
-    (compared from expert 0 on).
+    (experts,) int64, the width of each expert. Ties go to the fewest bits, then to the lower expert
+    index: of the assignments with the least cost and bits, the one with the least Σ index · width,
+    and of these the one with the wider width at the first expert where they differ.
 
     Raises
     ------

@@ -94,8 +94,9 @@ def evaluation_text() -> str:
         If this Python carries no standard library source.
     """
     seen = _long_lines(SEPARATOR.join([*_topics(), *_sources(held_out=False)]))
-    found = SEPARATOR.join(_docstrings(held_out=True)).split(SEPARATOR)
-    return _joined([paragraph for paragraph in found if seen.isdisjoint(_long_lines(paragraph))])
+    found = (text.split(SEPARATOR) for text in _docstrings(held_out=True))
+    paragraphs = (paragraph for part in found for paragraph in part)
+    return _joined([p for p in paragraphs if seen.isdisjoint(_long_lines(p))])
 
 
 def _joined(documents: list[str]) -> str:
@@ -152,7 +153,7 @@ def docstrings(source: str) -> str:
 
 
 def _definitions(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Classes and functions below a node, in order; expressions, which hold none, are not visited."""
+    """Classes and functions below a node, in order; expressions hold none and are not visited."""
     for block in ("body", "handlers", "cases", "orelse", "finalbody"):
         for child in getattr(node, block, []):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -42,7 +42,7 @@ class GridSettings:
     """
 
     group_size: int = 128
-    clip_ratios: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35)
+    clip_ratios: tuple[float, ...] = (1.0, 0.8, 0.65, 0.5, 0.38)
     refinements: int = 2
     neighbours: tuple[float, ...] = (-0.5, -0.25, 0.25, 0.5)
     binary: BinaryScale = "optimised"
@@ -130,7 +130,7 @@ class _Best:
 
     def _codes(self, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
         exact, rounded = self.buffers
-        torch.mul(self.weights, scale.reciprocal(), out=exact).add_(offset + self.top / 2)
+        torch.addcmul(offset + self.top / 2, self.weights, scale.reciprocal(), out=exact)
         torch.round(exact, out=rounded).clamp_(0, self.top)
         return exact, rounded
 

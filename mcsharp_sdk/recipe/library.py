@@ -53,11 +53,14 @@ def open_recipe(
     """
     path = Path(reference)
     name = path.name.removesuffix(_SUFFIX)
-    if path.exists() or path.parent != Path() or (path.suffix and name not in packaged()):
+    if os.path.dirname(reference) or path.is_file():
         return Recipe.from_file(path, overrides, environ)
-    if name not in packaged():
-        near = suggestion(name, packaged(), otherwise="the package has ")
-        raise InputError(f"there is no recipe file '{path}' here{near}")
-    return Recipe.from_text(
-        packaged_text(name), f"{name}{_SUFFIX}", overrides=overrides, environ=environ
-    )
+    recipes = packaged()
+    if name in recipes:
+        return Recipe.from_text(
+            recipes[name], f"{name}{_SUFFIX}", overrides=overrides, environ=environ
+        )
+    if path.suffix or path.exists():
+        return Recipe.from_file(path, overrides, environ)
+    near = suggestion(name, recipes, otherwise="the package has ")
+    raise InputError(f"there is no recipe file '{path}' here{near}")

@@ -7,6 +7,7 @@ read inside the ``forward`` of the module that owns them, since offloading fetch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,13 +89,19 @@ class ExpertBucket(nn.Module):
         tensors = (getattr(self, tensor_name(matrix, part))[slot] for part in TENSORS)
         return PackedMatrix.of(*tensors, self.bits, self.group_size, self.columns[matrix])
 
-    def forward(self, tokens: Sequence[Tensor], owner: Any) -> list[Tensor]:
+    def forward(
+        self,
+        tokens: Sequence[Tensor],
+        activation: Callable[[Tensor, int], Tensor],
+        finishing: Callable[[Tensor, int], Tensor],
+    ) -> list[Tensor]:
         """Run each expert of the bucket on its own tokens.
 
         Parameters
         ----------
         tokens : one [n, hidden] per expert of the bucket; n may be 0.
-        owner : the experts module, which knows activation, biases and norms.
+        activation : what the family does between the projections, given the expert.
+        finishing : what it does behind the second one.
 
         Returns
         -------
@@ -103,8 +110,8 @@ class ExpertBucket(nn.Module):
         outputs = []
         for slot, (expert, x) in enumerate(zip(self.experts, tokens, strict=True)):
             if x.shape[0]:
-                inner = activate(owner, packed_linear(x, self.matrix("gate_up", slot)), expert)
-                x = finish(owner, packed_linear(inner, self.matrix("down", slot)), expert)
+                inner = activation(packed_linear(x, self.matrix("gate_up", slot)), expert)
+                x = finishing(packed_linear(inner, self.matrix("down", slot)), expert)
             outputs.append(x)
         return outputs
 
@@ -133,7 +140,9 @@ class PackedExpertsMixin:
         weights = top_k_weights.reshape(-1, 1)
         for bucket in self._buckets():
             taken = [places[e] for e in bucket.experts]
-            results = bucket([hidden[place // k] for place in taken], self)
+            tokens = [hidden[place // k] for place in taken]
+            # Functions, not the module itself: offloading would move what it is handed.
+            results = bucket(tokens, partial(activate, self), partial(finish, self))
             for place, result in zip(taken, results, strict=True):
                 weighted = result * weights[place]
                 out.index_add_(0, place // k, weighted.to(out.dtype))

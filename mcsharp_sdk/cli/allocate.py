@@ -1,0 +1,112 @@
+"""mcsharp allocate: bit widths from a file of expert statistics alone, without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mcsharp_sdk.cli.options import JsonOption
+from mcsharp_sdk.cli.output import print_json, print_table, print_text
+from mcsharp_sdk.errors import InputError
+
+if TYPE_CHECKING:
+    from mcsharp_sdk.artifacts import BitMap
+    from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
+
+_ELSEWHERE = {
+    "factors": "it is the argument of this command",
+    "type": "this command is BitAllocation",
+}
+
+
+def allocate(
+    factors: Annotated[
+        Path, typer.Argument(metavar="FACTORS", help="Expert statistics (JSON), e.g. published.")
+    ],
+    target_bits: Annotated[
+        float, typer.Option("--target-bits", help="Average width of the experts, in bits.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SETTING=VALUE",
+            help="A setting of BitAllocation, e.g. mode=released; may be repeated.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Save the map here; GPTQQuantize takes it as 'bits'."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace FILE if it is there.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Solve for bit widths from a factor file alone."""
+    from mcsharp_sdk.modifiers.bit_allocation import allocate as solve
+
+    settings = _settings(target_bits, overrides or [])
+    if output is not None and output.exists() and not overwrite:
+        raise InputError(f"{output} is there already; --overwrite replaces it")
+    bit_map = solve(factors, settings)
+    if output is not None:
+        bit_map.save(output)
+    if json:
+        print_json(_document(bit_map, settings))
+    else:
+        _show(bit_map, settings, output)
+
+
+def _settings(target_bits: float, overrides: list[str]) -> BitAllocation:
+    """The stage's settings; InputProblems names everything that is wrong with the overrides."""
+    from pydantic import ValidationError
+
+    from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
+    from mcsharp_sdk.recipe.document import Document, Finding
+    from mcsharp_sdk.recipe.overrides import apply_overrides
+    from mcsharp_sdk.recipe.wording import explain
+
+    document = Document("", "mcsharp allocate", data={"target_bits": target_bits})
+    apply_overrides(document, overrides)
+    for name, reason in _ELSEWHERE.items():
+        if name in document.data:
+            document.findings.append(Finding((name,), f"cannot be set here: {reason}"))
+    try:
+        settings = BitAllocation.model_validate(document.data)
+    except ValidationError as error:
+        found = explain(error, document.data, BitAllocation)
+        raise document.error([*document.findings, *found]) from None
+    if document.findings:
+        raise document.error(document.findings)
+    return settings
+
+
+def _document(bit_map: BitMap, settings: BitAllocation) -> dict[str, Any]:
+    objective = bit_map.objective
+    return {
+        "bits": {layer: list(widths) for layer, widths in sorted(bit_map.bits.items())},
+        "objective": None
+        if objective is None
+        else {"layers": dict(sorted(objective.items())), "total": sum(objective.values())},
+        "nominal_bits": bit_map.nominal_bits,
+        "settings": settings.model_dump(mode="json", exclude={"type", "factors"}),
+    }
+
+
+def _show(bit_map: BitMap, settings: BitAllocation, output: Path | None) -> None:
+    objective = bit_map.objective or {}
+    rows = [
+        (layer, " ".join(map(str, widths)), sum(widths) / len(widths), _cost(objective.get(layer)))
+        for layer, widths in sorted(bit_map.bits.items())
+    ]
+    title = f"{settings.allocator} at {settings.target_bits:g} bits"
+    print_table(title, ["layer", "bits per expert", "mean", "cost"], rows)
+    total = f", cost {sum(objective.values()):.6g} in total" if objective else ""
+    print_text(f"nominal bits {bit_map.nominal_bits:.6g}{total}")
+    if output is not None:
+        print_text(f"saved in {output}")
+
+
+def _cost(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"

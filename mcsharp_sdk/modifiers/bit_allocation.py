@@ -1,0 +1,276 @@
+"""BitAllocation: choose a bit width per expert under a budget."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+
+from mcsharp_sdk.allocation.baselines import ALLOCATORS, AllocatorName
+from mcsharp_sdk.allocation.significance import Exponents, Factors, allocation_cost
+from mcsharp_sdk.allocation.solver import BudgetRule, check_budget
+from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, LayerStatistics, check_layers
+from mcsharp_sdk.errors import InputError, Problem
+from mcsharp_sdk.modifiers.base import Modifier
+from mcsharp_sdk.recipe.paths import RecipePath
+
+if TYPE_CHECKING:
+    from mcsharp_sdk.engine.context import RunContext
+
+Width = Annotated[int, Field(ge=1, le=4)]
+Exponent = Annotated[float, Field(ge=0, le=16)]
+Layers = Sequence[LayerStatistics]
+Track = Callable[[Sequence[Layers], str], Iterable[Layers]]
+
+_PAPER_EXPONENTS = {"alpha": 1.0, "beta": 1.0, "gamma": 2.0}
+
+
+class BitAllocation(Modifier):
+    """Choose a bit width per expert under a budget (PMQ, MC arXiv 2410.06270, Eq. 4).
+
+    Minimises Σ φ^α · w^β · ε^γ, with φ how often the expert is selected, w its summed routing
+    weight, ε the error at the width. ``mode: paper`` and ``mode: released`` are MC and its released
+    code. ``best`` is ours: the errors of ExpertStats already count how often and how strongly an
+    expert is used, so the least sum of squared errors is what is wanted (α = β = 0, γ = 2).
+    """
+
+    type: Literal["BitAllocation"] = "BitAllocation"
+    target_bits: Annotated[
+        float,
+        Field(
+            ge=1,
+            le=4,
+            description="Average width of the experts, in bits. The budget is this times the "
+            "number of experts, rounded down to whole bits.",
+        ),
+    ]
+    mode: Annotated[
+        Literal["best", "paper", "released"],
+        Field(description="Whose choices the other settings default to."),
+    ] = "best"
+    allocator: Annotated[
+        AllocatorName,
+        Field(
+            description="How widths are chosen. "
+            + "; ".join(f"{name}: {a.summary}" for name, a in ALLOCATORS.items())
+            + "."
+        ),
+    ] = "pmq"
+    alpha: Annotated[Exponent, Field(description="Exponent of the selection frequency.")] = 0.0
+    beta: Annotated[Exponent, Field(description="Exponent of the routing weight.")] = 0.0
+    gamma: Annotated[Exponent, Field(description="Exponent of the quantisation error.")] = 2.0
+    budget: Annotated[
+        BudgetRule, Field(description="Use at_most the budget, or exact: all of it, no more.")
+    ] = "at_most"
+    budget_scope: Annotated[
+        Literal["layer", "global"],
+        Field(description="One budget per layer, or one for all layers together (gamma 2 only)."),
+    ] = "layer"
+    at_least: dict[int, Annotated[int, Field(ge=0)]] = Field(
+        default_factory=lambda: {3: 1, 2: 1},
+        description="Width -> how many experts must have it, in each budget. Without this "
+        "setting, one of 3 and one of 2 bits where these are candidates.",
+    )
+    widths: Annotated[
+        tuple[Width, ...], Field(min_length=1, description="Candidate widths, in bits.")
+    ] = (1, 2, 3)
+    seed: Annotated[int, Field(ge=0, description="Seed of the random allocator.")] = 0
+    factors: Annotated[
+        RecipePath | None,
+        Field(description="File of expert statistics, in place of measuring them."),
+    ] = None
+
+    reads: ClassVar[tuple[str, ...]] = (ExpertStatistics.NAME,)
+    writes: ClassVar[str] = BitMap.NAME
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "best": {"alpha": 0.0, "beta": 0.0, "gamma": 2.0, "budget": "at_most"},
+        "paper": {**_PAPER_EXPONENTS, "budget": "exact"},
+        "released": {"alpha": 1.0, "beta": 1.5, "gamma": 1.0, "budget": "at_most"},
+    }
+
+    @field_validator("widths")
+    @classmethod
+    def _ascending(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(set(widths)))
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        narrowest, widest = self.widths[0], self.widths[-1]
+        if not narrowest <= self.target_bits <= widest:
+            raise ValueError(
+                f"target_bits = {self.target_bits:g} cannot be met with widths of "
+                f"{narrowest} to {widest} bits"
+            )
+        stray = [w for w in self.at_least if w not in self.widths]
+        if stray and "at_least" in self.model_fields_set:
+            raise ValueError(f"at_least names width {stray[0]}, which is not among the widths")
+        if self.budget_scope == "global" and self.gamma != 2 and self.allocator in _SUM_ERRORS:
+            raise ValueError(
+                "gamma must be 2 with budget_scope: global, where errors of different layers "
+                "are added up: only squared errors add"
+            )
+        return self
+
+    def needs(self) -> tuple[str, ...]:
+        return self.reads if self.factors is None else ()
+
+    def files(self) -> dict[str, Path]:
+        return {} if self.factors is None else {"factors": self.factors}
+
+    def required_widths(self) -> dict[int, int]:
+        """``at_least`` as it holds for this allocator and these widths."""
+        if not ALLOCATORS[self.allocator].keeps_required:
+            return {}
+        return {w: n for w, n in self.at_least.items() if n and w in self.widths}
+
+    def budget_bits(self, experts: int) -> int:
+        """Whole bits that so many experts may use."""
+        return math.floor(self.target_bits * experts + 1e-9)
+
+    def check_experts(self, experts: Mapping[int, int]) -> list[Problem]:
+        """Whether the budget can be met, and a given factor file fits the model."""
+        problems = []
+        counts = [sum(experts.values())] if self.budget_scope == "global" else experts.values()
+        for count in sorted({n for n in counts if n}):
+            try:
+                check_budget(
+                    count,
+                    self.widths,
+                    self.budget_bits(count),
+                    budget_rule=self.budget,
+                    at_least=self.required_widths(),
+                )
+            except InputError as error:
+                problems.append(Problem("BitAllocation.target_bits", f"{error}{self._remedy()}"))
+        return [*problems, *self._check_factors(experts)]
+
+    def _check_factors(self, experts: Mapping[int, int]) -> list[Problem]:
+        if self.factors is None:
+            return []
+        try:
+            statistics = ExpertStatistics.load(self.factors)
+            try:
+                check_layers(statistics.experts(), experts)
+                if ALLOCATORS[self.allocator].needs_errors:
+                    for layer in statistics.layers:
+                        layer.errors_at(self.widths)
+            except InputError as error:
+                raise InputError(f"{self.factors}: {error}") from None
+        except InputError as error:
+            return [Problem("BitAllocation.factors", str(error))]
+        return []
+
+    def _remedy(self) -> str:
+        return "; 'at_least: {}' requires no widths" if self.required_widths() else ""
+
+    def run(self, context: RunContext) -> None:
+        statistics = self.factors or context.read(ExpertStatistics)
+        bit_map = allocate(statistics, self, track=context.track)
+        context.write(bit_map)
+
+
+_SUM_ERRORS = ("pmq", "f_norm")
+
+
+def _no_track(items: Sequence[Layers], description: str) -> Iterable[Layers]:
+    return items
+
+
+def allocate(
+    statistics: ExpertStatistics | str | os.PathLike[str],
+    settings: BitAllocation,
+    *,
+    track: Track = _no_track,
+) -> BitMap:
+    """Choose the widths: the whole stage, without a model.
+
+    Parameters
+    ----------
+    statistics : expert statistics, or the file that holds them.
+    settings : of the stage; ``settings.factors`` is not looked at.
+    track : wraps the list of programs to solve, to show progress.
+
+    Returns
+    -------
+    The map. Its ``objective`` is always the PMQ cost with the settings' exponents, whichever
+    allocator chose, so that allocators compare; None if the statistics have no errors to tell it.
+
+    Raises
+    ------
+    InputError
+        If the statistics do not hold what the allocator needs.
+    InfeasibleBudget
+        If the budget cannot be met.
+    """
+    if not isinstance(statistics, ExpertStatistics):
+        statistics = ExpertStatistics.load(Path(statistics))
+    layers = statistics.layers
+    programs: list[Layers] = (
+        [layers] if settings.budget_scope == "global" else [(layer,) for layer in layers]
+    )
+    bits: dict[int, tuple[int, ...]] = {}
+    for program in track(programs, "allocating bits"):
+        bits.update(_solve(program, settings))
+    return BitMap(bits, _objective(layers, bits, settings), settings.allocator)
+
+
+def _solve(layers: Layers, settings: BitAllocation) -> dict[int, tuple[int, ...]]:
+    """Widths of the layers that share one budget."""
+    allocator = ALLOCATORS[settings.allocator]
+    costs = []
+    for layer in layers:
+        rng = np.random.default_rng([settings.seed, layer.layer])
+        factors = _factors(layer, settings.widths, errors=allocator.needs_errors)
+        try:
+            costs.append(allocator.cost(factors, _exponents(settings), rng))
+        except InputError as error:
+            raise InputError(f"layer {layer.layer}: {error}") from None
+    cost = np.concatenate(costs)
+    widths = allocator.spend(
+        cost,
+        settings.widths,
+        settings.budget_bits(len(cost)),
+        budget_rule=settings.budget,
+        at_least=settings.required_widths(),
+    )
+    ends = np.cumsum([layer.num_experts for layer in layers])[:-1]
+    return {
+        layer.layer: tuple(part.tolist())
+        for layer, part in zip(layers, np.split(widths, ends), strict=True)
+    }
+
+
+def _objective(
+    layers: Layers, bits: Mapping[int, Sequence[int]], settings: BitAllocation
+) -> dict[int, float] | None:
+    """Layer -> PMQ cost of the widths, where the statistics can tell it."""
+    objective = {}
+    for layer in layers:
+        given = sorted(set(bits[layer.layer]))
+        if not set(given) <= set(layer.widths):
+            return None
+        try:
+            cost = allocation_cost(_factors(layer, given, errors=True), _exponents(settings))
+        except InputError:
+            return None  # nothing to weigh the experts by: no cost, but the widths stand
+        chosen = [row[given.index(w)] for row, w in zip(cost, bits[layer.layer], strict=True)]
+        objective[layer.layer] = math.fsum(chosen)
+    return objective
+
+
+def _factors(layer: LayerStatistics, widths: Sequence[int], *, errors: bool) -> Factors:
+    return Factors(
+        widths=tuple(widths),
+        activation_count=layer.activation_count,
+        routing_weight_sum=layer.routing_weight_sum,
+        quant_error=layer.errors_at(widths) if errors else None,
+    )
+
+
+def _exponents(settings: BitAllocation) -> Exponents:
+    return Exponents(settings.alpha, settings.beta, settings.gamma)

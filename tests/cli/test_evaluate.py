@@ -1,0 +1,72 @@
+"""mcsharp evaluate, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import save_tiny_model
+from tiny_tokenizer import save_tiny_tokenizer
+
+from mcsharp_sdk import evaluate
+from mcsharp_sdk.cli import main
+
+
+def run(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as end:
+        main.run([str(argument) for argument in arguments])
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_model(folder, "mixtral")
+    save_tiny_tokenizer(folder)
+    (folder / "text.txt").write_text("abc, it is easy as one, two, three. " * 4)
+    return folder
+
+
+def test_json_equals_the_python_function(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--window", "32", "--max-tokens", "100", "--device", "cpu", "--json")
+    assert run("evaluate", model, "--text", model / "text.txt", *options) == 0
+    printed = json.loads(capsys.readouterr().out)
+    result = evaluate(model, model / "text.txt", window=32, max_tokens=100, device="cpu")
+    expected = json.loads(json.dumps(result.to_json()))
+    timed = {"seconds"}
+    assert {k: v for k, v in printed.items() if k not in timed} == {
+        k: v for k, v in expected.items() if k not in timed
+    }
+    promised = {"perplexity", "tokens", "nominal_bits", "stored_bits", "bytes"}
+    assert promised | {"activated_expert_ratio"} <= printed.keys()
+
+
+def test_people_get_a_table_and_no_bar_in_a_pipe(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--window", "32", "--device", "cpu")
+    assert run("evaluate", model, "--text", model / "text.txt", *options) == 0
+    captured = capsys.readouterr()
+    for part in (
+        "perplexity",
+        "144 in 5 windows of 32",
+        "not compressed",
+        "100.0%",
+        "float32 on cpu",
+    ):
+        assert part in captured.out
+    assert "windows" not in captured.err
+
+
+def test_bad_input_is_exit_code_two_and_one_message(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("evaluate", model / "absent") == 2
+    assert "not a model folder" in capsys.readouterr().err
+    text = model / "text.txt"
+    assert run("evaluate", model, "--text", text, "--window", "4096", "--json") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "longer than the model's 128 positions" in captured.err
