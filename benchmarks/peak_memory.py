@@ -57,7 +57,10 @@ def make_model(folder: Path, layers: int, hidden: int, intermediate: int) -> int
         weight_map.update(dict.fromkeys(tensors, file))
         total += sum(t.nbytes for t in tensors.values())
 
-    head = {"model.embed_tokens.weight": (VOCABULARY, hidden), "lm_head.weight": (VOCABULARY, hidden)}
+    head = {
+        "model.embed_tokens.weight": (VOCABULARY, hidden),
+        "lm_head.weight": (VOCABULARY, hidden),
+    }
     save(1, {**head, "model.norm.weight": (hidden,)})
     for layer in range(layers):
         save(layer + 2, layer_shapes(f"model.layers.{layer}.", hidden, intermediate))
@@ -118,7 +121,9 @@ def compress(model: Path, output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=2560)

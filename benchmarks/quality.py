@@ -74,7 +74,7 @@ def run(setting: str, arguments: argparse.Namespace) -> dict[str, Any]:
     found = mcsharp_sdk.evaluate(
         model, arguments.evaluation, window=arguments.length, max_tokens=arguments.tokens
     )
-    result = {"setting": setting, "seconds": seconds, **json.loads(found.to_json())}
+    result = {"setting": setting, "seconds": seconds, **found.to_json()}
     kept.write_text(json.dumps(result, indent=1))
     return result
 
@@ -102,7 +102,9 @@ def table(results: list[dict[str, Any]], layers: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("calibration", type=Path)
     parser.add_argument("evaluation", type=Path)

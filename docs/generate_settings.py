@@ -7,11 +7,12 @@ Everything between the two markers in the page is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.recipe.elements import calibration_kinds
@@ -57,7 +58,11 @@ def _sections() -> Iterator[str]:
     yield from _rows(next(iter(sources.values())), only=common)
     for name, kind in sources.items():
         rows = list(_rows(kind, leave=common | {"source"}))
-        yield from ["", f"`source: {name}`. {_summary(kind)}", *(["", *HEAD, *rows] if rows else [])]
+        yield from [
+            "",
+            f"`source: {name}`. {_summary(kind)}",
+            *(["", *HEAD, *rows] if rows else []),
+        ]
     for name, stage in _ours(MODIFIERS.usable()):
         yield from ["", f"### {name}", "", _summary(stage), "", *HEAD]
         yield from _rows(stage, leave={"type"})
@@ -75,18 +80,21 @@ def _ours(found: Iterator[tuple[str, type[Any] | None]]) -> list[tuple[str, type
 
 
 def _summary(kind: type[BaseModel]) -> str:
-    return " ".join((kind.__doc__ or "").split("\n\n")[0].split())
+    return " ".join((kind.__doc__ or "").split("\n\n")[0].replace("``", "`").split())
 
 
 def _rows(
-    kind: type[BaseModel], only: set[str] | None = None, leave: set[str] | frozenset[str] = frozenset()
+    kind: type[BaseModel],
+    only: Set[str] | None = None,
+    leave: Set[str] = frozenset(),
 ) -> Iterator[str]:
     schema = kind.model_json_schema()
     definitions = schema.get("$defs", {})
     for name, setting in schema["properties"].items():
         if name in leave or (only is not None and name not in only):
             continue
-        default = "required" if name in schema.get("required", []) else _shown(setting["default"])
+        field = kind.model_fields[name]
+        default = "required" if field.is_required() else _default(field)
         cells = [f"`{name}`", _values(setting, definitions), default]
         yield f"| {' | '.join(cells)} | {setting.get('description', '')} |"
 
@@ -105,12 +113,15 @@ def _values(setting: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if setting.get("format") == "path":
         return "file"
     if setting["type"] == "array":
-        return f"list of {_values(setting['items'], definitions)}s"
+        return f"list of: {_values(setting['items'], definitions)}"
     if setting["type"] == "object":
-        keys = _values(setting.get("propertyNames", {"type": "string"}), definitions)
-        return f"{keys} → {_values(setting['additionalProperties'], definitions)}"
+        return f"mapping to: {_values(setting['additionalProperties'], definitions)}"
     bounds = [f"{sign} {setting[name]:g}" for name, sign in BOUNDS.items() if name in setting]
     return " ".join([KINDS[setting["type"]], ", ".join(bounds)]).strip()
+
+
+def _default(field: FieldInfo) -> str:
+    return _shown(field.get_default(call_default_factory=True, validated_data={}))
 
 
 def _shown(default: Any) -> str:

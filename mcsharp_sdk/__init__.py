@@ -35,7 +35,7 @@ _HOMES = {
 
 @wrapt.when_imported("transformers.modeling_utils")
 def _plug_in(_: Any) -> None:
-    """Register the format with transformers as soon as that is there; it takes seconds to import."""
+    """Register the format once transformers is there, which takes seconds to import."""
     import_module("mcsharp_sdk.runtime.hf_quantizer")
 
 

@@ -2,8 +2,8 @@
 
 python docs/images/draw_overview.py FACTORS.json BITS.json docs/images/overview.svg
 
-FACTORS.json is an ``expert_statistics.json``, BITS.json the ``bit_allocation.json`` of the same
-model (``mcsharp allocate FACTORS.json --target-bits 2.0 --output BITS.json``).
+FACTORS.json holds expert statistics, BITS.json the map that follows from them:
+``mcsharp allocate FACTORS.json --target-bits 2.0 --set mode=released --output BITS.json``.
 The picture brings its own background, so it is readable whatever the page's colours are.
 """
 
@@ -25,6 +25,7 @@ LEFT, MIDDLE, RIGHT = 28, 284, 742
 GROUP = 128
 CONTRAST = 0.7  # below 1, small costs stay visible
 ORIGINAL_BITS = 16
+EXPONENTS = Exponents(1.0, 1.5, 1.0)  # of mode released
 
 # class -> (property, colour on light, colour on dark)
 COLOURS = {
@@ -87,13 +88,14 @@ def draw(statistics: ExpertStatistics, bit_map: BitMap) -> str:
     nominal = bit_map.nominal_bits
     size = f"{len(widths)} layers × {len(widths[0])} experts"
     parts = [
-        f'<rect class="page edge" x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="10"/>',
+        f'<rect class="page edge" x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" '
+        'rx="10"/>',
         *_recipe_card(nominal),
         *_arrow(LEFT + 204, MIDDLE - 12, 212),
         *_heading(MIDDLE, 42, "1  ExpertStats", "what would fewer bits cost each expert?"),
-        *_map(MIDDLE, 54, costs, lambda cost: f'class="cost" fill-opacity="{0.06 + 0.94 * cost:.2f}"'),
+        *_map(MIDDLE, 54, costs, _shade),
         *_heading(MIDDLE, 184, "2  BitAllocation", "the least cost within the budget"),
-        *_map(MIDDLE, 196, widths, lambda width: f'class="b{width:d}"'),
+        *_map(MIDDLE, 196, widths, lambda width: f'class="b{width}"'),
         *_legend(MIDDLE, 308, f"{statistics.model}, {size}, {nominal:.1f} bits on average"),
         *_heading(MIDDLE, 370, "3  GPTQQuantize", "weights packed at these widths"),
         *_bars(MIDDLE, 382, nominal),
@@ -105,10 +107,8 @@ def draw(statistics: ExpertStatistics, bit_map: BitMap) -> str:
 
 def cost_of_one_bit(layer: LayerStatistics) -> list[float]:
     """Each expert's cost at 1 bit, as a share of the highest in its layer."""
-    factors = Factors(
-        (1,), layer.activation_count, layer.routing_weight_sum, layer.errors_at((1,))
-    )
-    cost = allocation_cost(factors, Exponents(1.0, 1.0, 2.0))[:, 0]
+    factors = Factors((1,), layer.activation_count, layer.routing_weight_sum, layer.errors_at((1,)))
+    cost = allocation_cost(factors, EXPONENTS)[:, 0]
     return list(np.power(cost / cost.max(), CONTRAST))
 
 
@@ -149,7 +149,10 @@ def _model_card() -> list[str]:
         _text(RIGHT, 42, "the compressed model", "text bold"),
         _card(RIGHT, 54, 210, 18 * len(FOLDER) + 34),
         _text(RIGHT + 12, 76, "DIR/", "text mono"),
-        *(_text(RIGHT + 12, 96 + 18 * i, f"  {name}", "text mono") for i, name in enumerate(FOLDER)),
+        *(
+            _text(RIGHT + 12, 96 + 18 * i, f"  {name}", "text mono")
+            for i, name in enumerate(FOLDER)
+        ),
         _text(RIGHT, 240, "transformers loads it:", "soft"),
         _card(RIGHT, 252, 210, 74),
         _text(RIGHT + 12, 274, "import mcsharp_sdk", "text mono"),
@@ -180,6 +183,10 @@ def _map(
         for i, column in enumerate(columns)
         for j, value in enumerate(column)
     ]
+
+
+def _shade(cost: float) -> str:
+    return f'class="cost" fill-opacity="{0.06 + 0.94 * cost:.2f}"'
 
 
 def _legend(x: float, y: float, about: str) -> list[str]:

@@ -66,22 +66,18 @@ class Allocator:
     keeps_required: bool = True
 
 
-def error_norm_cost(
-    factors: Factors, exponents: Exponents, rng: np.random.Generator | None = None
-) -> FloatArray:
+def error_norm_cost(factors: Factors, exponents: Exponents, rng: np.random.Generator) -> FloatArray:
     """ε^γ: the quantisation error alone, whoever uses the expert."""
     return allocation_cost(factors, Exponents(alpha=0.0, beta=0.0, gamma=exponents.gamma))
 
 
-def frequency_cost(
-    factors: Factors, exponents: Exponents, rng: np.random.Generator | None = None
-) -> FloatArray:
+def frequency_cost(factors: Factors, exponents: Exponents, rng: np.random.Generator) -> FloatArray:
     """φ · 4^-b: how often it is used, times an error that falls like rounding noise."""
     return _falling(shares("activation_count", factors.activation_count), factors.widths)
 
 
 def routing_weight_cost(
-    factors: Factors, exponents: Exponents, rng: np.random.Generator | None = None
+    factors: Factors, exponents: Exponents, rng: np.random.Generator
 ) -> FloatArray:
     """w · 4^-b: the same with the routing weight for the frequency."""
     return _falling(shares("routing_weight_sum", factors.routing_weight_sum), factors.widths)

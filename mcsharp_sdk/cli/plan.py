@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: RecipeArgument, model: ModelOption, overrides: SetOption = None, json: JsonOption = False
+    recipe: RecipeArgument,
+    model: ModelOption,
+    overrides: SetOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Show what a run would do, its size and its memory, without doing it."""
     from mcsharp_sdk.engine.plan import plan as make

@@ -50,6 +50,7 @@ def _onnx_routers(
     model: Path, output: Path, overwrite: bool, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     from mcsharp_exporters.onnx_routers import export_onnx_routers
+
     from mcsharp_sdk.models.directory import routers_of_directory
 
     unknown = sorted(set(settings) - {"dtype"})

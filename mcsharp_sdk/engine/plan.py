@@ -149,9 +149,7 @@ def _intended_bits(recipe: Recipe, source: SourceModel) -> float | None:
     return allocation.target_bits if allocation is not None else None
 
 
-def _after(
-    recipe: Recipe, sizes: ModelSizes, bits: float | None
-) -> tuple[int, float | None]:
+def _after(recipe: Recipe, sizes: ModelSizes, bits: float | None) -> tuple[int, float | None]:
     """Bytes of all weights afterwards, and the mean width of those that are quantised."""
     quantiser = _quantiser(recipe)
     if quantiser is None or bits is None:

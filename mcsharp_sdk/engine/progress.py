@@ -1,4 +1,4 @@
-"""Progress on a terminal: a bar per stage with the time left; nothing where there is no terminal."""
+"""Progress on a terminal: a bar per stage with the time left; nothing elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a recipe on a model: check everything, run the stages in order, export, and only then show."""
+"""Run a recipe on a model: check everything, run the stages, export, and only then show."""
 
 from __future__ import annotations
 

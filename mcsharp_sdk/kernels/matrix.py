@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from mcsharp_sdk.quantization.grid import PackedWeight
 
 
@@ -30,10 +28,3 @@ class PackedMatrix:
     def rows(self) -> int:
         """R."""
         return int(self.weight.scales.shape[-2])
-
-    @classmethod
-    def of(
-        cls, qweight: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, columns: int
-    ) -> PackedMatrix:
-        """A matrix from its three stored tensors."""
-        return cls(PackedWeight(qweight, scales, zeros), bits, group_size, columns)

@@ -110,12 +110,13 @@ class SourceModel:
         def wanted(name: str) -> bool:
             return name.startswith(prefixes) and not (excluded and name.startswith(excluded))
 
+        mapping: Any = get_model_conversion_mapping(self.model)
         lazy = {k: self.checkpoint.slice(k) for k, m in self.memory_names.items() if wanted(m)}
         settings = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
-            weight_mapping=get_model_conversion_mapping(self.model),
+            weight_mapping=mapping,
         )
         with _quiet_sequential_loading():
             info, _ = convert_and_load_state_dict_in_model(self.model, lazy, settings)
@@ -132,7 +133,9 @@ class SourceModel:
             if f"{name}.".startswith(prefixes):
                 module.to("meta")
 
-    def stored_tensors(self, prefix: str, but_not: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    def stored_tensors(
+        self, prefix: str, but_not: Iterable[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
         """Tensors under ``prefix`` by their names in the module tree, in the stored dtype."""
         self.load(prefix, but_not=but_not)
         persistent = self.model.state_dict(keep_vars=True)

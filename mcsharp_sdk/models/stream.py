@@ -90,7 +90,8 @@ def embed(source: SourceModel, tokens: Tensor) -> LayerInputs:
         if module is source.model.get_input_embeddings()
     )
     source.load(f"{embedding}.")
-    hidden, arguments = [], {}
+    hidden: list[Tensor] = []
+    arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
     with _recorders(source) as calls:
         for part in tokens.split(batch):
             calls.clear()

@@ -104,7 +104,8 @@ def _moe_block(index: int, layer: nn.Module, config: Any) -> MoeBlock | None:
     router = next((n for n in ROUTER_NAMES if isinstance(getattr(block, n, None), nn.Module)), None)
     if router is None:
         raise InputError(
-            f"decoder layer {index}: no router beside the experts; looked for {', '.join(ROUTER_NAMES)}"
+            f"decoder layer {index}: no router beside the experts; "
+            f"looked for {', '.join(ROUTER_NAMES)}"
         )
     return MoeBlock(
         layer=index,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Modifier(BaseModel, ABC):
-    """A stage: its fields are the settings, ``run`` is the work, the artifact it writes is the result.
+    """A stage: its fields are the settings, ``run`` is the work, its artifact is the result.
 
     Class attributes
     ----------------

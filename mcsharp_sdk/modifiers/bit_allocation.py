@@ -109,7 +109,8 @@ class BitAllocation(Modifier):
         stray = [w for w in self.at_least if w not in self.widths]
         if stray and "at_least" in self.model_fields_set:
             raise ValueError(f"at_least names width {stray[0]}, which is not among the widths")
-        if self.budget_scope == "global" and self.gamma != 2 and self.allocator in _SUM_ERRORS:
+        adds_errors = self.budget_scope == "global" and ALLOCATORS[self.allocator].needs_errors
+        if adds_errors and self.gamma != 2:
             raise ValueError(
                 "gamma must be 2 with budget_scope: global, where errors of different layers "
                 "are added up: only squared errors add"
@@ -172,9 +173,6 @@ class BitAllocation(Modifier):
         statistics = self.factors or context.read(ExpertStatistics)
         bit_map = allocate(statistics, self, track=context.track)
         context.write(bit_map)
-
-
-_SUM_ERRORS = ("pmq", "f_norm")
 
 
 def _no_track(items: Sequence[Layers], description: str) -> Iterable[Layers]:

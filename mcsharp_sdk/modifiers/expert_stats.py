@@ -1,4 +1,4 @@
-"""ExpertStats: how often each expert is used, with what weight, and what quantising it would cost."""
+"""ExpertStats: how often each expert is used, with what weight, and what quantising it costs."""
 
 from __future__ import annotations
 
@@ -83,9 +83,7 @@ class ExpertStats(Modifier):
         self._name_starved(context, measured)
         context.write(self._statistics(context, measured))
 
-    def _statistics(
-        self, context: RunContext, measured: list[LayerStatistics]
-    ) -> ExpertStatistics:
+    def _statistics(self, context: RunContext, measured: list[LayerStatistics]) -> ExpertStatistics:
         blocks = list(context.model.topology.moe.values())
         counts = {block.num_experts for block in blocks}
         return ExpertStatistics(
@@ -100,9 +98,9 @@ class ExpertStats(Modifier):
     def _name_starved(self, context: RunContext, measured: list[LayerStatistics]) -> None:
         for layer in measured:
             counts = {e: int(n) for e, n in enumerate(layer.activation_count)}
-            starved = [f"{e} ({n})" for e, n in counts.items() if n < self.coverage]
+            starved = [f"{e} ({n} tokens)" for e, n in counts.items() if n < self.coverage]
             if starved:
                 context.report.warn(
-                    f"layer {layer.layer}: fewer than {self.coverage} calibration tokens reached "
-                    f"experts (tokens) {', '.join(starved)}: their statistics are weak"
+                    f"layer {layer.layer}: statistics are weak for experts that fewer than "
+                    f"{self.coverage} tokens reached: {', '.join(starved)}"
                 )

@@ -182,12 +182,11 @@ class GPTQQuantize(Modifier):
             for what, message in _WARNINGS.items():
                 if note[what]:
                     context.report.warn(f"layer {index}: {message}: {_listed(note[what])}")
-        context.report.stages[self.type] = {"layers": notes}
+        context.report.stages[self.type] = {"layers": {str(i): note for i, note in notes.items()}}
 
 
 _WARNINGS = {
-    "starved": "few calibration tokens reached these experts (tokens), so that their Hessians "
-    "were completed by that of all tokens",
+    "starved": "few tokens reached these experts, so their Hessians lean on those of all tokens",
     "raised_damping": "the Hessians of these matrices needed more damping",
     "fallbacks": "these matrices were rounded to nearest, since no damping helped",
 }
@@ -196,7 +195,7 @@ _WARNINGS = {
 
 def _listed(noted: Mapping[str, int] | Sequence[str]) -> str:
     if isinstance(noted, Mapping):
-        return ", ".join(f"{name} ({count})" for name, count in noted.items())
+        return ", ".join(f"{name} ({count} tokens)" for name, count in noted.items())
     return ", ".join(noted)
 
 

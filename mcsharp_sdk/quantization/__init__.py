@@ -1,1 +1,53 @@
-"""quantization"""
+"""Quantisation as plain functions on tensors: grid, packing, Hessians, GPTQ, round-to-nearest."""
+
+from mcsharp_sdk.quantization.gptq import quantise_gptq
+from mcsharp_sdk.quantization.grid import (
+    WIDTHS,
+    PackedWeight,
+    QuantizedBatch,
+    QuantizedWeight,
+    dequantise,
+    dequantise_packed,
+    group_count,
+    pack_weight,
+    packed_rows,
+    stored_bytes,
+    unpack_weight,
+)
+from mcsharp_sdk.quantization.hessian import (
+    InverseFactor,
+    accumulate,
+    diagonal_importance,
+    factorise,
+    shrink,
+    suggested_damping,
+)
+from mcsharp_sdk.quantization.packing import pack, packed_bytes, unpack
+from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
+from mcsharp_sdk.quantization.search import GridSettings
+
+__all__ = [
+    "WIDTHS",
+    "GridSettings",
+    "InverseFactor",
+    "PackedWeight",
+    "QuantizedBatch",
+    "QuantizedWeight",
+    "accumulate",
+    "dequantise",
+    "dequantise_packed",
+    "diagonal_importance",
+    "factorise",
+    "group_count",
+    "pack",
+    "pack_weight",
+    "packed_bytes",
+    "packed_rows",
+    "quantise_gptq",
+    "quantise_rtn",
+    "shrink",
+    "stored_bytes",
+    "suggested_damping",
+    "unpack",
+    "unpack_weight",
+]

@@ -111,14 +111,19 @@ def _start(
 ) -> _State:
     experts, rows, columns = weights.shape
     shared = len(upper) == 1
-    transposed = weights[order].to(torch.float32).transpose(1, 2).contiguous()
-    if shared:
-        transposed = transposed.transpose(0, 1).reshape(1, columns, experts * rows)
-    diagonal = upper.diagonal(dim1=-2, dim2=-1)
-    updates = upper / diagonal.unsqueeze(-1)
-    importance = diagonal.square().reciprocal_()
-    if not shared:
-        updates, importance = updates[order], importance[order]
+    matrices = 1 if shared else experts
+    transposed = weights.new_empty(
+        matrices, columns, experts * rows // matrices, dtype=torch.float32
+    )
+    updates, importance = torch.empty_like(upper), upper.new_empty(matrices, columns)
+    for place, expert in enumerate(order):
+        # One transposing copy per expert: several times faster than of the whole batch.
+        target = transposed[0, :, place * rows :][:, :rows] if shared else transposed[place]
+        target.copy_(weights[expert].float().T)
+    for place, matrix in enumerate([0] if shared else order):
+        diagonal = upper[matrix].diagonal()
+        torch.div(upper[matrix], diagonal.unsqueeze(-1), out=updates[place])
+        torch.reciprocal(diagonal.square(), out=importance[place])
     groups = group_count(columns, grid.group_size)
     top = transposed.new_tensor([top_code(width) for width in widths])
     return _State(
@@ -130,7 +135,7 @@ def _start(
         zeros=transposed.new_empty(experts, groups, rows),
         widths=widths,
         top=top.unsqueeze(-1).expand(-1, rows).reshape(len(transposed), -1),
-        magnitude=weights[order].abs().mean((1, 2), dtype=torch.float32),
+        magnitude=torch.stack([weights[expert].float().abs().mean() for expert in order]),
         grid=grid,
     )
 

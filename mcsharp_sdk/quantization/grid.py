@@ -127,7 +127,7 @@ class PackedWeight:
 
 
 def dequantise(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights that the codes stand for, [..., R, K]; computed in fp32, rounded once to ``dtype``."""
+    """The weights that the codes stand for, [..., R, K]; fp32 arithmetic, rounded once."""
     zeros = zero_points(weight.zeros, weight.bits)
     return _scale_codes(weight.codes, weight.scales.float(), zeros, weight.group_size, dtype)
 
@@ -144,7 +144,7 @@ def pack_weight(weight: QuantizedWeight) -> PackedWeight:
 def unpack_weight(
     packed: PackedWeight, *, bits: int, group_size: int, columns: int
 ) -> QuantizedWeight:
-    """Inverse of :func:`pack_weight`; ``columns`` is K, the number of rows follows from the scales."""
+    """Inverse of :func:`pack_weight`; ``columns`` is K, the rows follow from the scales."""
     rows = packed.scales.shape[-2]
     zeros = unpack(packed.zeros, bits, rows).transpose(-1, -2)
     return QuantizedWeight(
@@ -183,7 +183,7 @@ def dequantise_packed(
 
 
 def packed_rows(packed: PackedWeight, bits: int, start: int, stop: int) -> PackedWeight:
-    """Views of the rows ``start`` to ``stop``; ``start`` a multiple of 128, ``stop`` too or the end."""
+    """Views of the rows ``start`` to ``stop``, both multiples of 128 or the end."""
     return PackedWeight(
         packed.qweight[..., start:stop, :],
         packed.scales[..., start:stop, :],

@@ -120,12 +120,17 @@ def _blocks(rows: Tensor, length: int) -> Iterator[Tensor]:
 
 
 def _fields(codes: Tensor, packed: Tensor, bits: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """For each part: its lowest bit, its width, its codes [..., n, fields, c], its bytes [..., n, c]."""
+    """Of each part: lowest bit, width, codes [..., n, fields, c], bytes [..., n, c]."""
     columns = codes.shape[-1]
     low, start = 0, 0
     for width in PARTS[bits]:
         length = columns * width // 8
-        yield low, width, codes.unflatten(-1, (8 // width, length)), packed.narrow(-1, start, length)
+        yield (
+            low,
+            width,
+            codes.unflatten(-1, (8 // width, length)),
+            packed.narrow(-1, start, length),
+        )
         low, start = low + width, start + length
 
 

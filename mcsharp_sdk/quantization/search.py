@@ -85,9 +85,11 @@ def fit_group(
         the "paper" manner only.
     """
     if bits == 1 and settings.binary != "optimised":
-        if settings.binary == "paper" and matrix_magnitude is None:
-            raise ValueError("the paper's 1-bit scale needs the mean magnitude of the matrix")
-        magnitude = weights.abs().mean(-2) if settings.binary == "released" else matrix_magnitude
+        magnitude = weights.abs().mean(-2)
+        if settings.binary == "paper":
+            if matrix_magnitude is None:
+                raise ValueError("the paper's 1-bit scale needs the mean magnitude of the matrix")
+            magnitude = matrix_magnitude
         scales = _storable(2 * magnitude)
         return GroupGrid(scales, torch.full_like(scales, 0.5))
     n, columns, rows = weights.shape

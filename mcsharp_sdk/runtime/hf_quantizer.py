@@ -28,13 +28,9 @@ class McSharpConfig(QuantizationConfigMixin):
     """``quantization_config`` of a compressed model; see :mod:`mcsharp_sdk.runtime.layout`."""
 
     def __init__(self, **settings: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         for name, value in settings.items():
             setattr(self, name, value)
-
-    def layout(self) -> PackedLayout:
-        """The layout that the settings describe; InputError if they are malformed."""
-        return PackedLayout.from_dict(self.to_dict())
 
 
 @register_quantizer(METHOD)
@@ -49,7 +45,8 @@ class McSharpQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        pack_modules(model, self.quantization_config.layout())
+        config = self.quantization_config
+        pack_modules(model, PackedLayout.from_dict(config.to_dict()))
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
@@ -106,9 +103,13 @@ def pack_modules(model: Any, layout: PackedLayout) -> None:
 
 
 def _pack_linear(layer: nn.Module, name: str, layout: PackedLayout) -> None:
-    linear = layer.get_submodule(name)
+    linear: Any = layer.get_submodule(name)
     packed = PackedLinear(
-        linear.in_features, linear.out_features, layout.linears[name], layout.group_size, linear.bias
+        linear.in_features,
+        linear.out_features,
+        layout.linears[name],
+        layout.group_size,
+        linear.bias,
     )
     layer.set_submodule(name, packed)
 

@@ -83,7 +83,9 @@ class PackedLayout:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"quantization_config is malformed: {error!r}") from error
-        widths = {b for bits in layout.experts.values() for b in bits} | set(layout.linears.values())
+        widths = {b for bits in layout.experts.values() for b in bits} | set(
+            layout.linears.values()
+        )
         if layout.group_size < 1 or not widths <= set(WIDTHS):
             raise InputError(
                 f"quantization_config asks for group size {layout.group_size} and widths "

@@ -6,7 +6,7 @@ read inside the ``forward`` of the module that owns them, since offloading fetch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,10 +26,9 @@ from mcsharp_sdk.quantization.grid import PackedWeight
 from mcsharp_sdk.runtime.layout import TENSORS, bucket_name, empty_packed, members, tensor_name
 
 
-def _register(module: nn.Module, packed: PackedWeight, name: Callable[[str], str]) -> None:
-    for part in TENSORS:
-        parameter = nn.Parameter(getattr(packed, part), requires_grad=False)
-        module.register_parameter(name(part), parameter)
+def _register(module: nn.Module, packed: PackedWeight, names: Sequence[str]) -> None:
+    for part, name in zip(TENSORS, names, strict=True):
+        module.register_parameter(name, nn.Parameter(getattr(packed, part), requires_grad=False))
 
 
 class PackedLinear(nn.Module):
@@ -42,6 +41,10 @@ class PackedLinear(nn.Module):
     bias : the bias as it was, or None.
     """
 
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor
+
     def __init__(
         self, in_features: int, out_features: int, bits: int, group_size: int, bias: Tensor | None
     ) -> None:
@@ -49,14 +52,13 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size = bits, group_size
         packed = empty_packed(out_features, in_features, bits, group_size)
-        _register(self, packed, str)
+        _register(self, packed, TENSORS)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., R], in x's dtype."""
-        matrix = PackedMatrix.of(
-            self.qweight, self.scales, self.zeros, self.bits, self.group_size, self.in_features
-        )
+        weight = PackedWeight(self.qweight, self.scales, self.zeros)
+        matrix = PackedMatrix(weight, self.bits, self.group_size, self.in_features)
         out = packed_linear(x, matrix)
         return out if self.bias is None else out + self.bias
 
@@ -82,12 +84,12 @@ class ExpertBucket(nn.Module):
         self.bits, self.group_size = bits, group
         for matrix, (rows, columns) in shapes.items():
             packed = empty_packed(rows, columns, bits, group, len(self.experts))
-            _register(self, packed, lambda part, matrix=matrix: tensor_name(matrix, part))
+            _register(self, packed, [tensor_name(matrix, part) for part in TENSORS])
 
     def matrix(self, matrix: Matrix, slot: int) -> PackedMatrix:
         """One expert's matrix; ``slot`` counts the experts of this bucket."""
-        tensors = (getattr(self, tensor_name(matrix, part))[slot] for part in TENSORS)
-        return PackedMatrix.of(*tensors, self.bits, self.group_size, self.columns[matrix])
+        parts = (getattr(self, tensor_name(matrix, part))[slot] for part in TENSORS)
+        return PackedMatrix(PackedWeight(*parts), self.bits, self.group_size, self.columns[matrix])
 
     def forward(
         self,
@@ -122,6 +124,9 @@ class ExpertBucket(nn.Module):
 class PackedExpertsMixin:
     """Forward of an experts module whose fused weights have become buckets."""
 
+    num_experts: int
+    children: Callable[[], Iterator[nn.Module]]
+
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of the selected experts.
 
@@ -149,7 +154,7 @@ class PackedExpertsMixin:
         return out
 
     def _buckets(self) -> list[ExpertBucket]:
-        return [m for m in self.children() if isinstance(m, ExpertBucket)]  # type: ignore[attr-defined]
+        return [m for m in self.children() if isinstance(m, ExpertBucket)]
 
 
 _PACKED_CLASSES: dict[type, type] = {}

@@ -22,7 +22,11 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=64,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no mixture-of-experts layer"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def _tokens(sequences: int = 5, length: int = 19) -> torch.Tensor:
     return torch.randint(1, 128, (sequences, length), generator=torch.Generator().manual_seed(1))
 
 
-def _full(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+def _full(folder: Path, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, experts_implementation="eager"
     ).eval()
@@ -84,11 +85,11 @@ def test_captured_expert_inputs_equal_those_of_the_full_model(family: str, tmp_p
             assert layer.index not in calls
             continue
         captured = routed_inputs(layer)
-        hidden, index, weights = calls[layer.index]
+        hidden, chosen, weights = calls[layer.index]
         torch.testing.assert_close(captured.hidden, hidden, rtol=1e-5, atol=1e-5)
-        assert torch.equal(captured.top_k_index, index)
+        assert torch.equal(captured.top_k_index, chosen)
         torch.testing.assert_close(captured.top_k_weights, weights, rtol=1e-5, atol=1e-5)
-        assert sum(captured.counts(layer.moe.num_experts)) == index.numel()
+        assert sum(captured.counts(layer.moe.num_experts)) == chosen.numel()
 
 
 def test_linears_that_share_an_input_are_handed_over_together(tmp_path: Path) -> None:

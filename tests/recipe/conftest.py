@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from plugin_folder import install
 
 ENTRY_POINTS = """\
 [mcsharp_sdk.modifiers]
@@ -27,10 +27,3 @@ def _sample_plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     sys.path.insert(0, str(folder))
     yield
     sys.path.remove(str(folder))
-
-
-def install(folder: Path, name: str, entry_points: str) -> None:
-    metadata = folder / f"{name.replace('-', '_')}-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(entry_points)

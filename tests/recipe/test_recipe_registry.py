@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import sample_plugin
-from conftest import install
+from plugin_folder import install
 
 from mcsharp_sdk.recipe.registry import EXPORTERS, MODIFIERS, PluginError
 

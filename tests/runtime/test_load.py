@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import FAMILIES, save_tiny_model
+from tiny_tokenizer import save_tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -25,18 +26,6 @@ from mcsharp_sdk.recipe.schema import Recipe
 from mcsharp_sdk.runtime.modules import ExpertBucket, PackedLinear
 
 LENGTH = 32
-
-
-def save_tokenizer(folder: Path, vocabulary: int = 128) -> None:
-    """A tokenizer of one token per ASCII character."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {chr(code): code for code in range(vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def recipe(tmp_path: Path, bits: dict[str, list[int]], **quantise: Any) -> Recipe:
@@ -53,7 +42,7 @@ def recipe(tmp_path: Path, bits: dict[str, list[int]], **quantise: Any) -> Recip
 def compress_tiny(tmp_path: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
     """A tiny model of a family, compressed at mixed widths; the original is in ``original``."""
     original = save_tiny_model(tmp_path / "original", family, dtype=dtype)
-    save_tokenizer(original)
+    save_tiny_tokenizer(original)
     topology = SourceModel(original).topology
     bits = {
         str(layer): [(1, 2, 3, 4)[(expert + layer) % 4] for expert in range(count)]

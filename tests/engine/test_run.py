@@ -1,0 +1,236 @@
+"""Runs on tiny models: results, resuming, refusals, and that nothing half-done is left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import save_tiny_model
+from tiny_tokenizer import save_tiny_tokenizer
+
+import mcsharp_sdk
+from mcsharp_sdk.artifacts import BitMap, ExpertStatistics
+from mcsharp_sdk.engine.run_directory import LayerStore
+from mcsharp_sdk.errors import InputError, InputProblems
+from mcsharp_sdk.evaluation.cost import model_cost
+from mcsharp_sdk.recipe.schema import Recipe
+
+STAGES: list[dict[str, Any]] = [
+    {"type": "ExpertStats", "group_size": 16},
+    {"type": "BitAllocation", "target_bits": 2.25},
+    {"type": "GPTQQuantize", "group_size": 16},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_tiny_model(tmp_path_factory.mktemp("model"), "mixtral")
+    save_tiny_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("".join(chr(33 + (i * i + i // 7) % 90) for i in range(4000)))
+    return file
+
+
+def recipe(text: Path, stages: list[dict[str, Any]] = STAGES, **changes: Any) -> Recipe:
+    calibration = {"source": "text", "path": str(text), "sequences": 8, "length": 32}
+    return Recipe.from_dict(
+        {"version": 1, "calibration": calibration, "stages": stages, **changes}
+    )
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in sorted(folder.glob("*.safetensors*"))}
+
+
+def compress(recipe: Recipe, model: Path, output: Path, **settings: Any) -> Any:
+    return mcsharp_sdk.compress(recipe, model, output, progress=False, **settings)
+
+
+def test_a_whole_run_leaves_everything_that_a_compressed_model_has(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    exports = [{"type": "safetensors", "max_shard_size": 4e-5}, {"type": "onnx_routers"}]
+    done = compress(recipe(text, exports=exports), model, tmp_path / "out")
+    assert list(done.seconds) == [
+        *("ExpertStats", "BitAllocation", "GPTQQuantize"),
+        *("safetensors", "onnx_routers"),
+    ]
+    names = {file.name for file in done.output.iterdir()}
+    assert names > {
+        *("config.json", "tokenizer.json", "recipe.yaml", "README.md", "mcsharp_report.json"),
+        *("expert_statistics.json", "bit_allocation.json", "mcsharp.safetensors.index.json"),
+        "onnx_routers",
+    }
+    shards = sorted(tmp_path.glob("out/*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0].name == f"mcsharp-00001-of-{len(shards):05d}.safetensors"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    bits = BitMap.load(done.output / BitMap.FILE)
+    assert bits.nominal_bits == 2.25
+    config = json.loads((done.output / "config.json").read_text())["quantization_config"]
+    assert config["experts"] == {str(layer): list(b) for layer, b in bits.bits.items()}
+    assert Recipe.from_file(done.output / "recipe.yaml").stages == recipe(text).stages
+
+
+def test_stored_bits_are_what_the_arithmetic_says(model: Path, text: Path, tmp_path: Path) -> None:
+    group = 32  # divides the hidden and intermediate sizes, so that no group is short
+    stage = {"type": "GPTQQuantize", "bits": 3, "group_size": group, "other_bits": None}
+    cost = model_cost(compress(recipe(text, [stage]), model, tmp_path / "out").output)
+    assert cost.bits.nominal == 3
+    assert cost.bits.stored == pytest.approx(3 + 16 / group + 3 / group, rel=0.01)
+
+
+class _CutOff(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("writes_until_the_cut", [0, 1, 2, 3, 4, 5])
+def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
+    writes_until_the_cut: int,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    undisturbed = compress(recipe(text), model, tmp_path / "undisturbed").output
+    write, done = LayerStore.write, []
+
+    def cut_off(self: LayerStore, *arguments: Any) -> None:
+        if len(done) == writes_until_the_cut:
+            raise _CutOff
+        done.append(arguments[0])
+        write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerStore, "write", cut_off)
+        with pytest.raises(_CutOff):
+            compress(recipe(text), model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+    resumed = compress(recipe(text), model, tmp_path / "out").output
+    assert weights(resumed) == weights(undisturbed)
+    for file in (ExpertStatistics.FILE, BitMap.FILE, "mcsharp_report.json"):
+        assert (resumed / file).read_bytes() == (undisturbed / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"stages": [*STAGES[:1], {**STAGES[1], "target_bits": 2.0}, STAGES[2]]}, "recipe"),
+        ({"calibration": {"source": "embedded", "sequences": 8, "length": 32}}, "calibration"),
+    ],
+)
+def test_a_changed_run_does_not_resume_and_says_what_changed(
+    model: Path, text: Path, tmp_path: Path, change: dict[str, Any], part: str
+) -> None:
+    run = tmp_path / "run"
+    compress(recipe(text), model, tmp_path / "out", run_dir=run)
+    with pytest.raises(InputError, match=f"another run: {part} changed"):
+        compress(recipe(text, **change), model, tmp_path / "other", run_dir=run)
+
+
+def test_a_kept_run_directory_makes_a_second_run_instant(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    first = compress(recipe(text), model, tmp_path / "a", run_dir=tmp_path / "run")
+    second = compress(recipe(text), model, tmp_path / "b", run_dir=tmp_path / "run")
+    assert list(second.seconds) == ["safetensors"]
+    assert weights(second.output) == weights(first.output)
+
+
+def test_a_run_directory_in_use_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    from mcsharp_sdk.engine.run_directory import RunDirectory
+
+    with (
+        RunDirectory(tmp_path / "run", {}),
+        pytest.raises(InputError, match="in use by another run"),
+    ):
+        compress(recipe(text), model, tmp_path / "out", run_dir=tmp_path / "run")
+
+
+def test_an_existing_output_is_refused_and_left_alone(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    with pytest.raises(InputError, match="--overwrite"):
+        compress(recipe(text), model, tmp_path / "out")
+    assert (tmp_path / "out" / "precious").read_text() == "mine"
+    compress(recipe(text), model, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "precious").exists()
+
+
+def test_a_failed_export_leaves_the_old_output_in_place(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mcsharp_exporters.safetensors_model import SafetensorsExporter
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SafetensorsExporter, "run", fail)
+    with pytest.raises(OSError, match="No space left"):
+        compress(recipe(text), model, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "precious").read_text() == "mine"
+    assert not list(tmp_path.glob(".out.partial"))
+
+
+def test_everything_that_does_not_fit_the_model_is_told_at_once(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "bits.json"
+    wrong.write_text(json.dumps({"version": 1, "bits": {"0": [2, 2]}}))
+    unfit = recipe(
+        text,
+        [{"type": "GPTQQuantize", "bits": str(wrong)}],
+        calibration={"source": "text", "path": str(text), "sequences": 1, "length": 512},
+    )
+    with pytest.raises(InputProblems) as caught:
+        compress(unfit, model, tmp_path / "out")
+    assert [p.where for p in caught.value.problems] == [
+        "stages[0] GPTQQuantize.bits",
+        "calibration.length",
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["bits.json"]
+
+
+def test_a_published_factor_file_replaces_measuring(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    measured = compress(recipe(text), model, tmp_path / "a").output
+    factors = {**STAGES[1], "factors": str(measured / ExpertStatistics.FILE)}
+    from_file = compress(recipe(text, [factors, STAGES[2]]), model, tmp_path / "b").output
+    assert weights(from_file) == weights(measured)
+
+
+def test_round_to_nearest_and_a_rounded_router_are_written(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    from mcsharp_sdk.models.directory import routers_of_directory
+
+    stage = {"type": "GPTQQuantize", "quantizer": "rtn", "bits": 2, "group_size": 16}
+    output = compress(recipe(text, [{**stage, "router_bits": 4}]), model, tmp_path / "out").output
+    for before, after in zip(
+        routers_of_directory(model), routers_of_directory(output), strict=True
+    ):
+        error = (before.weight - after.weight).norm() / before.weight.norm()
+        assert 0.01 < error < 0.2
+
+
+def test_the_plan_foretells_the_size(model: Path, text: Path, tmp_path: Path) -> None:
+    plan = mcsharp_sdk.plan(recipe(text), model)
+    cost = model_cost(compress(recipe(text), model, tmp_path / "out").output)
+    assert plan.bytes_after == pytest.approx(cost.weight_bytes, rel=0.05)
+    assert plan.nominal_bits == pytest.approx(cost.bits.nominal, rel=0.01)
+    assert [stage.stage for stage in plan.stages] == [s["type"] for s in STAGES]

@@ -1,0 +1,191 @@
+"""The BitAllocation stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, LayerStatistics
+from mcsharp_sdk.engine.context import RunContext
+from mcsharp_sdk.engine.progress import ProgressBars
+from mcsharp_sdk.engine.run_directory import RunDirectory
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.modifiers.bit_allocation import BitAllocation, allocate
+
+
+def measured(*experts: int, widths: tuple[int, ...] = (1, 2, 3)) -> ExpertStatistics:
+    rng = np.random.default_rng(sum(experts))
+
+    def layer(index: int, count: int) -> LayerStatistics:
+        scale = rng.lognormal(size=count) * 10.0**index
+        errors = {w: scale * 2.0**-w * rng.uniform(0.8, 1.2, count) for w in widths}
+        return LayerStatistics(index, rng.uniform(1, 9, count), rng.random(count), errors)
+
+    layers = tuple(layer(index, count) for index, count in enumerate(experts))
+    return ExpertStatistics("m", "made up", None, None, layers)
+
+
+@pytest.mark.parametrize("mode", [{"mode": "released"}, {"alpha": 1.0, "beta": 1.5, "gamma": 1.0}])
+def test_published_maps_are_reproduced_in_all_layers(
+    mode: dict[str, Any], shared_path: Callable[[str], Path]
+) -> None:
+    factors = shared_path("reference/mixtral_8x7b_factors.json")
+    published = BitMap.load(shared_path("reference/mixtral_8x7b_allocation_16bit.json"))
+    found = allocate(factors, BitAllocation(target_bits=2.0, **mode))
+    assert found.bits == published.bits
+    assert found.nominal_bits == 2.0
+
+
+def test_the_papers_exponent_gives_other_maps(shared_path: Callable[[str], Path]) -> None:
+    factors = shared_path("reference/mixtral_8x7b_factors.json")
+    released, paper = (
+        allocate(factors, BitAllocation(target_bits=2.0, mode=mode)).bits
+        for mode in ("released", "paper")
+    )
+    assert released != paper
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("best", (0.0, 0.0, 2.0, "at_most")),
+        ("paper", (1.0, 1.0, 2.0, "exact")),
+        ("released", (1.0, 1.5, 1.0, "at_most")),
+    ],
+)
+def test_a_mode_sets_defaults_and_what_is_given_wins(mode: str, expected: tuple[Any, ...]) -> None:
+    settings = BitAllocation.model_validate({"target_bits": 2, "mode": mode})
+    assert (settings.alpha, settings.beta, settings.gamma, settings.budget) == expected
+    assert BitAllocation.model_validate({"target_bits": 2, "mode": mode, "alpha": 3}).alpha == 3
+    assert BitAllocation(target_bits=2) == BitAllocation(target_bits=2, mode="best")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"target_bits": 3.5}, "target_bits = 3.5 cannot be met with widths of 1 to 3 bits"),
+        ({"target_bits": 1.5, "widths": [2, 3]}, "cannot be met with widths of 2 to 3"),
+        ({"target_bits": 2, "at_least": {4: 1}}, "at_least names width 4"),
+        ({"target_bits": 2, "budget_scope": "global", "mode": "released"}, "gamma must be 2"),
+        ({"target_bits": 2, "widths": []}, "widths"),
+        ({"target_bits": 2, "alpha": -1}, "alpha"),
+        ({"target_bits": float("nan")}, "target_bits"),
+        ({"target_bits": 2, "targetbits": 2}, "targetbits"),
+        ({}, "target_bits"),
+    ],
+)
+def test_impossible_settings_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        BitAllocation.model_validate(given)
+
+
+def test_the_default_required_widths_are_those_that_are_candidates() -> None:
+    assert BitAllocation(target_bits=3, widths=(2, 4)).required_widths() == {2: 1}
+    assert BitAllocation(target_bits=2, at_least={3: 0}).required_widths() == {}
+    assert BitAllocation(target_bits=2, allocator="uniform").required_widths() == {}
+
+
+def test_a_budget_that_is_no_whole_number_of_bits_is_rounded_down() -> None:
+    settings = BitAllocation(target_bits=2.3, budget="exact")
+    assert [settings.budget_bits(n) for n in (8, 10, 60)] == [18, 23, 138]
+    assert allocate(measured(8), settings).nominal_bits == 18 / 8
+
+
+def test_layers_may_differ_in_their_number_of_experts() -> None:
+    found = allocate(measured(4, 6), BitAllocation(target_bits=2, budget="exact"))
+    assert {layer: (len(b), sum(b)) for layer, b in found.bits.items()} == {0: (4, 8), 1: (6, 12)}
+
+
+def test_a_global_budget_costs_no_more_than_one_per_layer() -> None:
+    statistics = measured(6, 6, 6)
+    free: dict[str, Any] = {"target_bits": 2, "at_least": {}}
+    per_layer = allocate(statistics, BitAllocation(**free))
+    overall = allocate(statistics, BitAllocation(**free, budget_scope="global"))
+    assert overall.nominal_bits == per_layer.nominal_bits == 2.0
+    assert per_layer.objective is not None
+    assert overall.objective is not None
+    assert sum(overall.objective.values()) < sum(per_layer.objective.values())
+    assert sum(overall.bits[0]) < 12 < sum(overall.bits[2])
+
+
+def test_uniform_and_random_need_no_errors() -> None:
+    statistics = measured(4, widths=())
+    uniform = allocate(statistics, BitAllocation(target_bits=2.5, allocator="uniform"))
+    assert (uniform.bits, uniform.objective) == ({0: (3, 2, 3, 2)}, None)
+    maps = {
+        allocate(statistics, BitAllocation(target_bits=2, allocator="random", seed=seed)).bits[0]
+        for seed in (0, 0, 1, 2, 3)
+    }
+    assert 1 < len(maps) <= 4
+    assert {sum(widths) for widths in maps} == {8}
+    with pytest.raises(InputError, match="layer 0: no quantisation error at 1, 2, 3 bits"):
+        allocate(statistics, BitAllocation(target_bits=2))
+
+
+def test_the_objective_is_the_pmq_cost_of_the_map_for_every_allocator() -> None:
+    statistics = measured(8)
+    errors = statistics.layers[0].quant_error
+    for name in ("pmq", "uniform", "frequency"):
+        found = allocate(statistics, BitAllocation(target_bits=2, allocator=name))
+        assert found.objective is not None
+        squares = [errors[w][e] ** 2 for e, w in enumerate(found.bits[0])]
+        assert found.objective[0] == pytest.approx(sum(squares), rel=1e-12)
+
+
+def test_experts_are_checked_against_the_budget() -> None:
+    experts = {1: 8, 2: 8, 3: 4}
+    assert BitAllocation(target_bits=2).check_experts(experts) == []
+    tight = BitAllocation(target_bits=1.25).check_experts(experts)
+    assert [problem.where for problem in tight] == ["BitAllocation.target_bits"] * 2
+    assert "8 experts" in tight[1].message
+    assert "11 to 23 bits are possible" in tight[1].message
+    assert "'at_least: {}'" in tight[1].message
+    assert BitAllocation(target_bits=1.25, allocator="uniform").check_experts(experts) == []
+    assert BitAllocation(target_bits=1.25, budget_scope="global").check_experts(experts) == []
+    assert BitAllocation(target_bits=1.25, at_least={}).check_experts(experts) == []
+
+
+def test_a_factor_file_replaces_the_statistics_and_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "factors.json"
+    measured(4, 4, widths=(1, 2)).save(path)
+    settings = BitAllocation(target_bits=1.5, factors=path, widths=(1, 2))
+    assert (settings.needs(), settings.files()) == ((), {"factors": path})
+    assert BitAllocation(target_bits=2).needs() == ("expert_statistics",)
+    assert settings.check_experts({0: 4, 1: 4}) == []
+    (other,) = settings.check_experts({0: 4, 7: 4})
+    assert other.where == "BitAllocation.factors"
+    assert "has nothing for layer 7 and names layer 1" in other.message
+    (widths,) = BitAllocation(target_bits=2, factors=path).check_experts({0: 4, 1: 4})
+    assert "no quantisation error at 3 bits" in widths.message
+    path.write_text("{}")
+    (broken,) = settings.check_experts({0: 4, 1: 4})
+    assert "'layers' must be a list" in broken.message
+
+
+def test_the_stage_writes_the_map_of_what_it_reads(tmp_path: Path) -> None:
+    statistics = measured(4)
+    settings = BitAllocation(target_bits=2)
+    path = tmp_path / "factors.json"
+    statistics.save(path)
+    with RunDirectory(tmp_path / "run", {}) as directory, ProgressBars(visible=False) as progress:
+        # The stage touches neither model nor recipe.
+        context = RunContext(None, None, directory, progress)  # type: ignore[arg-type]
+        settings.model_copy(update={"factors": path}).run(context)
+        from_file = directory.read(BitMap)
+        directory.write(statistics)
+        settings.run(context)
+        from_stage = directory.read(BitMap)
+    assert from_file == from_stage == allocate(statistics, settings)
+
+
+def test_settings_are_described_in_the_schema() -> None:
+    schema = BitAllocation.model_json_schema()
+    described = [name for name, field in schema["properties"].items() if "description" in field]
+    assert set(described) == set(schema["properties"]) - {"type"}
+    assert json.dumps(schema)

@@ -1,0 +1,121 @@
+"""Hessians and the factors of their inverses, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mcsharp_sdk.quantization import (
+    accumulate,
+    diagonal_importance,
+    factorise,
+    shrink,
+    suggested_damping,
+)
+
+
+def random_hessians(experts: int, columns: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(experts, tokens, columns, generator=generator)
+    mix = torch.randn(columns, columns, generator=generator) * 0.3 + torch.eye(columns)
+    inputs = inputs @ mix
+    return 2 * inputs.transpose(1, 2) @ inputs
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_accumulated_hessian_is_the_sum_over_tokens(dtype, tolerance, weighted):
+    inputs = torch.randn(3000, 24).to(dtype)
+    sigma = torch.rand(3000) if weighted else None
+    hessian = torch.zeros(24, 24)
+    for chunk in (slice(0, 700), slice(700, 3000)):
+        accumulate(hessian, inputs[chunk], None if sigma is None else sigma[chunk])
+    exact = inputs.double() * (1 if sigma is None else sigma.double().unsqueeze(-1))
+    expected = 2 * exact.T @ exact
+    assert torch.linalg.norm(hessian - expected) <= tolerance * torch.linalg.norm(expected)
+    assert torch.equal(hessian, hessian.T) or dtype == torch.float32
+
+
+@pytest.mark.parametrize("columns", [5, 128, 300])
+def test_factor_of_the_inverse_is_exact_and_upper_triangular(columns: int):
+    hessians = random_hessians(3, columns, 2 * columns)
+    before = hessians.clone()
+    factor = factorise(hessians, damping=0.01)
+    assert torch.equal(hessians, before)
+    damped = hessians.double()
+    diagonal = damped.diagonal(dim1=1, dim2=2)
+    diagonal += 0.01 * diagonal.mean(-1, keepdim=True)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    torch.testing.assert_close(factor.upper.double(), expected, rtol=1e-3, atol=1e-5)
+    assert factor.damping == (0.01, 0.01, 0.01)
+    assert factor.raised == ()
+    assert factor.failed == ()
+
+
+def test_each_expert_may_have_its_own_damping():
+    hessians = random_hessians(2, 20, 40)
+    both = factorise(hessians, damping=[0.01, 0.2])
+    torch.testing.assert_close(both.upper[1:], factorise(hessians[1:], damping=0.2).upper)
+    assert both.damping == (0.01, 0.2)
+    with pytest.raises(ValueError, match="one for all or 2"):
+        factorise(hessians, damping=[0.01])
+
+
+def test_indefinite_hessian_gets_more_damping_and_is_named():
+    hessians = random_hessians(3, 16, 64)
+    vector = torch.linalg.eigh(hessians[1]).eigenvectors[:, :1]
+    mean = hessians[1].diagonal().mean()
+    hessians[1] -= vector @ vector.T * (vector.T @ hessians[1] @ vector + 0.05 * mean)
+    factor = factorise(hessians, damping=0.01)
+    assert factor.raised == (1,)
+    assert factor.failed == ()
+    assert factor.damping == pytest.approx((0.01, 0.1, 0.01))
+    assert torch.isfinite(factor.upper).all()
+
+
+def test_hopeless_hessian_falls_back_to_its_diagonal_and_is_named():
+    hessians = random_hessians(3, 16, 64)
+    hessians[0] -= 1e3 * hessians[0].diagonal().max() * torch.ones(16, 16).fill_diagonal_(0)
+    hessians[2, 3, 4] = hessians[2, 4, 3] = float("nan")
+    factor = factorise(hessians)
+    assert factor.failed == (0, 2)
+    assert factor.raised == ()
+    off_diagonal = factor.upper[0] - torch.diag(factor.upper[0].diagonal())
+    assert not off_diagonal.any()
+    torch.testing.assert_close(factor.upper[2].diagonal(), hessians[2].diagonal().rsqrt())
+
+
+def test_columns_without_input_are_uncorrelated():
+    hessians = random_hessians(1, 12, 40)
+    hessians[:, 5] = 0
+    hessians[:, :, 5] = 0
+    factor = factorise(hessians)
+    row = factor.upper[0, 5].clone()
+    assert row[5] > 0
+    row[5] = 0
+    assert not row.any()
+    assert not factor.failed
+    assert not factorise(torch.zeros(1, 4, 4)).failed
+
+
+def test_experts_with_few_tokens_are_completed_from_all_tokens():
+    hessians = random_hessians(3, 8, 100)
+    hessians[2] = 0
+    overall = random_hessians(1, 8, 400, seed=1)[0]
+    shrunk = shrink(hessians, [100, 6, 0], overall, 400)
+    assert torch.equal(shrunk[0], hessians[0])
+    torch.testing.assert_close(shrunk[1], hessians[1] + 2 / 400 * overall)
+    torch.testing.assert_close(shrunk[2], 8 / 400 * overall)
+    assert shrink(hessians, [8, 8, 8], overall, 400) is hessians
+    with pytest.raises(ValueError, match="at least one token"):
+        shrink(hessians, [0, 0, 0], overall, 0)
+
+
+def test_damping_falls_with_the_tokens_per_column():
+    dampings = [suggested_damping(tokens, 1000) for tokens in (0, 1000, 10_000, 10**7)]
+    assert dampings == [0.2, 0.2, 0.1, 0.02]
+
+
+def test_importance_is_the_diagonal():
+    hessians = random_hessians(2, 6, 10)
+    assert torch.equal(diagonal_importance(hessians)[1], hessians[1].diagonal())
