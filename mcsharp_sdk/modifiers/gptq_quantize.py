@@ -56,16 +56,22 @@ class GPTQQuantize(Modifier):
         Field(description="A bit map file, or one width for all experts, in place of a stage's."),
     ] = None
     damping: Annotated[
-        float, Field(gt=0, lt=1, description="Share of the Hessian's mean diagonal added to it.")
-    ] = 0.01
+        float | None,
+        Field(
+            gt=0,
+            lt=1,
+            description="Share of the Hessian's mean diagonal added to it; null: what suits the "
+            "number of tokens.",
+        ),
+    ] = None
     hessian_weighting: Annotated[
         Literal["none", "routing"],
         Field(description="Weigh tokens in an expert's Hessian by their routing weight squared."),
     ] = "none"
-    smallest_clip: Annotated[
-        float,
-        Field(gt=0, le=1, description="Clip search goes from 1.0 down to this share of the range."),
-    ] = 0.3
+    clip_search: Annotated[
+        Literal["wide", "narrow", "none"],
+        Field(description="How far below a group's range its grid is searched."),
+    ] = "wide"
     binary: Annotated[
         Literal["optimised", "released", "paper"],
         Field(description="How the scale of 1-bit weights is found."),
@@ -78,10 +84,11 @@ class GPTQQuantize(Modifier):
     writes: ClassVar[str] = QUANTIZED_WEIGHTS
     uses_calibration: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"binary": "paper", "router_bits": 4, "smallest_clip": 0.8},
+        "paper": {"binary": "paper", "router_bits": 4, "clip_search": "narrow", "damping": 0.01},
         "released": {
             "binary": "released",
-            "smallest_clip": 0.8,
+            "clip_search": "narrow",
+            "damping": 0.01,
             "compensate_within_block": False,
         },
     }
@@ -162,7 +169,9 @@ class GPTQQuantize(Modifier):
 
         settings = QuantizerSettings(
             quantizer=self.quantizer,
-            grid=GridSettings(group_size=self.group_size, binary=self.binary),
+            grid=GridSettings(
+                group_size=self.group_size, binary=self.binary, **_CLIP_SEARCH[self.clip_search]
+            ),
             damping=self.damping,
             routing_weighted=self.hessian_weighting == "routing",
             compensate_within_block=self.compensate_within_block,
@@ -184,6 +193,13 @@ class GPTQQuantize(Modifier):
                     context.report.warn(f"layer {index}: {message}: {_listed(note[what])}")
         context.report.stages[self.type] = {"layers": {str(i): note for i, note in notes.items()}}
 
+
+_CLIP_SEARCH: Mapping[str, Mapping[str, Any]] = {
+    "wide": {},
+    "narrow": {"clip_ratios": (1.0, 0.95, 0.9, 0.85, 0.8), "refinements": 0},
+    "none": {"clip_ratios": (1.0,), "refinements": 0},
+}
+"""Name -> settings of the grid search; ``wide`` is the grid's own default."""
 
 _WARNINGS = {
     "starved": "few tokens reached these experts, so their Hessians lean on those of all tokens",

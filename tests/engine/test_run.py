@@ -40,9 +40,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(text: Path, stages: list[dict[str, Any]] = STAGES, **changes: Any) -> Recipe:
     calibration = {"source": "text", "path": str(text), "sequences": 8, "length": 32}
-    return Recipe.from_dict(
-        {"version": 1, "calibration": calibration, "stages": stages, **changes}
-    )
+    return Recipe.from_dict({"version": 1, "calibration": calibration, "stages": stages, **changes})
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -101,7 +99,8 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     undisturbed = compress(recipe(text), model, tmp_path / "undisturbed").output
-    write, done = LayerStore.write, []
+    write = LayerStore.write
+    done: list[int] = []
 
     def cut_off(self: LayerStore, *arguments: Any) -> None:
         if len(done) == writes_until_the_cut:

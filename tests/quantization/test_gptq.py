@@ -14,10 +14,13 @@ from mcsharp_sdk.quantization import (
     quantise_gptq,
     quantise_rtn,
 )
-from mcsharp_sdk.quantization.grid import QuantizedBatch
+from mcsharp_sdk.quantization.grid import QuantizedBatch, QuantizedWeight
+from mcsharp_sdk.quantization.search import BinaryScale
 
 
-def layer(experts: int, rows: int, columns: int, seed: int = 0):
+def layer(
+    experts: int, rows: int, columns: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [E, R, K] and Hessians [E, K, K] of correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(experts, rows, columns, generator=generator) * 0.05
@@ -26,14 +29,23 @@ def layer(experts: int, rows: int, columns: int, seed: int = 0):
     return weights, 2 * inputs.transpose(1, 2) @ inputs
 
 
-def output_error(weights: torch.Tensor, quantised: QuantizedBatch, hessians: torch.Tensor):
+def output_error(
+    weights: torch.Tensor, quantised: QuantizedBatch, hessians: torch.Tensor
+) -> torch.Tensor:
     """tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) of each expert."""
     change = weights - quantised.dequantise()
     energy = torch.einsum("erk,ekl,erl->e", weights, hessians, weights)
     return torch.einsum("erk,ekl,erl->e", change, hessians, change) / energy
 
 
-def reference_column_loop(weight, hessian, damping, quantised, *, block):
+def reference_column_loop(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    damping: float,
+    quantised: QuantizedWeight,
+    *,
+    block: int,
+) -> torch.Tensor:
     """GPTQ of one matrix in float64 by the inverse Hessian itself, on the grid of ``quantised``.
 
     After each column the inverse is reduced by elimination (the OBQ form of GPTQ), so neither the
@@ -63,7 +75,9 @@ def reference_column_loop(weight, hessian, damping, quantised, *, block):
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize(("columns", "group_size"), [(150, 20), (200, 64), (330, 128), (300, 256)])
-def test_codes_equal_those_of_a_float64_loop_over_columns(bits, columns, group_size):
+def test_codes_equal_those_of_a_float64_loop_over_columns(
+    bits: int, columns: int, group_size: int
+) -> None:
     weights, hessians = layer(2, 12, columns)
     factor = factorise(hessians, damping=0.05)
     quantised = quantise_gptq(weights, factor, [bits] * 2, GridSettings(group_size=group_size))
@@ -75,7 +89,7 @@ def test_codes_equal_those_of_a_float64_loop_over_columns(bits, columns, group_s
         assert different < 0.02
 
 
-def test_released_manner_compensates_only_between_blocks():
+def test_released_manner_compensates_only_between_blocks() -> None:
     weights, hessians = layer(2, 12, 300)
     factor = factorise(hessians, damping=0.05)
     quantised = quantise_gptq(
@@ -87,7 +101,7 @@ def test_released_manner_compensates_only_between_blocks():
         assert (one.codes != expected).double().mean() < 0.02
 
 
-def test_experts_in_one_batch_do_not_touch_each_other():
+def test_experts_in_one_batch_do_not_touch_each_other() -> None:
     weights, hessians = layer(4, 24, 136)
     widths = [3, 1, 4, 2]
     grid = GridSettings(group_size=32)
@@ -101,7 +115,7 @@ def test_experts_in_one_batch_do_not_touch_each_other():
         assert batch.of_width(width)[0] == [expert]
 
 
-def test_a_shared_factor_equals_the_same_factor_for_each():
+def test_a_shared_factor_equals_the_same_factor_for_each() -> None:
     weights, hessians = layer(3, 20, 100)
     shared = factorise(hessians[:1])
     each = InverseFactor(shared.upper.expand(3, -1, -1).contiguous(), (0.01,) * 3, (), ())
@@ -113,7 +127,7 @@ def test_a_shared_factor_equals_the_same_factor_for_each():
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_compensation_lowers_the_output_error(bits: int):
+def test_compensation_lowers_the_output_error(bits: int) -> None:
     weights, hessians = layer(3, 40, 192)
     grid = GridSettings(group_size=64)
     widths = [bits] * 3
@@ -126,7 +140,7 @@ def test_compensation_lowers_the_output_error(bits: int):
     assert (full < 0.8 * output_error(weights, nearest, hessians)).all()
 
 
-def test_search_beats_the_full_range_and_its_stored_scale_is_the_one_used():
+def test_search_beats_the_full_range_and_its_stored_scale_is_the_one_used() -> None:
     weights, hessians = layer(1, 64, 128)
     factor = factorise(hessians)
     narrow = GridSettings(group_size=64, clip_ratios=(1.0,), refinements=0)
@@ -136,7 +150,7 @@ def test_search_beats_the_full_range_and_its_stored_scale_is_the_one_used():
     assert searched.scales.dtype == torch.float16
 
 
-def test_an_expert_that_could_not_be_factorised_is_rounded_to_nearest():
+def test_an_expert_that_could_not_be_factorised_is_rounded_to_nearest() -> None:
     weights, hessians = layer(2, 16, 72)
     hessians[1, 0, 1] = hessians[1, 1, 0] = float("nan")
     grid = GridSettings(group_size=32)
@@ -149,7 +163,7 @@ def test_an_expert_that_could_not_be_factorised_is_rounded_to_nearest():
     torch.testing.assert_close(dequantise(quantised.expert(1)), dequantise(nearest.expert(1)))
 
 
-def test_columns_without_input_are_still_quantised():
+def test_columns_without_input_are_still_quantised() -> None:
     weights, hessians = layer(1, 16, 64)
     hessians[:, 10:20] = 0
     hessians[:, :, 10:20] = 0
@@ -158,7 +172,7 @@ def test_columns_without_input_are_still_quantised():
     assert change.max() < 0.5 * weights.abs().max()
 
 
-def test_result_is_as_good_as_the_textbook_loop_over_matrices():
+def test_result_is_as_good_as_the_textbook_loop_over_matrices() -> None:
     weights, hessians = layer(3, 64, 288)
     grid = GridSettings(group_size=64)
     widths = [1, 2, 3]
@@ -170,7 +184,7 @@ def test_result_is_as_good_as_the_textbook_loop_over_matrices():
 
 
 @pytest.mark.parametrize(("binary", "per_group"), [("released", True), ("paper", False)])
-def test_one_bit_scale_is_the_mean_magnitude(binary, per_group):
+def test_one_bit_scale_is_the_mean_magnitude(binary: BinaryScale, per_group: bool) -> None:
     weights, _ = layer(2, 10, 96)
     quantised = quantise_rtn(weights, [1, 1], GridSettings(group_size=32, binary=binary))
     magnitude = weights.unflatten(-1, (3, 32)).abs().mean(-1)
@@ -180,13 +194,13 @@ def test_one_bit_scale_is_the_mean_magnitude(binary, per_group):
     torch.testing.assert_close(quantised.dequantise(), expected, rtol=1e-3, atol=0)
 
 
-def test_zero_weights_stay_zero():
+def test_zero_weights_stay_zero() -> None:
     weights = torch.zeros(1, 4, 64)
     quantised = quantise_rtn(weights, [2], GridSettings(group_size=32))
     assert not quantised.dequantise().any()
 
 
-def test_bf16_weights_are_left_as_they_are():
+def test_bf16_weights_are_left_as_they_are() -> None:
     weights, hessians = layer(1, 8, 64)
     half = weights.bfloat16()
     before = half.clone()
@@ -196,12 +210,12 @@ def test_bf16_weights_are_left_as_they_are():
 
 
 @pytest.mark.parametrize("quantise", ["gptq", "rtn"])
-def test_wrong_arguments_are_named(quantise):
+def test_wrong_arguments_are_named(quantise: str) -> None:
     weights, hessians = layer(2, 8, 32)
     grid = GridSettings(group_size=32)
     factor = factorise(hessians)
 
-    def run(bits, wrong_shape=False):
+    def run(bits: list[int], wrong_shape: bool = False) -> QuantizedBatch:
         if quantise == "gptq":
             return quantise_gptq(weights[:, :, :-1] if wrong_shape else weights, factor, bits, grid)
         importance = torch.ones(3 if wrong_shape else 2, 32)

@@ -19,7 +19,9 @@ from mcsharp_sdk.quantization import (
 )
 
 
-def random_weight(bits: int, shape: tuple[int, ...], group_size: int, seed: int = 0):
+def random_weight(
+    bits: int, shape: tuple[int, ...], group_size: int, seed: int = 0
+) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(seed)
     *lead, columns = shape
     grid = (*lead, -(-columns // group_size))
@@ -36,7 +38,9 @@ def random_weight(bits: int, shape: tuple[int, ...], group_size: int, seed: int 
 @given(
     st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 150), st.integers(1, 150), st.integers(1, 140)
 )
-def test_dequantising_is_the_formula_weight_by_weight(bits, rows, columns, group_size):
+def test_dequantising_is_the_formula_weight_by_weight(
+    bits: int, rows: int, columns: int, group_size: int
+) -> None:
     weight = random_weight(bits, (rows, columns), group_size)
     row, column = rows // 2, columns - 1
     group = column // group_size
@@ -49,7 +53,7 @@ def test_dequantising_is_the_formula_weight_by_weight(bits, rows, columns, group
 @given(
     st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 150), st.integers(1, 150), st.integers(1, 140)
 )
-def test_packing_keeps_every_number(bits, rows, columns, group_size):
+def test_packing_keeps_every_number(bits: int, rows: int, columns: int, group_size: int) -> None:
     weight = random_weight(bits, (2, rows, columns), group_size)
     packed = pack_weight(weight)
     back = unpack_weight(packed, bits=bits, group_size=group_size, columns=columns)
@@ -62,7 +66,7 @@ def test_packing_keeps_every_number(bits, rows, columns, group_size):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_rows_can_be_dequantised_in_pieces(bits: int):
+def test_rows_can_be_dequantised_in_pieces(bits: int) -> None:
     weight = random_weight(bits, (300, 200), 64)
     packed = pack_weight(weight)
     pieces = []
@@ -82,12 +86,12 @@ def test_rows_can_be_dequantised_in_pieces(bits: int):
     assert torch.equal(torch.cat(pieces), dequantise(weight).bfloat16())
 
 
-def test_stored_bits_are_width_plus_scale_and_zero_point_per_group():
+def test_stored_bits_are_width_plus_scale_and_zero_point_per_group() -> None:
     bits = stored_bytes(1024, 4096, 2, 64) * 8 / (1024 * 4096)
     assert bits == 2 + 16 / 64 + 2 / 64
 
 
-def test_packed_weight_of_wrong_length_is_refused():
+def test_packed_weight_of_wrong_length_is_refused() -> None:
     packed = pack_weight(random_weight(2, (16, 100), 32))
     short = PackedWeight(packed.qweight[:, :-1], packed.scales, packed.zeros)
     with pytest.raises(ValueError, match="100 columns of 2 bits"):

@@ -24,7 +24,9 @@ def random_hessians(experts: int, columns: int, tokens: int, seed: int = 0) -> t
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_accumulated_hessian_is_the_sum_over_tokens(dtype, tolerance, weighted):
+def test_accumulated_hessian_is_the_sum_over_tokens(
+    dtype: torch.dtype, tolerance: float, weighted: bool
+) -> None:
     inputs = torch.randn(3000, 24).to(dtype)
     sigma = torch.rand(3000) if weighted else None
     hessian = torch.zeros(24, 24)
@@ -37,7 +39,7 @@ def test_accumulated_hessian_is_the_sum_over_tokens(dtype, tolerance, weighted):
 
 
 @pytest.mark.parametrize("columns", [5, 128, 300])
-def test_factor_of_the_inverse_is_exact_and_upper_triangular(columns: int):
+def test_factor_of_the_inverse_is_exact_and_upper_triangular(columns: int) -> None:
     hessians = random_hessians(3, columns, 2 * columns)
     before = hessians.clone()
     factor = factorise(hessians, damping=0.01)
@@ -52,7 +54,7 @@ def test_factor_of_the_inverse_is_exact_and_upper_triangular(columns: int):
     assert factor.failed == ()
 
 
-def test_each_expert_may_have_its_own_damping():
+def test_each_expert_may_have_its_own_damping() -> None:
     hessians = random_hessians(2, 20, 40)
     both = factorise(hessians, damping=[0.01, 0.2])
     torch.testing.assert_close(both.upper[1:], factorise(hessians[1:], damping=0.2).upper)
@@ -61,7 +63,7 @@ def test_each_expert_may_have_its_own_damping():
         factorise(hessians, damping=[0.01])
 
 
-def test_indefinite_hessian_gets_more_damping_and_is_named():
+def test_indefinite_hessian_gets_more_damping_and_is_named() -> None:
     hessians = random_hessians(3, 16, 64)
     vector = torch.linalg.eigh(hessians[1]).eigenvectors[:, :1]
     mean = hessians[1].diagonal().mean()
@@ -73,7 +75,7 @@ def test_indefinite_hessian_gets_more_damping_and_is_named():
     assert torch.isfinite(factor.upper).all()
 
 
-def test_hopeless_hessian_falls_back_to_its_diagonal_and_is_named():
+def test_hopeless_hessian_falls_back_to_its_diagonal_and_is_named() -> None:
     hessians = random_hessians(3, 16, 64)
     hessians[0] -= 1e3 * hessians[0].diagonal().max() * torch.ones(16, 16).fill_diagonal_(0)
     hessians[2, 3, 4] = hessians[2, 4, 3] = float("nan")
@@ -85,7 +87,7 @@ def test_hopeless_hessian_falls_back_to_its_diagonal_and_is_named():
     torch.testing.assert_close(factor.upper[2].diagonal(), hessians[2].diagonal().rsqrt())
 
 
-def test_columns_without_input_are_uncorrelated():
+def test_columns_without_input_are_uncorrelated() -> None:
     hessians = random_hessians(1, 12, 40)
     hessians[:, 5] = 0
     hessians[:, :, 5] = 0
@@ -98,7 +100,7 @@ def test_columns_without_input_are_uncorrelated():
     assert not factorise(torch.zeros(1, 4, 4)).failed
 
 
-def test_experts_with_few_tokens_are_completed_from_all_tokens():
+def test_experts_with_few_tokens_are_completed_from_all_tokens() -> None:
     hessians = random_hessians(3, 8, 100)
     hessians[2] = 0
     overall = random_hessians(1, 8, 400, seed=1)[0]
@@ -111,11 +113,11 @@ def test_experts_with_few_tokens_are_completed_from_all_tokens():
         shrink(hessians, [0, 0, 0], overall, 0)
 
 
-def test_damping_falls_with_the_tokens_per_column():
+def test_damping_falls_with_the_tokens_per_column() -> None:
     dampings = [suggested_damping(tokens, 1000) for tokens in (0, 1000, 10_000, 10**7)]
     assert dampings == [0.2, 0.2, 0.1, 0.02]
 
 
-def test_importance_is_the_diagonal():
+def test_importance_is_the_diagonal() -> None:
     hessians = random_hessians(2, 6, 10)
     assert torch.equal(diagonal_importance(hessians)[1], hessians[1].diagonal())

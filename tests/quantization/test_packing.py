@@ -29,7 +29,9 @@ def code_by_definition(row: list[int], column: int, bits: int, columns: int) -> 
 
 @settings(max_examples=50, deadline=None)
 @given(st.sampled_from(WIDTHS), st.integers(1, 300), st.integers(1, 3), st.integers(0, 2**31))
-def test_any_number_of_columns_survives_packing(bits: int, columns: int, rows: int, seed: int):
+def test_any_number_of_columns_survives_packing(
+    bits: int, columns: int, rows: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (2, rows, columns), dtype=torch.uint8, generator=generator)
     packed = pack(codes, bits)
@@ -39,7 +41,7 @@ def test_any_number_of_columns_survives_packing(bits: int, columns: int, rows: i
 
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("columns", [1, 8, 65, 128, 131, 384])
-def test_layout_is_the_defined_one(bits: int, columns: int):
+def test_layout_is_the_defined_one(bits: int, columns: int) -> None:
     codes = torch.randint(0, 2**bits, (columns,), dtype=torch.uint8)
     packed = pack(codes, bits).tolist()
     read = [code_by_definition(packed, column, bits, columns) for column in range(columns)]
@@ -47,11 +49,11 @@ def test_layout_is_the_defined_one(bits: int, columns: int):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_full_blocks_take_exactly_the_nominal_bits(bits: int):
+def test_full_blocks_take_exactly_the_nominal_bits(bits: int) -> None:
     assert packed_bytes(4096, bits) * 8 == 4096 * bits
 
 
-def test_leading_dimensions_may_be_strided():
+def test_leading_dimensions_may_be_strided() -> None:
     codes = torch.randint(0, 8, (5, 7, 130), dtype=torch.uint8)
     turned = codes.transpose(0, 1)
     assert torch.equal(pack(turned, 3), pack(turned.contiguous(), 3))
@@ -59,7 +61,7 @@ def test_leading_dimensions_may_be_strided():
     assert torch.equal(unpack(packed, 3, 130), codes[:, 2:5])
 
 
-def test_what_cannot_be_packed_is_refused():
+def test_what_cannot_be_packed_is_refused() -> None:
     codes = torch.full((4,), 4, dtype=torch.uint8)
     with pytest.raises(ValueError, match="code of 4 does not fit into 2 bits"):
         pack(codes, 2)
