@@ -74,7 +74,7 @@ def run(setting: str, arguments: argparse.Namespace) -> dict[str, Any]:
     found = mcsharp_sdk.evaluate(
         model, arguments.evaluation, window=arguments.length, max_tokens=arguments.tokens
     )
-    result = {"setting": setting, "seconds": seconds, **found.to_json()}
+    result = {**found.to_json(), "setting": setting, "stage_seconds": seconds}
     kept.write_text(json.dumps(result, indent=1))
     return result
 
@@ -90,9 +90,9 @@ def table(results: list[dict[str, Any]], layers: int) -> str:
         d = math.log(r["perplexity"] / reference) if reference else math.nan
         bits = r["expert_nominal_bits"], r["expert_stored_bits"]
         work = " + ".join(
-            f"{r['seconds'][stage] / layers:.1f}"
+            f"{r['stage_seconds'][stage] / layers:.1f}"
             for stage in ("ExpertStats", "GPTQQuantize")
-            if stage in r["seconds"]
+            if stage in r["stage_seconds"]
         )
         lines.append(
             f"| {r['setting']} | {r['perplexity']:.2f} | {d:.3f} | {bits[0]:.2f} | {bits[1]:.2f} "

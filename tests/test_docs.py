@@ -158,14 +158,20 @@ def check_python(source: str) -> None:
 
 
 def check_call(call: ast.Call, known: dict[str, Any]) -> None:
+    if isinstance(call.func, ast.Attribute) and is_ours(owner := called(call.func.value, known)):
+        assert hasattr(owner, call.func.attr), f"{owner} has no {call.func.attr}"
     function = called(call.func, known)
-    owner = getattr(function, "__module__", None) or ""
-    if not callable(function) or not owner.startswith(("mcsharp_sdk", "mcsharp_exporters")):
+    if not callable(function) or not is_ours(function):
         return
     keywords = {k.arg: None for k in call.keywords if k.arg}
     if any(isinstance(argument, ast.Starred) for argument in call.args):
         return
     inspect.signature(function).bind(*call.args, **keywords)
+
+
+def is_ours(found: Any) -> bool:
+    name = getattr(found, "__module__", None) or getattr(found, "__name__", None) or ""
+    return str(name).startswith(("mcsharp_sdk", "mcsharp_exporters"))
 
 
 def called(node: ast.expr, known: dict[str, Any]) -> Any:

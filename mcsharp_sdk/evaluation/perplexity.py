@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from mcsharp_sdk.errors import InputError, RunError
 
 LOGITS_AT_ONCE = 2**24
 """Logits held at once, in elements: 64 MiB of float32."""
+
+TOKENS_PER_FORWARD = 4096
+"""Short windows go through the model together, up to so many tokens: a packed expert is then
+dequantised once for all of them."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def perplexity(
     model : causal language model of transformers, in eval mode.
     tokens : (n,) int64, n >= 2: the stream, on any device.
     window : tokens per window, at least 2.
-    track : wraps the range of windows, e.g. to show progress.
+    track : wraps the range of forwards, e.g. to show progress.
 
     Raises
     ------
@@ -73,44 +78,53 @@ def perplexity(
     windows = [part for part in tokens.split(window) if part.numel() >= 2]
     device = model.get_input_embeddings().weight.device
     total = 0.0
-    for index in track(range(len(windows))):
-        loss = _window_nll(model, windows[index].to(device))
-        if math.isnan(loss):
-            raise RunError(f"the loss of window {index} is not a number: the model is broken")
-        total += loss
+    batches = _batches(windows, max(1, TOKENS_PER_FORWARD // window))
+    for index in track(range(len(batches))):
+        losses = _window_nlls(model, batches[index].to(device))
+        if losses.isnan().any():
+            raise RunError("the loss of a window is not a number: the model is broken")
+        total += losses.sum().item()
     used = sum(part.numel() for part in windows)
     predicted = used - len(windows)
     mean = total / predicted
     return Perplexity(_exp(mean), mean, used, predicted, len(windows))
 
 
-def _window_nll(model: Any, window: Tensor) -> float:
-    """Summed negative log-likelihood, in nats, of ``window[1:]``, (n,) int64."""
-    total = 0.0
-    for positions, logits in _logits(model, window):
-        targets = window[positions + 1].to(logits.device)
-        total += F.cross_entropy(logits.float(), targets, reduction="none").double().sum().item()
-    return total
+def _batches(windows: Sequence[Tensor], most: int) -> list[Tensor]:
+    """Windows of equal length stacked, at most ``most`` together, in order."""
+    batches: list[Tensor] = []
+    for _, equal in groupby(windows, key=len):
+        batches += torch.stack(list(equal)).split(most)
+    return batches
 
 
-def _logits(model: Any, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Positions (p,) but the last, and the logits (p, vocabulary) there, a few at a time.
+def _window_nlls(model: Any, windows: Tensor) -> Tensor:
+    """Summed negative log-likelihoods (b,) float64, in nats, of ``windows[:, 1:]``, (b, n) int64."""
+    totals = torch.zeros(len(windows), dtype=torch.float64)
+    for positions, logits in _logits(model, windows):
+        targets = windows[:, positions + 1].to(logits.device)
+        losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+        totals += losses.double().sum(1).cpu()
+    return totals
+
+
+def _logits(model: Any, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions (p,) but the last, and the logits (b, p, vocabulary) there, a few at a time.
 
     The body runs once. The head is the model's own forward, with whatever scaling the family puts
     behind it, answered with the body's stored output.
     """
-    ids = window[None]
-    positions = torch.arange(window.numel() - 1, device=window.device)
+    positions = torch.arange(ids.shape[1] - 1, device=ids.device)
     body = model.base_model
     if body is model or "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
-        yield positions, model(input_ids=ids, use_cache=False).logits[0, :-1]
+        yield positions, model(input_ids=ids, use_cache=False).logits[:, :-1]
         return
     output = body(input_ids=ids, use_cache=False)
     vocabulary = model.config.get_text_config().vocab_size
     with _answered_with(body, output):
-        for chunk in positions.split(max(1, LOGITS_AT_ONCE // vocabulary)):
+        for chunk in positions.split(max(1, LOGITS_AT_ONCE // (vocabulary * len(ids)))):
             answer = model(input_ids=ids, use_cache=False, logits_to_keep=chunk)
-            yield chunk, answer.logits[0]
+            yield chunk, answer.logits
 
 
 @contextmanager
