@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,7 +42,8 @@ def continued(model: Path, start: str) -> str:
     """``start`` and the most likely 16 tokens after it."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     inputs = tokenizer(start, return_tensors="pt")
-    tokens = AutoModelForCausalLM.from_pretrained(model).generate(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model)
+    tokens = loaded.generate(
         inputs.input_ids,
         attention_mask=inputs.attention_mask,
         max_new_tokens=16,
