@@ -1,7 +1,7 @@
 """Perplexity of one model at several bit budgets, uniform and allocated, from one calibration.
 
     python benchmarks/quality.py MODEL CALIBRATION.txt EVALUATION.txt --work DIR \
-        [--settings bf16 uniform:3 pmq:2.5 …] [--group-size 64] [--sequences 48] [--length 512]
+        [--settings original uniform:3 pmq:2.5 …] [--group-size 64] [--sequences 48] [--length 512]
 
 Calibrates on the first SEQUENCES windows of CALIBRATION, evaluates on the first TOKENS tokens of
 EVALUATION. Errors of the experts are measured once and serve all allocations. A setting is
@@ -17,6 +17,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import mcsharp_sdk
 from mcsharp_sdk.artifacts import ExpertStatistics
 
@@ -24,7 +26,8 @@ from mcsharp_sdk.artifacts import ExpertStatistics
 def quantise_stage(arguments: argparse.Namespace, **changes: Any) -> dict[str, Any]:
     """The GPTQQuantize stage that all settings share."""
     mode = {"type": "GPTQQuantize", "mode": arguments.mode, "group_size": arguments.group_size}
-    return {**mode, "other_bits": 4, "router_bits": None, **changes}
+    asked = yaml.safe_load("\n".join(arguments.quantise)) or {}
+    return {**mode, "other_bits": 4, "router_bits": None, **asked, **changes}
 
 
 def stages_of(setting: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -115,6 +118,9 @@ def main() -> None:
         default=["original", "uniform:3", "pmq:2.5", "uniform:2", "pmq:2.0", "pmq:1.5"],
     )
     parser.add_argument("--mode", default="best")
+    parser.add_argument(
+        "--quantise", nargs="*", default=[], help="settings of GPTQQuantize, e.g. 'damping: 0.01'"
+    )
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--sequences", type=int, default=48)
     parser.add_argument("--length", type=int, default=512)

@@ -16,7 +16,7 @@ def model_directory() -> Path:
     RunError
         If the package was installed without it, or lies inside an archive.
     """
-    directory = files("mcsharp_sdk.embedded") / "model"
+    directory = files("mcsharp_sdk.embedded") / "pydoc-moe"
     if not isinstance(directory, Path) or not (directory / "config.json").is_file():
         raise RunError(
             "the embedded model is not there: install mcsharp_sdk from its wheel or repository, "
