@@ -18,6 +18,7 @@ class Exporter(BaseModel, ABC):
     Class attributes
     ----------------
     reads : names of the artifacts that the exporter needs from the stages.
+    reads_routing : the exporter needs to know how the model's routers choose.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -25,6 +26,7 @@ class Exporter(BaseModel, ABC):
     type: str
 
     reads: ClassVar[tuple[str, ...]] = ()
+    reads_routing: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, context: RunContext, output: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import onnx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -90,9 +90,11 @@ class OnnxRoutersExporter(Exporter):
         Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", description="Folder inside the output."),
     ] = "onnx_routers"
 
+    reads_routing: ClassVar[bool] = True
+
     def run(self, context: RunContext, output: Path) -> None:
         """Write into ``output / folder``."""
-        export_onnx_routers(context.model.routers(), output / self.folder, self.dtype)
+        export_onnx_routers(context.routers(), output / self.folder, self.dtype)
 
 
 def export_onnx_routers(

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from torch import Tensor
 
 from mcsharp_sdk.artifact_file import Artifact
-from mcsharp_sdk.data.tokenise import calibration_tokens, load_tokenizer
 from mcsharp_sdk.engine.progress import ProgressBars
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import AnyArtifact, LayerStore, RunDirectory
-from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.routing import Router
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import StreamedLayer, stream_layers
+from mcsharp_sdk.modifiers.gptq_quantize import QUANTIZED_WEIGHTS
 from mcsharp_sdk.recipe.schema import Recipe
 
 Item = TypeVar("Item")
@@ -30,6 +29,7 @@ class RunContext:
     ----------
     model : the model that is compressed.
     recipe : as validated.
+    tokens : calibration tokens, (sequences, length) int64; empty if the recipe has no calibration.
     directory : the run directory, open.
     progress : bars for long loops.
     report : what the reader should be told.
@@ -37,18 +37,10 @@ class RunContext:
 
     model: SourceModel
     recipe: Recipe
+    tokens: Tensor
     directory: RunDirectory
     progress: ProgressBars
     report: RunReport = field(default_factory=RunReport)
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """Calibration tokens, (sequences, length) int64."""
-        if self.recipe.calibration is None:
-            raise InputError("the recipe has no calibration, but a stage needs tokens")
-        tokenizer = load_tokenizer(self.model.path)
-        vocabulary = self.model.config.get_text_config().vocab_size
-        return calibration_tokens(self.recipe.calibration, tokenizer, vocabulary)
 
     def stream(self, description: str) -> Iterator[StreamedLayer]:
         """Decoder layers one at a time, loaded, with the activations that reach them.
@@ -56,6 +48,15 @@ class RunContext:
         What the consumer changes in a layer's weights, the layers behind it see.
         """
         return stream_layers(self.model, self.tokens, lambda r: self.track(r, description))
+
+    def routers(self) -> Iterator[Router]:
+        """The routers of all MoE layers as the stages left them, one at a time."""
+        stored = self.layers(QUANTIZED_WEIGHTS)
+        for router in self.model.routers():
+            block = self.model.topology.moe[router.layer]
+            name = f"{self.model.layer_path(router.layer)}.{block.router}.weight"
+            tensors = stored.tensors(router.layer) if stored.has(router.layer) else {}
+            yield replace(router, weight=tensors.get(name, router.weight))
 
     def track(self, items: Iterable[Item], description: str) -> Iterator[Item]:
         """Iterate with a progress bar."""

@@ -50,12 +50,15 @@ def _onnx_routers(
     model: Path, output: Path, overwrite: bool, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     from mcsharp_exporters.onnx_routers import export_onnx_routers
+    from mcsharp_exporters.router_graph import DTYPES
 
     from mcsharp_sdk.models.directory import routers_of_directory
 
     unknown = sorted(set(settings) - {"dtype"})
     if unknown:
         raise InputError(f"onnx_routers has no setting {', '.join(unknown)}; it has dtype")
+    if settings.get("dtype", "fp32") not in DTYPES:
+        raise InputError(f"dtype {settings['dtype']!r} is none of {', '.join(DTYPES)}")
     routers = routers_of_directory(model)
     return export_onnx_routers(routers, output, overwrite=overwrite, **settings)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from mcsharp_sdk.engine.sizes import LayerSizes, ModelSizes, model_sizes, packed_bytes_of
-from mcsharp_sdk.errors import InputProblems, Problem
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.routing import router_settings
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
+from mcsharp_sdk.recipe.document import Location
 from mcsharp_sdk.recipe.schema import Recipe
 
 INTERPRETER_BYTES = 650 * 10**6
@@ -81,30 +83,52 @@ def plan(
     return make_plan(as_recipe(recipe, overrides), SourceModel(Path(model)))
 
 
-def check_model(recipe: Recipe, model: str | os.PathLike[str]) -> None:
-    """Raise InputProblems with everything about ``recipe`` that does not fit a model folder."""
-    problems = misfits(recipe, SourceModel(Path(model)))
-    if problems:
-        raise InputProblems(recipe.name, problems)
+def check_model(recipe: Recipe, model: str | os.PathLike[str] | SourceModel) -> None:
+    """Check that a recipe fits a model.
+
+    Raises
+    ------
+    InputProblems
+        With everything that does not fit, each with its place in the recipe.
+    """
+    source = model if isinstance(model, SourceModel) else SourceModel(Path(model))
+    misfits = [
+        *_stage_misfits(recipe, source),
+        *_routing_misfits(recipe, source),
+        *_calibration_misfits(recipe, source),
+    ]
+    if misfits:
+        raise recipe.error(misfits)
 
 
-def misfits(recipe: Recipe, source: SourceModel) -> list[Problem]:
-    """Everything about ``recipe`` that does not fit an opened model."""
-    problems: list[Problem] = []
+Misfit = tuple[Location, str]
+
+
+def _stage_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
     experts = source.topology.experts_per_layer()
     for position, stage in enumerate(recipe.stages):
         for problem in stage.check_experts(experts):
-            problems.append(Problem(f"stages[{position}] {problem.where}", problem.message))
-    calibration = recipe.calibration
+            yield ("stages", position, problem.where), problem.message
+
+
+def _routing_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
+    try:
+        router_settings(source.config)
+    except InputError as error:
+        for position, stage in enumerate(recipe.stages):
+            if stage.reads_routing:
+                yield ("stages", position), str(error)
+        for position, exporter in enumerate(recipe.exports):
+            if exporter.reads_routing:
+                yield ("exports", position), str(error)
+
+
+def _calibration_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    if calibration is not None and limit is not None and calibration.length > limit:
-        problems.append(
-            Problem(
-                "calibration.length",
-                f"{calibration.length} tokens are more than the model's {limit} positions",
-            )
-        )
-    return problems
+    if recipe.calibration is not None and limit and recipe.calibration.length > limit:
+        length = recipe.calibration.length
+        message = f"{length} tokens are more than the model's {limit} positions"
+        yield ("calibration", "length"), message
 
 
 def make_plan(recipe: Recipe, source: SourceModel) -> Plan:
@@ -115,9 +139,7 @@ def make_plan(recipe: Recipe, source: SourceModel) -> Plan:
     InputProblems
         If recipe and model do not fit.
     """
-    problems = misfits(recipe, source)
-    if problems:
-        raise InputProblems(recipe.name, problems)
+    check_model(recipe, source)
     sizes = model_sizes(source)
     bits = _intended_bits(recipe, source)
     blocks = list(source.topology.moe.values())

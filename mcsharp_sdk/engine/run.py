@@ -14,8 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mcsharp_sdk._version import __version__
 from mcsharp_sdk.data.calibration import data_fingerprint
+from mcsharp_sdk.data.tokenise import calibration_tokens, load_tokenizer
 from mcsharp_sdk.engine.context import RunContext
 from mcsharp_sdk.engine.plan import Plan, make_plan
 from mcsharp_sdk.engine.progress import ProgressBars
@@ -25,6 +29,9 @@ from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.recipe.library import open_recipe
 from mcsharp_sdk.recipe.schema import Recipe
+
+RESULT_FILES = ("mcsharp_report.json", "onnx_routers/manifest.json")
+"""A folder with one of these was written by an exporter, and may be overwritten."""
 
 logger = logging.getLogger("mcsharp_sdk")
 
@@ -104,22 +111,21 @@ def compress(
     """
     recipe = as_recipe(recipe, overrides)
     output = Path(output)
-    _check_output(output, overwrite)
+    directory = Path(run_dir) if run_dir is not None else output.with_name(f".{output.name}.run")
+    _check_output(output, directory, overwrite)
     source = SourceModel(Path(model), device)
     plan = make_plan(recipe, source)
+    tokens = _calibration_tokens(recipe, source)
     if on_plan is not None:
         on_plan(plan)
-    directory = Path(run_dir) if run_dir is not None else output.with_name(f".{output.name}.run")
     watch = _Stopwatch()
     with (
-        RunDirectory(directory, fingerprint(recipe, source)) as opened,
+        RunDirectory(directory, fingerprint(recipe, source), keep=run_dir is not None) as opened,
         ProgressBars(progress) as bars,
     ):
-        context = RunContext(source, recipe, opened, bars)
+        context = RunContext(source, recipe, tokens, opened, bars)
         _run_stages(context, watch)
         _export(context, output, overwrite, watch)
-    if run_dir is None:
-        shutil.rmtree(directory)
     return Compression(output, watch.seconds, context.report.warnings, plan)
 
 
@@ -130,6 +136,14 @@ def as_recipe(recipe: Recipe | str | os.PathLike[str], overrides: Sequence[str] 
     if overrides:
         raise InputError("overrides go with a recipe file or name, not with a Recipe")
     return recipe
+
+
+def _calibration_tokens(recipe: Recipe, source: SourceModel) -> Tensor:
+    """(sequences, length) int64; (0, 0) if the recipe has no calibration."""
+    if recipe.calibration is None:
+        return torch.empty(0, 0, dtype=torch.int64)
+    vocabulary = source.config.get_text_config().vocab_size
+    return calibration_tokens(recipe.calibration, load_tokenizer(source.path), vocabulary)
 
 
 def fingerprint(recipe: Recipe, source: SourceModel) -> dict[str, str]:
@@ -175,15 +189,26 @@ def _run_stages(context: RunContext, watch: _Stopwatch) -> None:
         logger.info("%s took %.1f s", stage.type, watch.seconds[stage.type])
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def _check_output(output: Path, run_directory: Path, overwrite: bool) -> None:
     if output.is_file():
         raise InputError(f"{output} is a file; the output must be a folder to make")
     if output.exists() and not overwrite:
         raise InputError(f"{output} exists already; give --overwrite to replace it")
+    if output.exists() and any(output.iterdir()) and not _is_ours(output):
+        raise InputError(
+            f"{output} holds something else than a result of mcsharp, so it is not overwritten; "
+            "give another --output, or empty the folder yourself"
+        )
+    if output.resolve() in (run_directory.resolve(), *run_directory.resolve().parents):
+        raise InputError(f"the run directory {run_directory} must not lie in the output {output}")
     parent = output.absolute().parent
     existing = next(p for p in (parent, *parent.parents) if p.exists())
     if not os.access(existing, os.W_OK):
         raise InputError(f"{output} cannot be made: {existing} is not writable")
+
+
+def _is_ours(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in RESULT_FILES)
 
 
 def _export(context: RunContext, output: Path, overwrite: bool, watch: _Stopwatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
@@ -40,6 +41,8 @@ class RunDirectory:
     ----------
     path : the folder; made if it is not there.
     fingerprint : part -> hash of what the run depends on (recipe, model, data, version).
+    keep : leave the folder when the run is over. Otherwise it goes with success, and with a failure
+        before anything was finished; work that a second run can continue from always stays.
 
     Raises
     ------
@@ -48,8 +51,9 @@ class RunDirectory:
         message names the parts that differ.
     """
 
-    def __init__(self, path: Path, fingerprint: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, fingerprint: Mapping[str, str], *, keep: bool = True) -> None:
         self.path = path
+        self.keep = keep
         self.fingerprint = dict(fingerprint)
         self._lock: IO[str] | None = None
 
@@ -67,9 +71,16 @@ class RunDirectory:
         self._check_fingerprint()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        if not self.keep and (failure is None or not self._has_work()):
+            shutil.rmtree(self.path)
         if self._lock is not None:
             self._lock.close()
+
+    def _has_work(self) -> bool:
+        return any(file.suffix == ".json" for file in self.path.glob("*/*")) or bool(
+            self.finished()
+        )
 
     def _check_fingerprint(self) -> None:
         file = self.path / FINGERPRINT_FILE
@@ -82,7 +93,7 @@ class RunDirectory:
         if changed:
             raise InputError(
                 f"{self.path} belongs to another run: {', '.join(changed)} changed since it began. "
-                "Give another --run-dir, or delete this one to begin again"
+                "Delete that folder to begin again, or give another --run-dir to keep it"
             )
 
     def write(self, artifact: Artifact) -> None:

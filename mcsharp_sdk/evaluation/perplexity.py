@@ -99,7 +99,7 @@ def _batches(windows: Sequence[Tensor], most: int) -> list[Tensor]:
 
 
 def _window_nlls(model: Any, windows: Tensor) -> Tensor:
-    """Summed negative log-likelihoods (b,) float64, in nats, of ``windows[:, 1:]``, (b, n) int64."""
+    """Summed negative log-likelihood of each window (b, n) behind its first token: (b,) float64."""
     totals = torch.zeros(len(windows), dtype=torch.float64)
     for positions, logits in _logits(model, windows):
         targets = windows[:, positions + 1].to(logits.device)

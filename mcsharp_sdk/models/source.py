@@ -50,6 +50,7 @@ class SourceModel:
     """
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
+        _check_device(device)
         self.path = path
         self.device = device
         self.config = read_config(path)
@@ -161,6 +162,14 @@ class SourceModel:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.model.named_parameters()
         yield from self.model.named_buffers()
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used: {reason}") from error
 
 
 def _compute_dtype(stored: torch.dtype, device: str) -> torch.dtype:

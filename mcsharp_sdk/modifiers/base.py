@@ -23,6 +23,7 @@ class Modifier(BaseModel, ABC):
     reads : names of the artifacts that the stage needs from earlier stages.
     writes : name of the artifact that the stage makes.
     uses_calibration : the stage measures with the calibration text.
+    reads_routing : the stage needs to know how the model's routers choose.
     PRESETS : mode -> default settings of that mode; what the user wrote wins over them.
     """
 
@@ -33,6 +34,7 @@ class Modifier(BaseModel, ABC):
     reads: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[str]
     uses_calibration: ClassVar[bool] = False
+    reads_routing: ClassVar[bool] = False
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @model_validator(mode="before")
@@ -56,7 +58,10 @@ class Modifier(BaseModel, ABC):
         return {}
 
     def check_experts(self, experts: Mapping[int, int]) -> list[Problem]:
-        """What does not fit a model with so many experts per MoE layer (decoder layer -> count)."""
+        """What does not fit a model with so many experts per MoE layer (decoder layer -> count).
+
+        ``where`` of each problem is the name of the setting that it is about.
+        """
         return []
 
     @abstractmethod

@@ -147,7 +147,7 @@ class BitAllocation(Modifier):
                     at_least=self.required_widths(),
                 )
             except InputError as error:
-                problems.append(Problem("BitAllocation.target_bits", f"{error}{self._remedy()}"))
+                problems.append(Problem("target_bits", f"{error}{self._remedy()}"))
         return [*problems, *self._check_factors(experts)]
 
     def _check_factors(self, experts: Mapping[int, int]) -> list[Problem]:
@@ -163,11 +163,11 @@ class BitAllocation(Modifier):
             except InputError as error:
                 raise InputError(f"{self.factors}: {error}") from None
         except InputError as error:
-            return [Problem("BitAllocation.factors", str(error))]
+            return [Problem("factors", str(error))]
         return []
 
     def _remedy(self) -> str:
-        return "; 'at_least: {}' requires no widths" if self.required_widths() else ""
+        return "; with 'at_least: {}' no width is required" if self.required_widths() else ""
 
     def run(self, context: RunContext) -> None:
         statistics = self.factors or context.read(ExpertStatistics)

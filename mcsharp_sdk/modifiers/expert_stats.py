@@ -51,6 +51,7 @@ class ExpertStats(Modifier):
 
     writes: ClassVar[str] = ExpertStatistics.NAME
     uses_calibration: ClassVar[bool] = True
+    reads_routing: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"quantizer": "rtn", "scope": "model"},
         "released": {"quantizer": "rtn", "scope": "block"},

@@ -116,7 +116,7 @@ class GPTQQuantize(Modifier):
         try:
             self.given_map(experts)
         except InputError as error:
-            return [Problem("GPTQQuantize.bits", str(error))]
+            return [Problem("bits", str(error))]
         return []
 
     def run(self, context: RunContext) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
+from mcsharp_sdk.errors import InputProblems
 from mcsharp_sdk.recipe.consistency import misfits
-from mcsharp_sdk.recipe.document import Document
+from mcsharp_sdk.recipe.document import Document, Finding, Location
 from mcsharp_sdk.recipe.elements import CalibrationSettings, Export, Stage, errors_at
 from mcsharp_sdk.recipe.load import checked, read_text
 from mcsharp_sdk.recipe.overrides import apply_overrides
@@ -42,6 +43,7 @@ class Recipe(BaseModel):
     _name: str = PrivateAttr(default="recipe")
     _source: str = PrivateAttr(default="")
     _as_run: str = PrivateAttr(default="")
+    _document: Document | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
@@ -111,6 +113,7 @@ class Recipe(BaseModel):
     def _checked(cls, document: Document, overrides: Sequence[str], base: Path | None) -> Recipe:
         apply_overrides(document, overrides)
         recipe = checked(document, base or Path.cwd(), cls)
+        recipe._document = document
         recipe._name = document.subject
         recipe._source = document.text
         if document.text:
@@ -135,6 +138,16 @@ class Recipe(BaseModel):
         environment; else what was written with those changes put in.
         """
         return self._as_run or dump(self.settings())
+
+    def error(self, misfits: Iterable[tuple[Location, str]]) -> InputProblems:
+        """What is found wrong with a finished recipe, as one error with places in its file.
+
+        Parameters
+        ----------
+        misfits : location of the entry, e.g. ``("stages", 1, "target_bits")``, and message.
+        """
+        document = self._document or Document("", self._name)
+        return document.error(Finding(location, message) for location, message in misfits)
 
     def settings(self) -> dict[str, Any]:
         """All settings as plain data, defaults and absolute paths included: for fingerprints."""

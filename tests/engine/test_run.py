@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 
@@ -158,13 +161,53 @@ def test_a_run_directory_in_use_is_refused(model: Path, text: Path, tmp_path: Pa
 def test_an_existing_output_is_refused_and_left_alone(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("mine")
+    output = compress(recipe(text), model, tmp_path / "out").output
+    (output / "mine").write_text("precious")
     with pytest.raises(InputError, match="--overwrite"):
-        compress(recipe(text), model, tmp_path / "out")
-    assert (tmp_path / "out" / "precious").read_text() == "mine"
-    compress(recipe(text), model, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "precious").exists()
+        compress(recipe(text), model, output)
+    assert (output / "mine").read_text() == "precious"
+    compress(recipe(text), model, output, overwrite=True)
+    assert not (output / "mine").exists()
+
+
+def test_a_folder_of_something_else_is_never_overwritten(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter_1.tex").write_text("precious")
+    with pytest.raises(InputError, match="something else"):
+        compress(recipe(text), model, tmp_path / "thesis", overwrite=True)
+    assert (tmp_path / "thesis" / "chapter_1.tex").read_text() == "precious"
+
+
+def test_a_run_directory_within_the_output_is_refused(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    for run in ("out", "out/run"):
+        with pytest.raises(InputError, match="must not lie in the output"):
+            compress(recipe(text), model, tmp_path / "out", run_dir=tmp_path / run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        ({"calibration": {"source": "text", "sequences": 4000, "length": 64}}, {}, "sequences"),
+        ({}, {"device": "cuda:7"}, "cuda:7"),
+    ],
+)
+def test_what_can_be_known_before_work_leaves_nothing_behind(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    settings: dict[str, Any],
+    message: str,
+) -> None:
+    if "calibration" in changes:
+        changes["calibration"]["path"] = str(text)
+    with pytest.raises(InputError, match=message):
+        compress(recipe(text, **changes), model, tmp_path / "out", **settings)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_export_leaves_the_old_output_in_place(
@@ -172,8 +215,7 @@ def test_a_failed_export_leaves_the_old_output_in_place(
 ) -> None:
     from mcsharp_exporters.safetensors_model import SafetensorsExporter
 
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("mine")
+    before = weights(compress(recipe(text), model, tmp_path / "out").output)
 
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -181,7 +223,7 @@ def test_a_failed_export_leaves_the_old_output_in_place(
     monkeypatch.setattr(SafetensorsExporter, "run", fail)
     with pytest.raises(OSError, match="No space left"):
         compress(recipe(text), model, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "precious").read_text() == "mine"
+    assert weights(tmp_path / "out") == before
     assert not list(tmp_path.glob(".out.partial"))
 
 
@@ -197,10 +239,9 @@ def test_everything_that_does_not_fit_the_model_is_told_at_once(
     )
     with pytest.raises(InputProblems) as caught:
         compress(unfit, model, tmp_path / "out")
-    assert [p.where for p in caught.value.problems] == [
-        "stages[0] GPTQQuantize.bits",
-        "calibration.length",
-    ]
+    messages = [problem.message for problem in caught.value.problems]
+    assert messages[0].startswith("stages[0].bits: ")
+    assert messages[1].startswith("calibration.length: 512 tokens are more than")
     assert [p.name for p in tmp_path.iterdir()] == ["bits.json"]
 
 
@@ -219,12 +260,22 @@ def test_round_to_nearest_and_a_rounded_router_are_written(
     from mcsharp_sdk.models.directory import routers_of_directory
 
     stage = {"type": "GPTQQuantize", "quantizer": "rtn", "bits": 2, "group_size": 16}
-    output = compress(recipe(text, [{**stage, "router_bits": 4}]), model, tmp_path / "out").output
+    rounded = recipe(
+        text,
+        [{**stage, "router_bits": 4}],
+        exports=[{"type": "safetensors"}, {"type": "onnx_routers"}],
+    )
+    output = compress(rounded, model, tmp_path / "out").output
     for before, after in zip(
         routers_of_directory(model), routers_of_directory(output), strict=True
     ):
         error = (before.weight - after.weight).norm() / before.weight.norm()
         assert 0.01 < error < 0.2
+        graph = onnx.load(output / "onnx_routers" / f"router_layer_{after.layer:05d}.onnx").graph
+        exported = [numpy_helper.to_array(t) for t in graph.initializer if len(t.dims) == 2]
+        assert any(
+            np.array_equal(w.T, after.weight) or np.array_equal(w, after.weight) for w in exported
+        )
 
 
 def test_the_plan_foretells_the_size(model: Path, text: Path, tmp_path: Path) -> None:

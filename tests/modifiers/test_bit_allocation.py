@@ -142,7 +142,7 @@ def test_experts_are_checked_against_the_budget() -> None:
     experts = {1: 8, 2: 8, 3: 4}
     assert BitAllocation(target_bits=2).check_experts(experts) == []
     tight = BitAllocation(target_bits=1.25).check_experts(experts)
-    assert [problem.where for problem in tight] == ["BitAllocation.target_bits"] * 2
+    assert [problem.where for problem in tight] == ["target_bits"] * 2
     assert "8 experts" in tight[1].message
     assert "11 to 23 bits are possible" in tight[1].message
     assert "'at_least: {}'" in tight[1].message
@@ -159,7 +159,7 @@ def test_a_factor_file_replaces_the_statistics_and_is_checked(tmp_path: Path) ->
     assert BitAllocation(target_bits=2).needs() == ("expert_statistics",)
     assert settings.check_experts({0: 4, 1: 4}) == []
     (other,) = settings.check_experts({0: 4, 7: 4})
-    assert other.where == "BitAllocation.factors"
+    assert other.where == "factors"
     assert "has nothing for layer 7 and names layer 1" in other.message
     (widths,) = BitAllocation(target_bits=2, factors=path).check_experts({0: 4, 1: 4})
     assert "no quantisation error at 3 bits" in widths.message
