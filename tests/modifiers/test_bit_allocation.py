@@ -174,8 +174,8 @@ def test_the_stage_writes_the_map_of_what_it_reads(tmp_path: Path) -> None:
     path = tmp_path / "factors.json"
     statistics.save(path)
     with RunDirectory(tmp_path / "run", {}) as directory, ProgressBars(visible=False) as progress:
-        # The stage touches neither model nor recipe.
-        context = RunContext(None, None, directory, progress)  # type: ignore[arg-type]
+        nothing: Any = None  # the stage touches neither model, recipe nor tokens
+        context = RunContext(nothing, nothing, nothing, directory, progress)
         settings.model_copy(update={"factors": path}).run(context)
         from_file = directory.read(BitMap)
         directory.write(statistics)
