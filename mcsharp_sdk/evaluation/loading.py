@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 import mcsharp_sdk.runtime.hf_quantizer  # noqa: F401  (lets transformers load compressed models)
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.device import check_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,11 +61,7 @@ def choose_device(name: str) -> str:
     """
     if name == "auto":
         return "auto" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {name!r} cannot be used: {reason}") from error
+    check_device(name)
     return name
 
 

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.architecture import empty_model, read_config
+from mcsharp_sdk.models.device import check_device
 from mcsharp_sdk.models.experts import MATRICES, parameter_name
 from mcsharp_sdk.models.routing import Router, read_router
 from mcsharp_sdk.models.shards import Checkpoint
@@ -50,7 +51,7 @@ class SourceModel:
     """
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
-        _check_device(device)
+        check_device(device)
         self.path = path
         self.device = device
         self.config = read_config(path)
@@ -162,14 +163,6 @@ class SourceModel:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.model.named_parameters()
         yield from self.model.named_buffers()
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {device!r} cannot be used: {reason}") from error
 
 
 def _compute_dtype(stored: torch.dtype, device: str) -> torch.dtype:

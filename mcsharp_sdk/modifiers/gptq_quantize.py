@@ -120,7 +120,7 @@ class GPTQQuantize(Modifier):
         return []
 
     def run(self, context: RunContext) -> None:
-        from mcsharp_sdk.modifiers.layer_quantisation import restore_layer
+        from mcsharp_sdk.modifiers.layer_restoration import restore_layer
 
         bit_map = self._bit_map(context)
         quantiser = self._quantiser()
