@@ -22,7 +22,7 @@ from mcsharp_sdk.modifiers.layer_quantisation import (
     expert_chunks,
 )
 from mcsharp_sdk.quantization.gptq import quantise_gptq
-from mcsharp_sdk.quantization.hessian import InverseFactor
+from mcsharp_sdk.quantization.hessian import DAMPING, InverseFactor, factorise
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
 
@@ -115,11 +115,10 @@ class ExpertMeasurement:
     ) -> InverseFactor | None:
         if self.quantizer == "rtn":
             return None
-        settings = QuantizerSettings("gptq", self._grid, None, False, True)
+        settings = QuantizerSettings("gptq", self._grid, DAMPING, False, True)
         quantiser = LayerQuantiser(settings, None, None)
         hessians = quantiser.expert_hessians(experts, matrix, chunk, routed, LayerNotes())
-        counts = routed.counts(int(experts.num_experts))
-        return quantiser.factor(hessians, [counts[e] for e in chunk])
+        return factorise(hessians)
 
     @property
     def _grid(self) -> GridSettings:

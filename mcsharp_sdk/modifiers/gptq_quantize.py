@@ -56,14 +56,8 @@ class GPTQQuantize(Modifier):
         Field(description="A bit map file, or one width for all experts, in place of a stage's."),
     ] = None
     damping: Annotated[
-        float | None,
-        Field(
-            gt=0,
-            lt=1,
-            description="Share of the Hessian's mean diagonal added to it; null: what suits the "
-            "number of tokens.",
-        ),
-    ] = None
+        float, Field(gt=0, lt=1, description="Share of the Hessian's mean diagonal added to it.")
+    ] = 0.01
     hessian_weighting: Annotated[
         Literal["none", "routing"],
         Field(description="Weigh tokens in an expert's Hessian by their routing weight squared."),
@@ -84,11 +78,10 @@ class GPTQQuantize(Modifier):
     writes: ClassVar[str] = QUANTIZED_WEIGHTS
     uses_calibration: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"binary": "paper", "router_bits": 4, "clip_search": "narrow", "damping": 0.01},
+        "paper": {"binary": "paper", "router_bits": 4, "clip_search": "narrow"},
         "released": {
             "binary": "released",
             "clip_search": "narrow",
-            "damping": 0.01,
             "compensate_within_block": False,
         },
     }

@@ -26,12 +26,10 @@ from mcsharp_sdk.quantization.grid import (
     pack_weight,
 )
 from mcsharp_sdk.quantization.hessian import (
-    InverseFactor,
     accumulate,
     diagonal_importance,
     factorise,
     shrink,
-    suggested_damping,
 )
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
@@ -53,15 +51,14 @@ class QuantizerSettings:
     ----------
     quantizer : ``gptq``, or ``rtn`` (round to nearest, no compensation).
     grid : group size and clip search.
-    damping : share of the Hessian's mean diagonal that is added to it; None: what suits the number
-        of tokens.
+    damping : share of the Hessian's mean diagonal that is added to it.
     routing_weighted : weigh each token's part of an expert's Hessian by its routing weight squared.
     compensate_within_block : whether GPTQ passes errors on inside a block at 3 bits and fewer.
     """
 
     quantizer: QuantizerName
     grid: GridSettings
-    damping: float | None
+    damping: float
     routing_weighted: bool
     compensate_within_block: bool
 
@@ -130,7 +127,6 @@ class LayerQuantiser:
         self, layer: StreamedLayer, names: Sequence[str], bits: int, notes: LayerNotes
     ) -> Iterator[tuple[str, PackedWeight]]:
         hessians: dict[tuple[str, ...], Tensor] = {}
-        tokens = layer.inputs.hidden.shape[:2].numel()
 
         def collect(group: tuple[str, ...], inputs: Tensor) -> None:
             columns = inputs.shape[-1]
@@ -144,7 +140,7 @@ class LayerQuantiser:
             rows = [linear.out_features for linear in linears]
             stacked = torch.cat([linear.weight for linear in linears]).unsqueeze(0)
             hessian = hessians.pop(group).unsqueeze(0)
-            batch = self._quantise(stacked, hessian, [tokens], [bits], group[:1], notes)
+            batch = self._quantise(stacked, hessian, [bits], group[:1], notes)
             for name, linear, part in zip(group, linears, _split_rows(batch, rows), strict=True):
                 linear.weight.copy_(dequantise(part, linear.weight.dtype))
                 yield name, pack_weight(part)
@@ -162,7 +158,6 @@ class LayerQuantiser:
     ) -> dict[Matrix, list[PackedWeight]]:
         experts: Any = layer.module.get_submodule(layer.moe.experts)
         routed = routed_inputs(layer)
-        tokens = routed.counts(layer.moe.num_experts)
         packed: dict[Matrix, list[PackedWeight]] = {"gate_up": [], "down": []}
         for chunk in expert_chunks(experts):
             widths = [bits[e] for e in chunk]
@@ -170,8 +165,7 @@ class LayerQuantiser:
                 hessians = self.expert_hessians(experts, matrix, chunk, routed, notes)
                 weights = fused_weight(experts, matrix)
                 names = [f"experts.{e}.{matrix}" for e in chunk]
-                reached = [tokens[e] for e in chunk]
-                batch = self._quantise(weights[chunk], hessians, reached, widths, names, notes)
+                batch = self._quantise(weights[chunk], hessians, widths, names, notes)
                 for position, expert in enumerate(chunk):
                     quantised = batch.expert(position)
                     weights[expert] = dequantise(quantised, weights.dtype)
@@ -205,28 +199,20 @@ class LayerQuantiser:
                 hessian.copy_(shrink(hessian[None], [len(tokens)], overall, total)[0])
         return hessians
 
-    def factor(self, hessians: Tensor, tokens: Sequence[int]) -> InverseFactor:
-        """Inverse factors of Hessians [n, K, K], each over so many tokens."""
-        damping: float | list[float] | None = self.settings.damping
-        if damping is None:
-            damping = [suggested_damping(n, hessians.shape[-1]) for n in tokens]
-        return factorise(hessians, damping=damping)
-
     def _quantise(
         self,
         weights: Tensor,
         hessians: Tensor,
-        tokens: Sequence[int],
         bits: Sequence[int],
         names: Sequence[str],
         notes: LayerNotes,
     ) -> QuantizedBatch:
-        """Quantise matrices [n, R, K] with their Hessians [n, K, K], each over so many tokens."""
+        """Quantise matrices [n, R, K] with their Hessians [n, K, K]."""
         s = self.settings
         if s.quantizer == "rtn":
             importance = diagonal_importance(hessians)
             return quantise_rtn(weights, bits, s.grid, importance=importance)
-        factor = self.factor(hessians, tokens)
+        factor = factorise(hessians, damping=s.damping)
         notes.raised_damping += [names[e] for e in factor.raised]
         notes.fallbacks += [names[e] for e in factor.failed]
         return quantise_gptq(

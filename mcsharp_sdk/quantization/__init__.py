@@ -20,7 +20,6 @@ from mcsharp_sdk.quantization.hessian import (
     diagonal_importance,
     factorise,
     shrink,
-    suggested_damping,
 )
 from mcsharp_sdk.quantization.packing import pack, packed_bytes, unpack
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
@@ -47,7 +46,6 @@ __all__ = [
     "quantise_rtn",
     "shrink",
     "stored_bytes",
-    "suggested_damping",
     "unpack",
     "unpack_weight",
 ]

@@ -10,7 +10,6 @@ from mcsharp_sdk.quantization import (
     diagonal_importance,
     factorise,
     shrink,
-    suggested_damping,
 )
 
 
@@ -22,11 +21,9 @@ def random_hessians(experts: int, columns: int, tokens: int, seed: int = 0) -> t
     return 2 * inputs.transpose(1, 2) @ inputs
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_accumulated_hessian_is_the_sum_over_tokens(
-    dtype: torch.dtype, tolerance: float, weighted: bool
-) -> None:
+def test_accumulated_hessian_is_the_sum_over_tokens(dtype: torch.dtype, weighted: bool) -> None:
     inputs = torch.randn(3000, 24).to(dtype)
     sigma = torch.rand(3000) if weighted else None
     hessian = torch.zeros(24, 24)
@@ -34,8 +31,8 @@ def test_accumulated_hessian_is_the_sum_over_tokens(
         accumulate(hessian, inputs[chunk], None if sigma is None else sigma[chunk])
     exact = inputs.double() * (1 if sigma is None else sigma.double().unsqueeze(-1))
     expected = 2 * exact.T @ exact
-    assert torch.linalg.norm(hessian - expected) <= tolerance * torch.linalg.norm(expected)
-    assert torch.equal(hessian, hessian.T) or dtype == torch.float32
+    assert torch.linalg.norm(hessian - expected) <= 1e-6 * torch.linalg.norm(expected)
+    assert torch.equal(hessian, hessian.T)
 
 
 @pytest.mark.parametrize("columns", [5, 128, 300])
@@ -111,11 +108,6 @@ def test_experts_with_few_tokens_are_completed_from_all_tokens() -> None:
     assert shrink(hessians, [8, 8, 8], overall, 400) is hessians
     with pytest.raises(ValueError, match="at least one token"):
         shrink(hessians, [0, 0, 0], overall, 0)
-
-
-def test_damping_falls_with_the_tokens_per_column() -> None:
-    dampings = [suggested_damping(tokens, 1000) for tokens in (0, 1000, 10_000, 10**7)]
-    assert dampings == [0.2, 0.2, 0.1, 0.02]
 
 
 def test_importance_is_the_diagonal() -> None:
