@@ -42,7 +42,7 @@ class GridSettings:
     """
 
     group_size: int = 128
-    clip_ratios: tuple[float, ...] = (1.0, 0.8, 0.65, 0.5, 0.38)
+    clip_ratios: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35)
     refinements: int = 2
     neighbours: tuple[float, ...] = (-0.5, -0.25, 0.25, 0.5)
     binary: BinaryScale = "optimised"
