@@ -26,6 +26,12 @@ from mcsharp_sdk.quantization.hessian import DAMPING, InverseFactor, factorise
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
 
+HESSIAN_TOKENS = 4096
+"""Most tokens per expert that Hessians are summed over: errors are compared, not stored."""
+
+QUICK_SEARCH: dict[str, Any] = {"clip_ratios": (1.0, 0.8, 0.65, 0.5, 0.38), "refinements": 1}
+"""A coarser search for scales than weights that are kept get, for the same reason."""
+
 ExpertWeights = dict[Matrix, Tensor]
 """Matrix -> [R, K], one expert's weights in the model's dtype."""
 
@@ -117,12 +123,14 @@ class ExpertMeasurement:
             return None
         settings = QuantizerSettings("gptq", self._grid, DAMPING, False, True)
         quantiser = LayerQuantiser(settings, None, None)
-        hessians = quantiser.expert_hessians(experts, matrix, chunk, routed, LayerNotes())
+        hessians = quantiser.expert_hessians(
+            experts, matrix, chunk, routed, LayerNotes(), most=HESSIAN_TOKENS
+        )
         return factorise(hessians)
 
     @property
     def _grid(self) -> GridSettings:
-        return GridSettings(group_size=self.group_size)
+        return GridSettings(group_size=self.group_size, **QUICK_SEARCH)
 
 
 def _variants_of(

@@ -179,15 +179,17 @@ class LayerQuantiser:
         chunk: Sequence[int],
         routed: RoutedInputs,
         notes: LayerNotes,
+        most: int | None = None,
     ) -> Tensor:
         """Hessians of one matrix of some experts, [n, K, K], from the tokens routed to each.
 
-        Experts with few tokens are completed by the tokens of the whole layer, and noted.
+        Experts with few tokens are completed by the tokens of the whole layer, and noted. Of more
+        than ``most`` tokens, so many are taken.
         """
         columns = fused_weight(experts, matrix).shape[-1]
         hessians = torch.zeros(len(chunk), columns, columns)
         for hessian, expert in zip(hessians, chunk, strict=True):
-            tokens, routing = routed.of_expert(expert)
+            tokens, routing = routed.of_expert(expert, most)
             inputs = _matrix_inputs(experts, matrix, expert, tokens)
             accumulate(hessian, inputs, routing if self.settings.routing_weighted else None)
             if len(tokens) < columns:

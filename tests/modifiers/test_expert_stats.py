@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM
 import mcsharp_sdk
 from mcsharp_sdk.artifacts import ExpertStatistics
 from mcsharp_sdk.models.experts import MATRICES, fused_weight, is_experts
+from mcsharp_sdk.modifiers.expert_measurement import QUICK_SEARCH
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.quantization import GridSettings, quantise_rtn
 from mcsharp_sdk.recipe.schema import Recipe
 
 GROUP = 16
+GRID = GridSettings(group_size=GROUP, **QUICK_SEARCH)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def block_error(experts: Any, expert: int, width: int, arguments: tuple[Any, ...
     before = experts(*arguments)
     own = {m: fused_weight(experts, m)[expert].clone() for m in MATRICES}
     for matrix in MATRICES:
-        rounded = quantise_rtn(own[matrix][None], [width], GridSettings(group_size=GROUP))
+        rounded = quantise_rtn(own[matrix][None], [width], GRID)
         fused_weight(experts, matrix)[expert] = rounded.dequantise()[0]
     after = experts(*arguments)
     for matrix in MATRICES:
@@ -152,8 +154,7 @@ def test_model_errors_equal_a_plain_computation_on_the_full_model(
             own = {m: fused_weight(experts, m)[expert].clone() for m in MATRICES}
             with torch.no_grad():
                 for matrix in MATRICES:
-                    grid = GridSettings(group_size=GROUP)
-                    rounded = quantise_rtn(own[matrix][None], [2], grid)
+                    rounded = quantise_rtn(own[matrix][None], [2], GRID)
                     fused_weight(experts, matrix)[expert] = rounded.dequantise()[0]
                 change = float((run() - reference).norm())
                 for matrix in MATRICES:
