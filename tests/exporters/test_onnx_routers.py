@@ -231,7 +231,7 @@ def test_weights_beyond_the_range_of_fp16_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_exporter_writes_the_model_s_routers_into_its_folder(tmp_path: Path) -> None:
-    context = SimpleNamespace(model=SimpleNamespace(routers=lambda: iter([router_case("mixtral")])))
+    context = SimpleNamespace(routers=lambda: iter([router_case("mixtral")]))
     OnnxRoutersExporter(type="onnx_routers", dtype="bf16").run(context, tmp_path)  # type: ignore[arg-type]
     assert OnnxRouters(tmp_path / "onnx_routers", "cpu").dtype == torch.bfloat16
 
