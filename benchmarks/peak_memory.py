@@ -105,7 +105,12 @@ def compress(model: Path, output: Path) -> None:
     from mcsharp_sdk.engine import run  # noqa: F401  brings torch and transformers along
 
     imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    calibration = {"source": "embedded", "sequences": SEQUENCES, "length": LENGTH}
+    calibration = {
+        "source": "embedded",
+        "sequences": SEQUENCES,
+        "length": LENGTH,
+        "sampling": "first",
+    }
     stages = [
         {"type": "ExpertStats", "group_size": 128},
         {"type": "BitAllocation", "target_bits": 2.5},

@@ -19,7 +19,7 @@ from mcsharp_sdk.data.calibration import RANDOM_SCOPE, Calibration
 from mcsharp_sdk.data.corpora import calibration_name, calibration_pieces
 from mcsharp_sdk.errors import InputError
 
-BLOCK = 1 << 21
+BLOCK = 1 << 18
 """Characters that are tokenised at once; a text up to this long is tokenised in one go."""
 
 OVERLAP = 2048

@@ -29,6 +29,7 @@ from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.architecture import empty_model, read_config
 from mcsharp_sdk.models.device import check_device
 from mcsharp_sdk.models.experts import MATRICES, parameter_name
+from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.routing import Router, read_router
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.topology import MoeBlock, Topology, read_topology
@@ -134,6 +135,7 @@ class SourceModel:
         for name, module in self.model.named_modules():
             if f"{name}.".startswith(prefixes):
                 module.to("meta")
+        release_free_memory()
 
     def stored_tensors(
         self, prefix: str, but_not: Iterable[str] = ()

@@ -13,6 +13,7 @@ from torch import Tensor
 from mcsharp_sdk.artifacts import LayerStatistics
 from mcsharp_sdk.models.capture import RoutedInputs, routed_inputs
 from mcsharp_sdk.models.experts import MATRICES, Matrix, activate, finish, fused_weight
+from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.routing import router_scores
 from mcsharp_sdk.models.stream import StreamedLayer
 from mcsharp_sdk.modifiers.layer_quantisation import (
@@ -106,6 +107,7 @@ class ExpertMeasurement:
         for matrix in MATRICES:
             weights = fused_weight(experts, matrix)[chunk]
             factor = self._factor(experts, matrix, chunk, routed)
+            release_free_memory()
             for width in self.widths:
                 widths = [width] * len(chunk)
                 batch = (
@@ -114,6 +116,8 @@ class ExpertMeasurement:
                     else quantise_gptq(weights, factor, widths, self._grid)
                 )
                 variants[width][matrix] = batch.dequantise(weights.dtype)
+                del batch
+                release_free_memory()
         return variants
 
     def _factor(

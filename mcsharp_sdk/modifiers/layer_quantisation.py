@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mcsharp_sdk.models.capture import RoutedInputs, linear_inputs, routed_inputs
 from mcsharp_sdk.models.experts import Matrix, activate, fused_weight
+from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.stream import StreamedLayer
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.grid import (
@@ -170,6 +171,7 @@ class LayerQuantiser:
                     quantised = batch.expert(position)
                     weights[expert] = dequantise(quantised, weights.dtype)
                     packed[matrix].append(pack_weight(quantised))
+                release_free_memory()
         return packed
 
     def expert_hessians(
@@ -242,13 +244,18 @@ def components(names: Sequence[str]) -> list[list[str]]:
     return list(found.values())
 
 
-def expert_chunks(experts: Any) -> list[list[int]]:
-    """Experts in runs that fit the working set together; at least one a run."""
+def expert_chunks(experts: Any) -> Iterator[list[int]]:
+    """Experts in runs that fit the working set together; at least one a run.
+
+    What a run has freed is given back to the system before the next begins.
+    """
     rows_columns = [fused_weight(experts, matrix).shape[1:] for matrix in ("gate_up", "down")]
     each = max(4 * (3 * rows * columns + 3 * columns**2) for rows, columns in rows_columns)
     size = max(1, WORKING_SET_BYTES // each)
     count = int(experts.num_experts)
-    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+    for start in range(0, count, size):
+        yield list(range(start, min(start + size, count)))
+        release_free_memory()
 
 
 def _matrix_inputs(experts: Any, matrix: Matrix, expert: int, tokens: Tensor) -> Tensor:
