@@ -1,4 +1,9 @@
-"""Giving memory back to the system."""
+"""Keeping resident memory near what tensors really take.
+
+The C library keeps freed memory in its heap, where blocks of some megabytes fragment it: without
+this, resident memory grows by half a gigabyte over the experts of a layer. Both functions do nothing
+where the C library is not glibc.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +11,34 @@ import ctypes
 from functools import cache
 from typing import Any
 
+M_MMAP_THRESHOLD = -3
+"""glibc's name (malloc.h) of the size from which memory comes from the system by itself."""
 
-def release_free_memory() -> None:
-    """Return freed memory to the system, where the C library can (glibc).
-
-    Tensors of some megabytes come from the C library's heap, which keeps what is freed and
-    fragments: without this, resident memory grows by half a gigabyte over the experts of a layer.
-    """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+LARGE_BLOCK = 16 * 2**20
 
 
 @cache
-def _malloc_trim() -> Any:
+def keep_large_blocks_out_of_the_heap() -> None:
+    """Take blocks of ``LARGE_BLOCK`` bytes and more from the system, and give them back when freed.
+
+    By default glibc raises this bound to 32 MiB as it sees large blocks freed.
+    """
+    library = _c_library()
+    if library is not None:
+        library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
+def release_free_memory() -> None:
+    """Give what is free in the heap back to the system."""
+    library = _c_library()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+@cache
+def _c_library() -> Any:
     try:
-        return ctypes.CDLL("libc.so.6").malloc_trim
-    except (OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+    except OSError:
         return None
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None

@@ -29,7 +29,7 @@ from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.architecture import empty_model, read_config
 from mcsharp_sdk.models.device import check_device
 from mcsharp_sdk.models.experts import MATRICES, parameter_name
-from mcsharp_sdk.models.memory import release_free_memory
+from mcsharp_sdk.models.memory import keep_large_blocks_out_of_the_heap, release_free_memory
 from mcsharp_sdk.models.routing import Router, read_router
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.topology import MoeBlock, Topology, read_topology
@@ -53,6 +53,7 @@ class SourceModel:
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
         check_device(device)
+        keep_large_blocks_out_of_the_heap()
         self.path = path
         self.device = device
         self.config = read_config(path)
