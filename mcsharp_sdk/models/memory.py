@@ -1,8 +1,8 @@
 """Keeping resident memory near what tensors really take.
 
 The C library keeps freed memory in its heap, where blocks of some megabytes fragment it: without
-this, resident memory grows by half a gigabyte over the experts of a layer. Both functions do nothing
-where the C library is not glibc.
+this, resident memory grows by half a gigabyte over the experts of a layer. Both functions do
+nothing where the C library is not glibc.
 """
 
 from __future__ import annotations
