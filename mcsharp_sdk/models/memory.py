@@ -14,7 +14,7 @@ from typing import Any
 M_MMAP_THRESHOLD = -3
 """glibc's name (malloc.h) of the size from which memory comes from the system by itself."""
 
-LARGE_BLOCK = 16 * 2**20
+LARGE_BLOCK = 8 * 2**20
 
 
 @cache

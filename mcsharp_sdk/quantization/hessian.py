@@ -19,7 +19,7 @@ DAMPING = 0.01
 DAMPING_RAISES = 3
 """How often the damping is multiplied by ten before an expert is given up."""
 
-CHUNK_TOKENS = 8192
+CHUNK_TOKENS = 2048
 """Tokens that are converted to fp32 at a time."""
 
 
