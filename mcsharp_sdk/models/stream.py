@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mcsharp_sdk.models.source import SourceModel
 
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 
 
 class _Recorder(nn.Module):

@@ -64,13 +64,15 @@ class ExpertMeasurement:
         expert e: as only that expert changes, it is the change of the block's output.
         """
         routed = routed_inputs(layer)
+        release_free_memory()
         count = layer.moe.num_experts
+        reached = routed.counts(count)
         errors = {width: np.zeros(count) for width in self.widths} if self.block_errors else {}
         dropped = np.zeros(count)
         experts: Any = layer.module.get_submodule(layer.moe.experts)
         for expert, variants in self.quantised_experts(experts, routed):
             tokens, routing = routed.of_expert(expert, self.error_tokens)
-            sampled = routed.of_expert(expert)[1].numel() / max(1, tokens.shape[0])
+            sampled = reached[expert] / max(1, tokens.shape[0])
             output = _run_expert(experts, expert, tokens)
             dropped[expert] = _norm(output, routing, sampled)
             if not self.block_errors:
@@ -80,7 +82,7 @@ class ExpertMeasurement:
                 errors[width][expert] = _norm(change, routing, sampled)
         return LayerStatistics(
             layer=layer.index,
-            activation_count=np.array(routed.counts(count), dtype=np.float64),
+            activation_count=np.array(reached, dtype=np.float64),
             routing_weight_sum=_routing_weight_sums(layer, routed),
             quant_error=errors,
             tokens=routed.num_tokens,
