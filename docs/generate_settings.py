@@ -23,7 +23,7 @@ BEGIN = "<!-- settings: written by docs/generate_settings.py -->"
 END = "<!-- end of settings -->"
 
 OURS = ("mcsharp_sdk.", "mcsharp_exporters.")
-STAGES = ("ExpertStats", "BitAllocation", "GPTQQuantize")
+STAGES = ("ExpertStats", "BitAllocation", "GPTQQuantize", "TokenProtection", "TopAnyRouter")
 """Order of the stages on the page; stages that are not named here follow."""
 
 HEAD = ["| setting | values | default | |", "|---|---|---|---|"]
@@ -114,6 +114,9 @@ def _values(setting: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         return "file"
     if setting["type"] == "array":
         return f"list of: {_values(setting['items'], definitions)}"
+    if "properties" in setting:
+        named = setting["properties"].items()
+        return f"{{{', '.join(f'`{n}`: {_values(v, definitions)}' for n, v in named)}}}"
     if setting["type"] == "object":
         return f"mapping to: {_values(setting['additionalProperties'], definitions)}"
     bounds = [f"{sign} {setting[name]:g}" for name, sign in BOUNDS.items() if name in setting]

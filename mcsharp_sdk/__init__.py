@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from mcsharp_sdk.engine.export import export
     from mcsharp_sdk.engine.plan import plan
     from mcsharp_sdk.engine.run import compress
+    from mcsharp_sdk.engine.sweep import sweep
     from mcsharp_sdk.evaluation.evaluate import evaluate
     from mcsharp_sdk.modifiers.bit_allocation import allocate
     from mcsharp_sdk.recipe.schema import Recipe
 
-__all__ = ["Recipe", "__version__", "allocate", "compress", "evaluate", "export", "plan"]
+__all__ = ["Recipe", "__version__", "allocate", "compress", "evaluate", "export", "plan", "sweep"]
 
 _HOMES = {
     "Recipe": "mcsharp_sdk.recipe.schema",
@@ -30,6 +31,7 @@ _HOMES = {
     "evaluate": "mcsharp_sdk.evaluation.evaluate",
     "export": "mcsharp_sdk.engine.export",
     "plan": "mcsharp_sdk.engine.plan",
+    "sweep": "mcsharp_sdk.engine.sweep",
 }
 
 

@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcsharp_sdk.artifact_file import readable_json
-from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, LayerStatistics
+from mcsharp_sdk.artifacts import (
+    BitMap,
+    ExpertStatistics,
+    LayerProtection,
+    LayerStatistics,
+    TokenProtectionRule,
+    TopAnyTraining,
+    TrainingCurve,
+)
 from mcsharp_sdk.errors import InputError
 
 
@@ -240,3 +248,65 @@ def test_saving_replaces_a_file_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     assert stat.S_IMODE(path.stat().st_mode) & 0o444
+
+
+def protection(**changes: Any) -> dict[str, Any]:
+    layer = {"layer": 1, "thresholds": [0.5, 0.25], "cost": 0.1, "keep_ratio": 0.75}
+    return {"metric": "attention", "protect_ratio": 0.02, "layers": [{**layer, **changes}]}
+
+
+def test_a_protection_rule_survives_saving(tmp_path: Path) -> None:
+    layers = (
+        LayerProtection(3, (0.1,), 0.2, 0.9, pruned=False),
+        LayerProtection(1, (1 / 3,), 1e-9, 0.5),
+    )
+    written = TokenProtectionRule("none", 0.0, 0.25, layers)
+    written.save(tmp_path / "rule.json")
+    assert TokenProtectionRule.load(tmp_path / "rule.json") == written
+    assert [found.layer for found in written.layers] == [1, 3]
+    assert written.thresholds() == {1: (1 / 3,)}
+
+
+def test_a_rule_written_by_hand_needs_little(tmp_path: Path) -> None:
+    read = TokenProtectionRule.load(write(tmp_path, protection()))
+    assert (read.drop_ratio, read.layers[0].pruned) == (0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"thresholds": [0.5, 1.5]}, r"layer 1: thresholds: rank 2: 1\.5 must be a number from 0"),
+        ({"thresholds": 0.5}, "layer 1: thresholds must be a list"),
+        ({"cost": -1}, "layer 1: cost: -1 must be a number of zero or more"),
+        ({"keep_ratio": "all"}, "layer 1: keep_ratio: 'all' must be a number"),
+        ({"pruned": 1}, "layer 1: pruned must be true or false, not 1"),
+        ({"layer": -1}, "layer: -1 must be a whole number"),
+    ],
+)
+def test_wrong_rules_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        TokenProtectionRule.load(write(tmp_path, protection(**changes)))
+
+
+def test_a_rule_has_each_layer_once() -> None:
+    layer = LayerProtection(0, (0.5,), 0.0, 1.0)
+    with pytest.raises(InputError, match="layer 0 stands there twice"):
+        TokenProtectionRule("none", 0.0, 0.0, (layer, layer))
+    with pytest.raises(InputError, match="protect_ratio: 2.0 must be a number from 0 to 1"):
+        TokenProtectionRule("none", 2.0, 0.0, (layer,))
+
+
+def test_a_training_survives_saving_and_is_checked(tmp_path: Path) -> None:
+    curve = TrainingCurve([0.1, 1 / 3], [0.1, 0.2], [1.0, 0.9], [2.0, 1.0], [0.0, 1e-30])
+    written = TopAnyTraining("block", {"0": curve}, {0: 0.8})
+    path = tmp_path / "training.json"
+    written.save(path)
+    assert TopAnyTraining.load(path) == written
+    content = json.loads(path.read_text())
+    del content["curves"]["0"]["loss"]
+    with pytest.raises(InputError, match="curves: 0: must have loss, error, keep_ratio"):
+        TopAnyTraining.load(write(tmp_path, content))
+    with pytest.raises(InputError, match="keep_ratio has 1 values, but loss has 2"):
+        TrainingCurve([1.0, 2.0], [1.0, 2.0], [1.0], [1.0, 2.0], [1.0, 2.0])
+    with pytest.raises(InputError, match="error has a value that is not finite"):
+        TrainingCurve([1.0], [float("nan")], [1.0], [1.0], [1.0])

@@ -28,6 +28,7 @@ from mcsharp_sdk.cli.main import VERBS, app
 from mcsharp_sdk.quantization.packing import packed_bytes
 from mcsharp_sdk.recipe.schema import Recipe
 from mcsharp_sdk.runtime.layout import PackedLayout
+from mcsharp_sdk.runtime.pruning_layout import PruningLayout
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -221,6 +222,8 @@ def test_json_files_are_what_they_are_shown_as(page: Path) -> None:
         content = json.loads(block)
         if "quant_method" in content:
             assert PackedLayout.from_dict(content).to_dict() == content
+        elif "mode" in content:
+            assert PruningLayout.from_dict(content).to_dict() == content
         elif "layers" in content:
             ExpertStatistics.from_json(content)
 
@@ -300,7 +303,7 @@ def test_packages_import_only_what_stands_below_them() -> None:
     ]
     assert upwards == []
     on_disk = {p.parent.name for p in ROOT.glob("mcsharp_sdk/*/__init__.py")}
-    assert on_disk | {"mcsharp_exporters", "artifacts"} == set(order)
+    assert on_disk | {"mcsharp_exporters"} == set(order)
 
 
 def section(title: str) -> str:
@@ -309,8 +312,6 @@ def section(title: str) -> str:
 
 
 def package_folder(package: str) -> list[Path]:
-    if package == "artifacts":
-        return [ROOT / "mcsharp_sdk/artifacts.py"]
     folder = "exporters/mcsharp_exporters" if package == "mcsharp_exporters" else ""
     return sorted((ROOT / (folder or f"mcsharp_sdk/{package}")).rglob("*.py"))
 

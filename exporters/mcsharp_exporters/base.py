@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,6 +11,8 @@ from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
+    from mcsharp_sdk.errors import Problem
+    from mcsharp_sdk.modifiers.base import Modifier
 
 
 class Exporter(BaseModel, ABC):
@@ -18,6 +21,7 @@ class Exporter(BaseModel, ABC):
     Class attributes
     ----------------
     reads : names of the artifacts that the exporter needs from the stages.
+    reads_any : names of artifacts of which it needs at least one; empty if it needs none.
     reads_routing : the exporter needs to know how the model's routers choose.
     """
 
@@ -26,7 +30,19 @@ class Exporter(BaseModel, ABC):
     type: str
 
     reads: ClassVar[tuple[str, ...]] = ()
+    reads_any: ClassVar[tuple[str, ...]] = ()
     reads_routing: ClassVar[bool] = False
+
+    def needs(self) -> tuple[str, ...]:
+        """Artifacts needed with these settings; ``reads`` unless settings add to it."""
+        return self.reads
+
+    def check_stages(self, stages: Sequence[Modifier]) -> list[Problem]:
+        """What cannot be exported of what these stages will make.
+
+        ``where`` of each problem is the name of the setting that it is about.
+        """
+        return []
 
     @abstractmethod
     def run(self, context: RunContext, output: Path) -> None:

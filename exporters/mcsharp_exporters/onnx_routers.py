@@ -7,32 +7,42 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import onnx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mcsharp_exporters.base import Exporter
+from mcsharp_exporters.graph_nodes import IR_VERSION, OPSET, DtypeName
+from mcsharp_exporters.pruning_graph import LayerPruning
 from mcsharp_exporters.router_graph import (
-    HIDDEN_STATES,
+    FORMAT_VERSION,
     INDICES,
-    IR_VERSION,
     KEEP,
-    OPSET,
     WEIGHTS,
-    DtypeName,
+    inputs_of,
     router_graph,
 )
+from mcsharp_exporters.router_pruning import (
+    NOT_IN_A_ROUTER,
+    PruningChoice,
+    RouterPruning,
+    pruning_of_run,
+)
 from mcsharp_sdk import __version__
+from mcsharp_sdk.artifacts import TokenProtectionRule
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
 from mcsharp_sdk.models.routing import Router
+from mcsharp_sdk.modifiers.top_any_router import TOP_ANY_ROUTER
+from mcsharp_sdk.runtime.pruning_layout import DROP_INSIGNIFICANT, PruningMode
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
+    from mcsharp_sdk.modifiers.base import Modifier
 
 MANIFEST_NAME = "manifest.json"
 FILE_PATTERN = r"^router_layer_[0-9]{5,9}\.onnx$"
@@ -41,7 +51,10 @@ Shape = list[int | str]
 
 
 class RouterFile(BaseModel):
-    """One line of the manifest: a layer's file, what it must hash to, and what it computes."""
+    """One line of the manifest: a layer's file, what it must hash to, and what it computes.
+
+    ``thresholds`` or ``network_units`` say what prunes; a layer with neither keeps everything.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,17 +68,23 @@ class RouterFile(BaseModel):
     inputs: dict[str, Shape]
     outputs: dict[str, Shape]
     settings: dict[str, Any]
+    thresholds: list[float] | None = None
+    network_units: int | None = None
 
 
 class RouterManifest(BaseModel):
-    """``manifest.json``: everything in the folder, by layer."""
+    """``manifest.json``: everything in the folder, by layer.
+
+    Version 1 knew no pruning; it is still read, as that of routers that keep everything.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["mcsharp.onnx_routers"] = "mcsharp.onnx_routers"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = FORMAT_VERSION
     sdk_version: str
     dtype: DtypeName
+    pruning: PruningMode = "off"
     opset: int
     ir_version: int
     layers: Annotated[list[RouterFile], Field(min_length=1)]
@@ -76,6 +95,21 @@ class RouterManifest(BaseModel):
             if len(set(values)) != len(values):
                 raise ValueError("names a layer or a file twice")
         return self
+
+
+NEEDED_ARTIFACTS: Mapping[PruningChoice, tuple[str, ...]] = {
+    "default": (),
+    "off": (),
+    "rule": (TokenProtectionRule.NAME,),
+    "learned": (TOP_ANY_ROUTER,),
+    "both": (TokenProtectionRule.NAME, TOP_ANY_ROUTER),
+}
+"""How routers drop experts -> artifacts that it takes."""
+
+
+def _off(value: Any) -> Any:
+    """YAML reads a plain ``off`` as false."""
+    return "off" if value is False else value
 
 
 class OnnxRoutersExporter(Exporter):
@@ -89,18 +123,39 @@ class OnnxRoutersExporter(Exporter):
         str,
         Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", description="Folder inside the output."),
     ] = "onnx_routers"
+    pruning: Annotated[
+        PruningChoice,
+        BeforeValidator(_off),
+        Field(
+            description="How the routers drop experts, if earlier stages made what that needs; "
+            "default is the mode in which the model is loaded."
+        ),
+    ] = "default"
 
     reads_routing: ClassVar[bool] = True
 
+    def needs(self) -> tuple[str, ...]:
+        return NEEDED_ARTIFACTS[self.pruning]
+
+    def check_stages(self, stages: Sequence[Modifier]) -> list[Problem]:
+        """Whether the rule that the routers will carry is one that a router can know."""
+        by_rule = self.pruning == "rule" or (
+            self.pruning == "default" and not any(s.writes == TOP_ANY_ROUTER for s in stages)
+        )
+        drops_tokens = any(getattr(s, "metric", None) == DROP_INSIGNIFICANT for s in stages)
+        return [Problem("pruning", NOT_IN_A_ROUTER)] if by_rule and drops_tokens else []
+
     def run(self, context: RunContext, output: Path) -> None:
         """Write into ``output / folder``."""
-        export_onnx_routers(context.routers(), output / self.folder, self.dtype)
+        pruning = RouterPruning.choose(self.pruning, pruning_of_run(context))
+        export_onnx_routers(context.routers(), output / self.folder, self.dtype, pruning)
 
 
 def export_onnx_routers(
     routers: Iterable[Router],
     output: str | Path,
     dtype: DtypeName = "fp32",
+    pruning: RouterPruning | None = None,
     *,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -111,6 +166,7 @@ def export_onnx_routers(
     routers : at least one, each of another layer; read one by one.
     output : folder to make; an empty one is taken too.
     dtype : of the graphs' inputs and stored weights, see :func:`router_graph`.
+    pruning : how the routers drop experts; None for not at all.
     overwrite : replace a folder that holds exported routers and nothing else.
 
     Returns
@@ -121,22 +177,25 @@ def export_onnx_routers(
     Raises
     ------
     InputError
-        If ``output`` is taken, there are no routers, a layer comes twice, or weights do not fit
-        into ``dtype``. Nothing is then left behind.
+        If ``output`` is taken, there are no routers, a layer comes twice, weights do not fit into
+        ``dtype``, or the pruning does not fit the routers. Nothing is then left behind.
     """
     output = Path(output)
+    pruning = pruning or RouterPruning()
     _check_free(output, overwrite)
     entries: dict[int, RouterFile] = {}
     with _folder_in_one_go(output) as folder:
         for router in routers:
             if router.layer in entries:
                 raise InputError(f"two routers of layer {router.layer} were given")
-            entries[router.layer] = _write_router(folder, router, dtype)
+            layer_pruning = pruning.of_layer(router.layer)
+            entries[router.layer] = _write_router(folder, router, dtype, layer_pruning)
         if not entries:
             raise InputError("the model has no router to export")
         manifest = RouterManifest(
             sdk_version=__version__,
             dtype=dtype,
+            pruning=pruning.mode,
             opset=OPSET,
             ir_version=IR_VERSION,
             layers=[entries[layer] for layer in sorted(entries)],
@@ -167,8 +226,10 @@ def read_manifest(folder: str | Path) -> RouterManifest:
         raise InputProblems(str(path), problems) from error
 
 
-def _write_router(folder: Path, router: Router, dtype: DtypeName) -> RouterFile:
-    model = router_graph(router, dtype)
+def _write_router(
+    folder: Path, router: Router, dtype: DtypeName, pruning: LayerPruning
+) -> RouterFile:
+    model = router_graph(router, dtype, pruning)
     onnx.checker.check_model(model, full_check=True)
     data = model.SerializeToString(deterministic=True)
     name = f"router_layer_{router.layer:05d}.onnx"
@@ -182,9 +243,11 @@ def _write_router(folder: Path, router: Router, dtype: DtypeName) -> RouterFile:
         experts=router.experts,
         top_k=router.top_k,
         hidden_size=router.hidden_size,
-        inputs={HIDDEN_STATES: ["tokens", router.hidden_size]},
+        inputs=inputs_of(router, pruning),
         outputs={INDICES: slots, WEIGHTS: slots, KEEP: slots},
         settings=asdict(router.settings),
+        thresholds=None if pruning.thresholds is None else list(pruning.thresholds),
+        network_units=pruning.units,
     )
 
 

@@ -13,10 +13,18 @@ from typing import Any, Literal, overload
 import numpy as np
 import torch
 
-from mcsharp_exporters.onnx_routers import MANIFEST_NAME, RouterFile, read_manifest
-from mcsharp_exporters.router_graph import DTYPES, HIDDEN_STATES, OUTPUTS, DtypeName
+from mcsharp_exporters.graph_nodes import DTYPES
+from mcsharp_exporters.onnx_routers import (
+    MANIFEST_NAME,
+    RouterFile,
+    RouterManifest,
+    read_manifest,
+)
+from mcsharp_exporters.pruning_graph import PROTECTED
+from mcsharp_exporters.router_graph import HIDDEN_STATES, OUTPUTS
 from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.routing import Routing
+from mcsharp_sdk.runtime.pruning_layout import PruningMode
 
 ProviderChoice = Literal["auto", "cuda", "cpu"]
 
@@ -54,6 +62,7 @@ class OnnxRouters:
         folder = Path(folder)
         manifest = read_manifest(folder)
         self._dtype = DTYPES[manifest.dtype]
+        self.pruning: PruningMode = manifest.pruning
         self._entries = {entry.layer: entry for entry in manifest.layers}
         models = {entry.layer: _checked_bytes(folder, entry) for entry in manifest.layers}
         self._ort = _onnxruntime()
@@ -64,7 +73,7 @@ class OnnxRouters:
             for layer, data in models.items()
         }
         for layer, session in self._sessions.items():
-            _check_metadata(folder, self._entries[layer], manifest.dtype, session)
+            _check_graph(folder, self._entries[layer], manifest, session)
         self.provider: str = self._slowest_provider()
         if provider == "cuda" and self.provider != CUDA:
             if strict:
@@ -82,34 +91,54 @@ class OnnxRouters:
         return self._dtype.torch
 
     @overload
-    def __call__(self, layer: int, hidden: torch.Tensor) -> Routing: ...
+    def __call__(
+        self, layer: int, hidden: torch.Tensor, protected: torch.Tensor | None = None
+    ) -> Routing: ...
 
     @overload
-    def __call__(self, layer: int, hidden: np.ndarray) -> Arrays: ...
+    def __call__(
+        self, layer: int, hidden: np.ndarray, protected: np.ndarray | None = None
+    ) -> Arrays: ...
 
-    def __call__(self, layer: int, hidden: torch.Tensor | np.ndarray) -> Routing | Arrays:
+    def __call__(
+        self,
+        layer: int,
+        hidden: torch.Tensor | np.ndarray,
+        protected: torch.Tensor | np.ndarray | None = None,
+    ) -> Routing | Arrays:
         """Route tokens.
 
         Parameters
         ----------
         layer : one of ``layers``.
         hidden : (tokens, hidden) of ``dtype``. Tensors on a GPU travel through host memory.
+        protected : (tokens,) bool, tokens that keep all experts in this layer; None for no token.
+            Only routers whose ``pruning`` is ``rule`` or ``both`` take it.
 
         Returns
         -------
         indices, weights, keep
             (tokens, top_k) int64, float32 and bool; torch tensors on the device of ``hidden`` if
-            that is a tensor, else numpy arrays.
+            that is a tensor, else numpy arrays. Where ``keep`` is false the weight is 0 and the
+            index still names the expert that the router chose.
 
         Raises
         ------
         InputError
-            If there is no such layer, or ``hidden`` has another shape or dtype.
+            If there is no such layer, ``hidden`` or ``protected`` has another shape or dtype, or
+            the routers do not take ``protected``.
         """
         self._check(layer, hidden)
-        found = self._sessions[layer].run_with_ort_values(
-            list(OUTPUTS), {HIDDEN_STATES: self._ort_value(hidden)}
-        )
+        inputs = {HIDDEN_STATES: self._ort_value(hidden)}
+        if PROTECTED in self._entries[layer].inputs:
+            chosen = _protected(layer, protected, len(hidden))
+            inputs[PROTECTED] = self._ort.OrtValue.ortvalue_from_numpy(chosen)
+        elif protected is not None:
+            raise InputError(
+                f"the routers do not take protected tokens: they were exported with pruning "
+                f"'{self.pruning}', not 'rule' or 'both'"
+            )
+        found = self._sessions[layer].run_with_ort_values(list(OUTPUTS), inputs)
         indices, weights, keep = (value.numpy() for value in found)
         if isinstance(hidden, np.ndarray):
             return indices, weights, keep
@@ -144,6 +173,21 @@ class OnnxRouters:
         return used.pop() if len(used) == 1 else CPU
 
 
+def _protected(layer: int, protected: torch.Tensor | np.ndarray | None, tokens: int) -> np.ndarray:
+    """(tokens,) bool, all false if none is given."""
+    if protected is None:
+        return np.zeros(tokens, np.bool_)
+    given, shape = _dtype_name(protected.dtype), list(protected.shape)
+    if given != "bool" or shape != [tokens]:
+        raise InputError(
+            f"router of layer {layer} takes protected tokens as bool of shape [{tokens}], one for "
+            f"each hidden state, got {given} {shape}"
+        )
+    if isinstance(protected, torch.Tensor):
+        protected = protected.detach().cpu().numpy()
+    return np.ascontiguousarray(protected)
+
+
 def _dtype_name(dtype: torch.dtype | np.dtype) -> str:
     """The name that torch and numpy share, such as ``float32``."""
     return str(dtype).removeprefix("torch.")
@@ -163,11 +207,18 @@ def _checked_bytes(folder: Path, entry: RouterFile) -> bytes:
     return data
 
 
-def _check_metadata(folder: Path, entry: RouterFile, dtype: DtypeName, session: Any) -> None:
+def _check_graph(folder: Path, entry: RouterFile, manifest: RouterManifest, session: Any) -> None:
     """Refuse a graph that is another one than the manifest takes it for."""
-    says = session.get_modelmeta().custom_metadata_map
+    # Graphs of version 1 do not speak of pruning: they do none.
+    says = {"pruning": "off", **session.get_modelmeta().custom_metadata_map}
+    says["inputs"] = str(sorted(value.name for value in session.get_inputs()))
     wanted = entry.model_dump(include={"layer", "experts", "top_k", "hidden_size"})
-    for name, value in {**wanted, "dtype": dtype}.items():
+    wanted |= {
+        "dtype": manifest.dtype,
+        "pruning": manifest.pruning,
+        "inputs": sorted(entry.inputs),
+    }
+    for name, value in wanted.items():
         if says.get(name) != str(value):
             raise InputError(
                 f"{folder / entry.file}: its {name} is {says.get(name)}, "

@@ -4,68 +4,81 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Final
 
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
+from mcsharp_exporters.graph_nodes import DTYPES, IR_VERSION, OPSET, DtypeName, GraphNodes
+from mcsharp_exporters.pruning_graph import PROTECTED, LayerPruning, prune
 from mcsharp_sdk import __version__
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.router_settings import RouterSettings
 from mcsharp_sdk.models.routing import Router
 
-DtypeName = Literal["fp32", "fp16", "bf16"]
-
-OPSET, IR_VERSION = 21, 10
+FORMAT_VERSION: Final = 2
+"""Of graphs and manifest: 2 has pruning."""
 
 HIDDEN_STATES = "hidden_states"
 INDICES, WEIGHTS, KEEP = "topk_indices", "topk_weights", "keep_mask"
 OUTPUTS = (INDICES, WEIGHTS, KEEP)
 
 
-@dataclass(frozen=True)
-class Dtype:
-    """A storage dtype by its names in torch and ONNX."""
-
-    torch: torch.dtype
-    onnx: int
-
-
-DTYPES: Mapping[DtypeName, Dtype] = {
-    "fp32": Dtype(torch.float32, TensorProto.FLOAT),
-    "fp16": Dtype(torch.float16, TensorProto.FLOAT16),
-    "bf16": Dtype(torch.bfloat16, TensorProto.BFLOAT16),
-}
-
-
-def router_graph(router: Router, dtype: DtypeName = "fp32") -> onnx.ModelProto:
+def router_graph(
+    router: Router, dtype: DtypeName = "fp32", pruning: LayerPruning | None = None
+) -> onnx.ModelProto:
     """Write a router down in ONNX operators (opset 21, IR 10, default domain only).
 
     Parameters
     ----------
     router : any layer's.
     dtype : of the input and of the stored weight matrix. Both are cast to float32 before the
-        projection, and all that follows is float32; biases are stored in float32.
+        projection, and all that follows is float32; biases, and the network of a learned pruning,
+        are stored in float32.
+    pruning : what the router drops; None for nothing.
 
     Returns
     -------
     onnx.ModelProto
-        Input ``hidden_states`` (tokens, hidden) of ``dtype``, tokens free and possibly 0. Outputs
-        ``topk_indices`` (tokens, top_k) int64, ``topk_weights`` (tokens, top_k) float32 and
-        ``keep_mask`` (tokens, top_k) bool. Of equal scores TopK takes the lower index first.
-        ``metadata_props`` say which layer it is and how it routes.
+        Input ``hidden_states`` (tokens, hidden) of ``dtype``, tokens free and possibly 0; with
+        pruning by ``rule`` or ``both`` also ``protected`` (tokens) bool: tokens that keep all
+        experts. Outputs ``topk_indices`` (tokens, top_k) int64, ``topk_weights`` (tokens, top_k)
+        float32 and ``keep_mask`` (tokens, top_k) bool; a dropped slot keeps its index, its weight
+        is 0. Of equal scores TopK takes the lower index first. ``metadata_props`` say which layer
+        it is, how it routes and how it prunes.
 
     Raises
     ------
     InputError
-        If weights do not fit into ``dtype``.
+        If weights do not fit into ``dtype``, or the pruning does not fit the router.
     """
-    graph = _Nodes()
-    indices, weights = _choose(graph, router, _logits(graph, router, dtype))
-    settings = router.settings
+    pruning = pruning or LayerPruning()
+    pruning.check(router)
+    graph = GraphNodes()
+    hidden = HIDDEN_STATES
+    if dtype != "fp32":
+        hidden = graph.add("Cast", hidden, to=TensorProto.FLOAT)
+    indices, weights = _choose(graph, router, _logits(graph, router, hidden, dtype))
+    weights = _scaled(graph, router.settings, weights)
+    is_sorted = _falls_from_slot_to_slot(router.settings)
+    pruned = prune(graph, pruning, hidden, weights, router.top_k, is_sorted)
+    weights, keep = pruned or (weights, _keep_all(graph, indices))
+    for value, name in ((indices, INDICES), (weights, WEIGHTS), (keep, KEEP)):
+        graph.name_output(value, name)
+    return _model(graph, router, dtype, pruning)
+
+
+def inputs_of(router: Router, pruning: LayerPruning) -> dict[str, list[int | str]]:
+    """Names and shapes of a graph's inputs."""
+    inputs: dict[str, list[int | str]] = {HIDDEN_STATES: ["tokens", router.hidden_size]}
+    return {**inputs, PROTECTED: ["tokens"]} if pruning.takes_protected else inputs
+
+
+def _scaled(graph: GraphNodes, settings: RouterSettings, weights: str) -> str:
+    """Renormalised and scaled weights."""
     if settings.renormalise:
         total = graph.add("ReduceSum", weights, graph.integers(-1), keepdims=1)
         if settings.epsilon:
@@ -73,61 +86,33 @@ def router_graph(router: Router, dtype: DtypeName = "fp32") -> onnx.ModelProto:
         weights = graph.add("Div", weights, total)
     if settings.scale != 1.0:
         weights = graph.add("Mul", weights, graph.scalar(settings.scale))
-    # Every slot that holds an expert is kept. A comparison needs no Shape node, which
-    # onnxruntime would move to the CPU.
-    keep = graph.add("GreaterOrEqual", indices, graph.constant(np.zeros((), np.int64)))
-    for made, name in ((indices, INDICES), (weights, WEIGHTS), (keep, KEEP)):
-        graph.nodes.append(helper.make_node("Identity", [made], [name]))
-    return _model(graph, router, dtype)
+    return weights
 
 
-@dataclass
-class _Nodes:
-    """Nodes and constants in the making; every value gets a name of its own."""
-
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: list[onnx.TensorProto] = field(default_factory=list)
-
-    def add(self, operator: str, *inputs: str, **attributes: Any) -> str:
-        return self.add_many(operator, inputs, 1, **attributes)[0]
-
-    def add_many(
-        self, operator: str, inputs: Sequence[str], outputs: int, **attributes: Any
-    ) -> list[str]:
-        names = [f"{operator}_{len(self.nodes)}_{i}" for i in range(outputs)]
-        self.nodes.append(helper.make_node(operator, inputs, names, **attributes))
-        return names
-
-    def top_k(self, values: str, k: int) -> tuple[str, str]:
-        best, indices = self.add_many("TopK", [values, self.integers(k)], 2, axis=-1)
-        return best, indices
-
-    def constant(self, array: np.ndarray) -> str:
-        name = f"constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(array, name))
-        return name
-
-    def integers(self, *values: int) -> str:
-        return self.constant(np.array(values, np.int64))
-
-    def scalar(self, value: float) -> str:
-        return self.constant(np.array(value, np.float32))
+def _falls_from_slot_to_slot(settings: RouterSettings) -> bool:
+    """Whether the weights are the very values that TopK sorted, but for a common factor."""
+    return not settings.correction_bias and not settings.score_chosen_only
 
 
-def _logits(graph: _Nodes, router: Router, dtype: DtypeName) -> str:
-    """Logits (tokens, experts) float32."""
-    hidden, weight = HIDDEN_STATES, "router_weight"
+def _keep_all(graph: GraphNodes, indices: str) -> str:
+    """True for every slot, by a comparison: that needs no Shape node, which onnxruntime would
+    move to the CPU."""
+    return graph.add("GreaterOrEqual", indices, graph.constant(np.zeros((), np.int64)))
+
+
+def _logits(graph: GraphNodes, router: Router, hidden: str, dtype: DtypeName) -> str:
+    """Logits (tokens, experts) float32 of float32 hidden states."""
+    weight = "router_weight"
     graph.constants.append(_stored(weight, router, dtype))
     if dtype != "fp32":
-        hidden = graph.add("Cast", hidden, to=TensorProto.FLOAT)
         weight = graph.add("Cast", weight, to=TensorProto.FLOAT)
     logits = graph.add("MatMul", hidden, weight)
     if router.bias is not None:
-        logits = graph.add("Add", logits, graph.constant(_float32(router.bias)))
+        logits = graph.add("Add", logits, graph.float32(router.bias))
     return logits
 
 
-def _choose(graph: _Nodes, router: Router, logits: str) -> tuple[str, str]:
+def _choose(graph: GraphNodes, router: Router, logits: str) -> tuple[str, str]:
     """Indices and raw weights, both (tokens, top_k)."""
     settings = router.settings
     score = _SCORES[settings.scoring]
@@ -137,7 +122,7 @@ def _choose(graph: _Nodes, router: Router, logits: str) -> tuple[str, str]:
     scores = score(graph, logits)
     preference = scores
     if router.correction_bias is not None:
-        preference = graph.add("Add", scores, graph.constant(_float32(router.correction_bias)))
+        preference = graph.add("Add", scores, graph.float32(router.correction_bias))
     if settings.groups > 1:
         preference = _without_lost_groups(graph, settings, preference)
     best, indices = graph.top_k(preference, settings.top_k)
@@ -146,7 +131,7 @@ def _choose(graph: _Nodes, router: Router, logits: str) -> tuple[str, str]:
     return indices, graph.add("GatherElements", scores, indices, axis=1)
 
 
-def _without_lost_groups(graph: _Nodes, settings: RouterSettings, preference: str) -> str:
+def _without_lost_groups(graph: GraphNodes, settings: RouterSettings, preference: str) -> str:
     """``preference`` (tokens, experts) with -inf at the experts of groups that are not kept."""
     size = settings.experts // settings.groups
     grouped = graph.add("Reshape", preference, graph.integers(0, settings.groups, size))
@@ -163,31 +148,32 @@ def _without_lost_groups(graph: _Nodes, settings: RouterSettings, preference: st
 # the dimension in when there are no tokens.
 
 
-def _best(graph: _Nodes, grouped: str) -> str:
+def _best(graph: GraphNodes, grouped: str) -> str:
     best, _ = graph.top_k(grouped, 1)
     return graph.add("Squeeze", best, graph.integers(-1))
 
 
-def _best_two(graph: _Nodes, grouped: str) -> str:
+def _best_two(graph: GraphNodes, grouped: str) -> str:
     best, _ = graph.top_k(grouped, 2)
     first, second = graph.add_many("Split", [best], 2, axis=-1, num_outputs=2)
     return graph.add("Squeeze", graph.add("Add", first, second), graph.integers(-1))
 
 
-def _softmax(graph: _Nodes, logits: str) -> str:
+def _softmax(graph: GraphNodes, logits: str) -> str:
     return graph.add("Softmax", logits, axis=-1)
 
 
-def _sigmoid(graph: _Nodes, logits: str) -> str:
-    return graph.add("Sigmoid", logits)
+def _sigmoid(graph: GraphNodes, logits: str) -> str:
+    """1 / (1 + exp(-x)): onnxruntime's own on the CPU is off by 1e-5 of small values."""
+    growing = graph.add("Exp", graph.add("Neg", logits))
+    return graph.add("Reciprocal", graph.add("Add", growing, graph.scalar(1.0)))
 
 
-_SCORES: Mapping[str, Callable[[_Nodes, str], str]] = {"softmax": _softmax, "sigmoid": _sigmoid}
-_GROUP_SCORES: Mapping[str, Callable[[_Nodes, str], str]] = {"max": _best, "top2_sum": _best_two}
-
-
-def _float32(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().to("cpu", torch.float32).numpy()
+_SCORES: Mapping[str, Callable[[GraphNodes, str], str]] = {"softmax": _softmax, "sigmoid": _sigmoid}
+_GROUP_SCORES: Mapping[str, Callable[[GraphNodes, str], str]] = {
+    "max": _best,
+    "top2_sum": _best_two,
+}
 
 
 def _stored(name: str, router: Router, dtype: DtypeName) -> onnx.TensorProto:
@@ -202,13 +188,17 @@ def _stored(name: str, router: Router, dtype: DtypeName) -> onnx.TensorProto:
     return helper.make_tensor(name, kinds.onnx, list(stored.shape), raw, raw=True)
 
 
-def _model(graph: _Nodes, router: Router, dtype: DtypeName) -> onnx.ModelProto:
+def _model(
+    graph: GraphNodes, router: Router, dtype: DtypeName, pruning: LayerPruning
+) -> onnx.ModelProto:
     slots: list[int | str] = ["tokens", router.top_k]
+    kinds = {HIDDEN_STATES: DTYPES[dtype].onnx, PROTECTED: TensorProto.BOOL}
+    inputs = inputs_of(router, pruning).items()
     model = helper.make_model(
         helper.make_graph(
             graph.nodes,
             f"router_layer_{router.layer}",
-            [_value(HIDDEN_STATES, DTYPES[dtype].onnx, ["tokens", router.hidden_size])],
+            [_value(name, kinds[name], shape) for name, shape in inputs],
             [
                 _value(INDICES, TensorProto.INT64, slots),
                 _value(WEIGHTS, TensorProto.FLOAT, slots),
@@ -221,7 +211,7 @@ def _model(graph: _Nodes, router: Router, dtype: DtypeName) -> onnx.ModelProto:
         producer_name="mcsharp_sdk",
         producer_version=__version__,
     )
-    helper.set_model_props(model, _metadata(router, dtype))
+    helper.set_model_props(model, _metadata(router, dtype, pruning))
     return model
 
 
@@ -229,13 +219,17 @@ def _value(name: str, kind: int, shape: Sequence[int | str]) -> onnx.ValueInfoPr
     return helper.make_tensor_value_info(name, kind, shape)
 
 
-def _metadata(router: Router, dtype: DtypeName) -> dict[str, str]:
+def _metadata(router: Router, dtype: DtypeName, pruning: LayerPruning) -> dict[str, str]:
     """What a reader of the file alone should know; values that are no strings as JSON."""
     facts = {
+        "format_version": FORMAT_VERSION,
         "sdk_version": __version__,
         "layer": router.layer,
         "hidden_size": router.hidden_size,
         "dtype": dtype,
         **asdict(router.settings),
+        "pruning": pruning.mode,
+        "thresholds": pruning.thresholds,
+        "network_units": pruning.units,
     }
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}

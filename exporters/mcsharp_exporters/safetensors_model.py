@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from mcsharp_exporters.base import Exporter
 from mcsharp_exporters.model_card import model_card
-from mcsharp_sdk.artifacts import BitMap, ExpertStatistics
+from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, TokenProtectionRule, TopAnyTraining
 from mcsharp_sdk.modifiers.gptq_quantize import QUANTIZED_WEIGHTS
+from mcsharp_sdk.modifiers.top_any_router import TOP_ANY_ROUTER
+from mcsharp_sdk.report.training import training_plot
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
@@ -34,6 +37,10 @@ COPIED_FILES = (
 """Files of the original model that belong to the compressed one too."""
 
 REPORT_FILE = "mcsharp_report.json"
+TRAINING_PLOT = "top_any_training.svg"
+
+GROUP_SIZE = 128
+"""Written where nothing is packed, so that it means nothing."""
 
 
 class SafetensorsExporter(Exporter):
@@ -44,20 +51,20 @@ class SafetensorsExporter(Exporter):
         float, Field(gt=0, description="Most gigabytes (10^9 bytes) in one weight file.")
     ] = 5.0
 
-    reads: ClassVar[tuple[str, ...]] = (QUANTIZED_WEIGHTS,)
+    reads_any: ClassVar[tuple[str, ...]] = (
+        QUANTIZED_WEIGHTS,
+        TokenProtectionRule.NAME,
+        TOP_ANY_ROUTER,
+    )
 
     def run(self, context: RunContext, output: Path) -> None:
-        from mcsharp_sdk.runtime.layout import PackedLayout
-
-        layout = PackedLayout.from_dict(context.layers(QUANTIZED_WEIGHTS).summary())
+        layout = _layout(context)
         self._write_weights(context, layout, output)
         _write_config(context.model, layout, output)
         _copy_files(context.model.path, output)
-        for kind in (ExpertStatistics, BitMap):
-            if context.directory.has(kind):
-                context.read(kind).save(output / kind.FILE)
+        _write_artifacts(context, output)
         (output / "recipe.yaml").write_text(context.recipe.as_run, encoding="utf-8")
-        report = _report(context, output)
+        report = _report(context, layout, output)
         (output / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         card = model_card(context.model.path.name, report, context.recipe.as_run)
         (output / "README.md").write_text(card, encoding="utf-8")
@@ -84,21 +91,54 @@ def _outer_tensors(model: SourceModel) -> Iterator[tuple[str, Tensor]]:
         yield from model.stored_tensors(f"{owner}.")
 
 
+def _layout(context: RunContext) -> PackedLayout:
+    """How the stages left the model: what is packed, and how it is pruned."""
+    from mcsharp_sdk.runtime.layout import PackedLayout
+
+    quantised = context.quantised_layout() or PackedLayout(GROUP_SIZE, {}, {})
+    return replace(quantised, pruning=context.pruning_layout())
+
+
 def _layer_tensors(
     context: RunContext, layout: PackedLayout, index: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """A decoder layer: what was quantised from the run directory, the rest from the model."""
+    """A decoder layer: what stages made from the run directory, the rest from the model."""
     model = context.model
-    packed = context.layers(QUANTIZED_WEIGHTS).tensors(index)
+    packed = context.layers(QUANTIZED_WEIGHTS).tensors(index) if layout.packs else {}
     yield from packed.items()
     prefix = f"{model.layer_path(index)}."
     linears = [n for n in model.topology.linears[index] if n in layout.linears]
     replaced = [f"{prefix}{name}.weight" for name in linears]
-    if index in model.topology.moe:
+    if index in layout.experts:
         replaced += model.fused_weights(index)
     for name, tensor in model.stored_tensors(prefix, but_not=replaced):
         if name not in packed:
             yield name, tensor
+    yield from _pruner_tensors(context, layout, index)
+
+
+def _pruner_tensors(
+    context: RunContext, layout: PackedLayout, index: int
+) -> Iterator[tuple[str, Tensor]]:
+    """The top-any network of a decoder layer, if it has one."""
+    from mcsharp_sdk.runtime.pruning_layout import PRUNER
+
+    learned = layout.pruning.learned if layout.pruning is not None else None
+    if learned is None or index not in learned.layers:
+        return
+    model = context.model
+    path = f"{model.layer_path(index)}.{model.topology.moe[index].experts}.{PRUNER}"
+    for name, tensor in context.layers(TOP_ANY_ROUTER).tensors(index).items():
+        yield f"{path}.{name}", tensor
+
+
+def _write_artifacts(context: RunContext, output: Path) -> None:
+    for kind in (ExpertStatistics, BitMap, TokenProtectionRule, TopAnyTraining):
+        if context.directory.has(kind):
+            context.read(kind).save(output / kind.FILE)
+    if context.directory.has(TopAnyTraining):
+        plot = training_plot(context.read(TopAnyTraining))
+        (output / TRAINING_PLOT).write_text(plot, encoding="utf-8")
 
 
 def _write_config(model: SourceModel, layout: PackedLayout, output: Path) -> None:
@@ -114,17 +154,23 @@ def _copy_files(source: Path, output: Path) -> None:
                 shutil.copyfile(file, output / file.name)
 
 
-def _report(context: RunContext, output: Path) -> dict[str, Any]:
+def _report(context: RunContext, layout: PackedLayout, output: Path) -> dict[str, Any]:
     from mcsharp_sdk import __version__
     from mcsharp_sdk.evaluation.cost import model_cost
 
     before, after = model_cost(context.model.path), model_cost(output)
+    bits = (
+        {"nominal_bits": after.bits.nominal, "stored_bits": after.bits.stored}
+        if layout.packs
+        else {}
+    )
+    pruning = {"pruning": layout.pruning.mode} if layout.pruning is not None else {}
     return {
         "sdk_version": __version__,
         "model": context.model.path.name,
         "bytes_before": before.weight_bytes,
         "bytes_after": after.weight_bytes,
-        "nominal_bits": after.bits.nominal,
-        "stored_bits": after.bits.stored,
+        **bits,
+        **pruning,
         **context.report.to_dict(),
     }

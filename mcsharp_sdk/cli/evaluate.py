@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mcsharp_sdk.cli.options import JsonOption
+from mcsharp_sdk.cli.options import JsonOption, MaxTokensOption, TextOption, WindowOption
 from mcsharp_sdk.cli.output import console, print_json, print_table
 
 if TYPE_CHECKING:
@@ -17,22 +17,18 @@ if TYPE_CHECKING:
 
 def evaluate(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the model.")],
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Text, JSON lines or parquet to predict. Default: text that Python carries.",
-        ),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(help="Tokens per window. Default: 2048, or all positions if fewer."),
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Use only so many tokens from the start of the text.")
-    ] = None,
+    text: TextOption = None,
+    window: WindowOption = None,
+    max_tokens: MaxTokensOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    pruning: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODE",
+            help="How to prune experts: off, rule, learned or both. Default: as it was made.",
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Measure perplexity, bits, bytes and activated experts of a model, compressed or not."""
@@ -45,6 +41,7 @@ def evaluate(
         max_tokens=max_tokens,
         device=device,
         dtype=dtype,
+        pruning=pruning,
         track=_progress,
     )
     if json:
@@ -65,11 +62,16 @@ def show_evaluation(result: Evaluation) -> None:
         ("perplexity", f"{result.perplexity:.4g}"),
         ("bits per weight", bits if result.compressed else f"{bits}; not compressed"),
         ("weights on disk", decimal(result.bytes)),
+        ("expert pruning", result.pruning),
         ("activated experts", f"{result.activated_expert_ratio:.1%}"),
         ("weights read per token", decimal(round(result.activated_bytes_per_token))),
         ("computed", computed),
     ]
     print_table(result.model, ["", ""], facts)
+    if result.pruning != "off":
+        shares = result.activated_expert_ratio_per_layer.items()
+        rows = [(str(layer), f"{share:.1%}") for layer, share in shares]
+        print_table("Activated experts", ["layer", "share"], rows)
 
 
 def _progress(windows: range) -> Iterable[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +20,17 @@ def export(
         Path | None,
         typer.Option("--output", metavar="DIR", help="Folder to make. Default: DIR/KIND."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32 (the default), fp16 or bf16; as --set dtype=.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SETTING=VALUE",
+            help="A setting of the exporter, e.g. pruning=rule; may be repeated.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what an earlier export wrote there.")
     ] = False,
@@ -29,9 +39,22 @@ def export(
     """Export from a model folder; onnx_routers writes one graph per MoE layer."""
     from mcsharp_sdk.engine.export import export as run
 
-    manifest = run(kind, directory, output, overwrite=overwrite, dtype=dtype)
+    settings = _settings([*(overrides or ()), *([f"dtype={dtype}"] if dtype else ())])
+    manifest = run(kind, directory, output, overwrite=overwrite, **settings)
     if json:
         print_json(manifest)
     else:
         target = directory / kind if output is None else output
         print_text(f"{len(manifest['layers'])} graphs are in {target}")
+
+
+def _settings(overrides: list[str]) -> dict[str, Any]:
+    """Setting -> value; InputProblems names every override that cannot be read."""
+    from mcsharp_sdk.recipe.document import Document
+    from mcsharp_sdk.recipe.overrides import apply_overrides
+
+    document = Document("", "mcsharp export", data={})
+    apply_overrides(document, overrides)
+    if document.findings:
+        raise document.error(document.findings)
+    return dict(document.data)

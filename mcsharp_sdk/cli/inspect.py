@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from mcsharp_sdk.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from mcsharp_sdk.evaluation.inspection import Inspection
+    from mcsharp_sdk.runtime.pruning_layout import PruningLayout, RulePruning
 
 
 def inspect(
@@ -42,6 +44,7 @@ def _show(found: Inspection) -> None:
         ("weights on disk", decimal(cost.weight_bytes)),
         ("read per token", f"{decimal(round(cost.activated_bytes()))} if experts share equally"),
         ("bits per weight", bits if cost.compressed else f"{bits}; not compressed"),
+        *_pruning(found.pruning),
         ("can be compressed", _verdict(found)),
     ]
     print_table(found.model, ["", ""], facts)
@@ -79,7 +82,34 @@ def _router(found: Inspection) -> str:
     return ", ".join([router.scoring, *(name for name, there in details.items() if there)])
 
 
+def _pruning(layout: PruningLayout | None) -> list[tuple[str, str]]:
+    if layout is None:
+        return [("expert pruning", "none")]
+    modes = ", ".join(layout.modes)
+    rows = [("expert pruning", f"{layout.mode} when loaded; can be {modes}")]
+    if rule := layout.rule:
+        rows.append(("  rule", f"metric {rule.metric}, {_rule(rule)}, {_in(rule.thresholds)}"))
+    if learned := layout.learned:
+        rows.append(("  learned", f"networks of {learned.units} units, {_in(learned.layers)}"))
+    return rows
+
+
+def _rule(rule: RulePruning) -> str:
+    from mcsharp_sdk.runtime.pruning_layout import DROP_INSIGNIFICANT, NO_METRIC
+
+    if rule.metric == DROP_INSIGNIFICANT:
+        return f"drops {rule.drop_ratio:.3g} of the tokens"
+    thresholds = [t for of_layer in rule.thresholds.values() for t in of_layer]
+    limits = f"{min(thresholds):.3g} to {max(thresholds):.3g}" if thresholds else "none"
+    protects = "" if rule.metric == NO_METRIC else f"protects {rule.protect_ratio:.3g}, "
+    return f"{protects}thresholds {limits}"
+
+
+def _in(layers: Collection[int]) -> str:
+    return f"{len(layers)} layer{'' if len(layers) == 1 else 's'}"
+
+
 def _verdict(found: Inspection) -> str:
-    if found.cost.compressed:
+    if found.cost.compressed or found.pruning:
         return "it is already"
     return f"no: {found.unsupported}" if found.unsupported else "yes"

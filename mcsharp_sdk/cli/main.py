@@ -20,6 +20,7 @@ VERBS = {
     "check": "Check a recipe, and whether it fits a model.",
     "plan": "Show what a run would do, its size and its memory, without doing it.",
     "compress": "Compress a model as a recipe says.",
+    "sweep": "Run variants of a recipe and compare quality and cost.",
     "allocate": "Solve for bit widths from a factor file alone.",
     "evaluate": "Measure perplexity, bits and bytes of a model.",
     "inspect": "Show what is in a compressed model.",

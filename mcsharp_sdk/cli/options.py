@@ -25,3 +25,16 @@ SetOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+TextOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text, JSON lines or parquet to predict. Default: text that Python carries.",
+    ),
+]
+WindowOption = Annotated[
+    int | None, typer.Option(help="Tokens per window. Default: 2048, or all positions if fewer.")
+]
+MaxTokensOption = Annotated[
+    int | None, typer.Option(help="Use only so many tokens from the start of the text.")
+]

@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from mcsharp_sdk.artifact_file import Artifact
+from mcsharp_sdk.artifacts import TokenProtectionRule
 from mcsharp_sdk.engine.progress import ProgressBars
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import AnyArtifact, LayerStore, RunDirectory
@@ -16,7 +17,17 @@ from mcsharp_sdk.models.routing import Router
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import StreamedLayer, stream_layers
 from mcsharp_sdk.modifiers.gptq_quantize import QUANTIZED_WEIGHTS
+from mcsharp_sdk.modifiers.layer_restoration import restore_packed
+from mcsharp_sdk.modifiers.top_any_router import TOP_ANY_ROUTER
 from mcsharp_sdk.recipe.schema import Recipe
+from mcsharp_sdk.runtime.layout import PackedLayout
+from mcsharp_sdk.runtime.pruning_layout import (
+    MODES,
+    LearnedPruning,
+    PruningLayout,
+    PruningMode,
+    RulePruning,
+)
 
 Item = TypeVar("Item")
 
@@ -42,12 +53,52 @@ class RunContext:
     progress: ProgressBars
     report: RunReport = field(default_factory=RunReport)
 
-    def stream(self, description: str) -> Iterator[StreamedLayer]:
+    def stream(self, description: str, *, quantised: bool = False) -> Iterator[StreamedLayer]:
         """Decoder layers one at a time, loaded, with the activations that reach them.
 
         What the consumer changes in a layer's weights, the layers behind it see.
+
+        Parameters
+        ----------
+        description : of the progress bar.
+        quantised : with the weights that an earlier stage quantised them to, if there is one.
         """
-        return stream_layers(self.model, self.tokens, lambda r: self.track(r, description))
+        layers = stream_layers(self.model, self.tokens, lambda r: self.track(r, description))
+        for layer in layers:
+            if quantised:
+                self.restore_quantised(layer.source, layer.index)
+            yield layer
+
+    def quantised_layout(self) -> PackedLayout | None:
+        """How an earlier stage quantised the model; None if none did."""
+        stored = self.layers(QUANTIZED_WEIGHTS)
+        return PackedLayout.from_dict(stored.summary()) if stored.is_complete() else None
+
+    def pruning_layout(self) -> PruningLayout | None:
+        """How the finished stages prune the model; None if none does.
+
+        The default mode is the one that uses most of what there is.
+        """
+        rule, learned = None, None
+        if self.directory.has(TokenProtectionRule):
+            found = self.read(TokenProtectionRule)
+            thresholds = found.thresholds()
+            rule = RulePruning(found.metric, found.protect_ratio, found.drop_ratio, thresholds)
+        networks = self.layers(TOP_ANY_ROUTER)
+        if networks.is_complete():
+            learned = LearnedPruning.from_dict(networks.summary())
+        if rule is None and learned is None:
+            return None
+        possible = PruningLayout("off", rule, learned).modes
+        mode: PruningMode = next(m for m in reversed(MODES) if m in possible)
+        return PruningLayout(mode, rule, learned)
+
+    def restore_quantised(self, source: SourceModel, layer: int) -> None:
+        """Give a loaded decoder layer the weights that an earlier stage quantised it to, if any."""
+        layout = self.quantised_layout()
+        if layout is not None:
+            tensors = self.layers(QUANTIZED_WEIGHTS).tensors(layer)
+            restore_packed(source, layer, tensors, layout)
 
     def routers(self) -> Iterator[Router]:
         """The routers of all MoE layers as the stages left them, one at a time."""

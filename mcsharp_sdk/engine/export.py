@@ -5,9 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import ValidationError
 
 from mcsharp_sdk.errors import InputError
+
+if TYPE_CHECKING:
+    from mcsharp_exporters.base import Exporter
+
+AnyExporter = TypeVar("AnyExporter", bound="Exporter")
+
+_ELSEWHERE = {
+    "folder": "the output folder is given by itself",
+    "type": "it is what is exported",
+}
+"""Settings of exporters that cannot be set here, and why."""
 
 
 def export(
@@ -26,7 +39,7 @@ def export(
     model : folder of an original or a compressed model.
     output : folder to make; by default ``model``/``kind``.
     overwrite : replace what is there.
-    settings : of the exporter, e.g. ``dtype="fp16"``.
+    settings : of the exporter, e.g. ``dtype="fp16", pruning="rule"``.
 
     Returns
     -------
@@ -35,7 +48,8 @@ def export(
     Raises
     ------
     InputError
-        If the exporter is unknown or works only at the end of a run, or the model cannot be read.
+        If the exporter is unknown or works only at the end of a run, a setting is wrong, or the
+        model cannot be read or lacks what is to be exported.
     """
     if kind not in FOLDER_EXPORTS:
         raise InputError(
@@ -49,18 +63,35 @@ def export(
 def _onnx_routers(
     model: Path, output: Path, overwrite: bool, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    from mcsharp_exporters.onnx_routers import export_onnx_routers
-    from mcsharp_exporters.router_graph import DTYPES
+    from mcsharp_exporters.onnx_routers import OnnxRoutersExporter, export_onnx_routers
+    from mcsharp_exporters.router_pruning import RouterPruning, pruning_of_directory
 
     from mcsharp_sdk.models.directory import routers_of_directory
 
-    unknown = sorted(set(settings) - {"dtype"})
-    if unknown:
-        raise InputError(f"onnx_routers has no setting {', '.join(unknown)}; it has dtype")
-    if settings.get("dtype", "fp32") not in DTYPES:
-        raise InputError(f"dtype {settings['dtype']!r} is none of {', '.join(DTYPES)}")
+    chosen = _checked(OnnxRoutersExporter, "onnx_routers", settings)
+    pruning = RouterPruning.choose(chosen.pruning, pruning_of_directory(model))
     routers = routers_of_directory(model)
-    return export_onnx_routers(routers, output, overwrite=overwrite, **settings)
+    return export_onnx_routers(routers, output, chosen.dtype, pruning, overwrite=overwrite)
+
+
+def _checked(exporter: type[AnyExporter], kind: str, settings: Mapping[str, Any]) -> AnyExporter:
+    """An exporter with these settings; InputProblems names everything that is wrong with them."""
+    from mcsharp_sdk.recipe.document import Document, Finding
+    from mcsharp_sdk.recipe.wording import explain
+
+    document = Document("", f"export of {kind}", data={**settings, "type": kind})
+    findings = [
+        Finding((name,), f"cannot be set here: {reason}")
+        for name, reason in _ELSEWHERE.items()
+        if name in settings
+    ]
+    try:
+        chosen = exporter.model_validate(document.data)
+    except ValidationError as error:
+        raise document.error([*findings, *explain(error, document.data, exporter)]) from None
+    if findings:
+        raise document.error(findings)
+    return chosen
 
 
 FOLDER_EXPORTS: dict[str, Callable[[Path, Path, bool, Mapping[str, Any]], dict[str, Any]]] = {

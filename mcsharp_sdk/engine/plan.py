@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mcsharp_sdk.engine.sizes import LayerSizes, ModelSizes, model_sizes, packed_bytes_of
+from mcsharp_sdk.engine.durations import stage_seconds
+from mcsharp_sdk.engine.sizes import ModelSizes, model_sizes, network_bytes, packed_bytes_of
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.routing import router_settings
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
-from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
+from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
 from mcsharp_sdk.recipe.document import Location
 from mcsharp_sdk.recipe.schema import Recipe
 
@@ -105,10 +103,10 @@ Misfit = tuple[Location, str]
 
 
 def _stage_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
-    experts = source.topology.experts_per_layer()
     for position, stage in enumerate(recipe.stages):
-        for problem in stage.check_experts(experts):
-            yield ("stages", position, problem.where), problem.message
+        for problem in stage.check_blocks(source.topology.moe):
+            setting = (problem.where,) if problem.where else ()
+            yield ("stages", position, *setting), problem.message
 
 
 def _routing_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
@@ -173,9 +171,15 @@ def _intended_bits(recipe: Recipe, source: SourceModel) -> float | None:
 
 def _after(recipe: Recipe, sizes: ModelSizes, bits: float | None) -> tuple[int, float | None]:
     """Bytes of all weights afterwards, and the mean width of those that are quantised."""
+    networks = sum(
+        network_bytes(sizes, layer, stage.units)
+        for stage in recipe.stages
+        if isinstance(stage, TopAnyRouter)
+        for layer in sizes.layers
+    )
     quantiser = _quantiser(recipe)
     if quantiser is None or bits is None:
-        return sizes.bytes, None
+        return sizes.bytes + networks, None
     group, other = quantiser.group_size, quantiser.other_bits
     quantised = {bits: sizes.expert_weights}
     kept = sizes.bytes - sizes.expert_bytes
@@ -184,7 +188,8 @@ def _after(recipe: Recipe, sizes: ModelSizes, bits: float | None) -> tuple[int, 
         kept -= sizes.linear_bytes
     packed = sum(packed_bytes_of(n, width, group) for width, n in quantised.items())
     count = sum(quantised.values())
-    return kept + packed, sum(width * n for width, n in quantised.items()) / count
+    mean = sum(width * n for width, n in quantised.items()) / count
+    return kept + packed + networks, mean
 
 
 def _peak_memory(recipe: Recipe, sizes: ModelSizes) -> int:
@@ -194,72 +199,39 @@ def _peak_memory(recipe: Recipe, sizes: ModelSizes) -> int:
     activations = 0
     if recipe.calibration is not None:
         tokens = recipe.calibration.sequences * recipe.calibration.length
-        # Hidden states before a layer, and once more in front of its experts.
-        activations = 2 * tokens * sizes.hidden_size * sizes.dtype_bytes
+        # Hidden states before a layer, those in front of its experts, and the experts' outputs.
+        activations = 3 * tokens * sizes.hidden_size * sizes.dtype_bytes
     layer = max(sizes.layers, key=lambda s: s.bytes)
     working = max(WORKING_SET_BYTES, layer.expert_working_set)
     loading = int(layer.bytes * LOADING_OVERHEAD)
-    return INTERPRETER_BYTES + max(loading, layer.bytes + working) + activations
+    peak = max(loading, layer.bytes + working)
+    if any(isinstance(s, TopAnyRouter) and s.scope == "model" for s in recipe.stages):
+        # The whole model, in float32 where it is held on a CPU.
+        peak = max(peak, sizes.bytes * 4 // sizes.stored_bytes_per_weight)
+    return INTERPRETER_BYTES + peak + activations
 
 
 def _stage_plans(recipe: Recipe, sizes: ModelSizes, bits: float | None) -> list[StagePlan]:
-    rate = _multiplications_per_second(sizes.dtype)
-    exact = rate if sizes.dtype == torch.float32 else _multiplications_per_second(torch.float32)
     tokens = 0
     if recipe.calibration is not None:
         tokens = recipe.calibration.sequences * recipe.calibration.length
-    forward = sum(layer.active_weights for layer in sizes.layers) * tokens / rate
-    hessian = sum(_hessian_work(layer, tokens) for layer in sizes.layers) / exact
-    update = sum(_update_work(layer) for layer in sizes.layers) / exact
-    plans = []
-    for stage in recipe.stages:
-        seconds = 0.0
-        if isinstance(stage, ExpertStats):
-            measured = hessian + update * len(stage.bits) if stage.quantizer == "gptq" else 0.0
-            seconds = forward * (2 + len(stage.bits)) + measured
-        elif isinstance(stage, GPTQQuantize):
-            seconds = forward * 3 + (hessian + update if stage.quantizer == "gptq" else 0.0)
-        plans.append(StagePlan(stage.type, _summary(stage, bits), seconds))
-    return plans
-
-
-def _hessian_work(layer: LayerSizes, tokens: int) -> float:
-    """Multiplications for the Hessians of all matrices of a layer."""
-    routed = tokens * layer.top_k
-    return float(sum(routed * columns**2 for columns in layer.expert_columns)) + float(
-        sum(tokens * columns**2 for columns in layer.linear_columns)
-    )
-
-
-def _update_work(layer: LayerSizes) -> float:
-    """Multiplications for factorising Hessians and walking the columns, memory traffic included."""
-    walking = 6.0
-    return float(
-        layer.experts
-        * sum(
-            columns**3 + walking * rows * columns**2
-            for rows, columns in zip(layer.expert_rows, layer.expert_columns, strict=True)
-        )
-    )
-
-
-def _multiplications_per_second(dtype: torch.dtype, size: int = 768) -> float:
-    """Speed of matrix multiplication in ``dtype`` on this machine, measured for a moment."""
-    a = torch.ones(size, size, dtype=dtype)
-    _ = a @ a
-    start = time.perf_counter()
-    rounds = 0
-    while rounds < 2 or time.perf_counter() - start < 0.05:
-        _ = a @ a
-        rounds += 1
-    return rounds * size**3 / (time.perf_counter() - start)
+    seconds = stage_seconds(recipe.stages, sizes, tokens)
+    return [
+        StagePlan(stage.type, _summary(stage, bits), needed)
+        for stage, needed in zip(recipe.stages, seconds, strict=True)
+    ]
 
 
 def _summary(stage: Any, bits: float | None) -> str:
     """A line about a stage with the settings that matter most."""
     told: Mapping[str, Any] = {
-        name: getattr(stage, name)
-        for name in ("mode", "quantizer", "allocator", "target_bits", "group_size", "other_bits")
-        if hasattr(stage, name)
+        name: getattr(stage, name) for name in _TOLD if getattr(stage, name, None) is not None
     }
     return ", ".join(f"{name} {value}" for name, value in told.items())
+
+
+_TOLD = (
+    *("mode", "quantizer", "allocator", "target_bits", "group_size", "other_bits"),
+    *("metric", "protect_ratio", "scope", "target_activation", "activation_penalty"),
+)
+"""Settings that a line about a stage tells, where the stage has them."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -17,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcsharp_sdk._version import __version__
-from mcsharp_sdk.data.calibration import data_fingerprint
 from mcsharp_sdk.data.tokenise import calibration_tokens, load_tokenizer
 from mcsharp_sdk.engine.context import RunContext
+from mcsharp_sdk.engine.fingerprint import fingerprint, stage_keys
 from mcsharp_sdk.engine.plan import Plan, make_plan
 from mcsharp_sdk.engine.progress import ProgressBars
-from mcsharp_sdk.engine.run_directory import RunDirectory
+from mcsharp_sdk.engine.report import RunReport
+from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
+from mcsharp_sdk.engine.stage_store import StageStore
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.source import SourceModel
+from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.recipe.library import open_recipe
 from mcsharp_sdk.recipe.schema import Recipe
 
@@ -112,21 +111,46 @@ def compress(
     recipe = as_recipe(recipe, overrides)
     output = Path(output)
     directory = Path(run_dir) if run_dir is not None else output.with_name(f".{output.name}.run")
-    _check_output(output, directory, overwrite)
+    check_output(output, directory, overwrite)
     source = SourceModel(Path(model), device)
     plan = make_plan(recipe, source)
-    tokens = _calibration_tokens(recipe, source)
+    tokens = read_calibration(recipe, source)
     if on_plan is not None:
         on_plan(plan)
-    watch = _Stopwatch()
-    with (
-        RunDirectory(directory, fingerprint(recipe, source), keep=run_dir is not None) as opened,
-        ProgressBars(progress) as bars,
-    ):
-        context = RunContext(source, recipe, tokens, opened, bars)
-        _run_stages(context, watch)
-        _export(context, output, overwrite, watch)
-    return Compression(output, watch.seconds, context.report.warnings, plan)
+    opened = RunDirectory(directory, fingerprint(recipe, source), keep=run_dir is not None)
+    work = Work(source, recipe, tokens, opened, output, overwrite=overwrite)
+    seconds, warnings = work.run(progress)
+    return Compression(output, seconds, warnings, plan)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run in which everything that can be known before has been checked.
+
+    Attributes
+    ----------
+    source, recipe, tokens : as in :class:`RunContext`.
+    directory : the run directory, not open yet.
+    output, overwrite : folder to make, and whether it may replace one that is there.
+    store : where finished stages are looked for and kept; None to run every stage.
+    """
+
+    source: SourceModel
+    recipe: Recipe
+    tokens: Tensor
+    directory: RunDirectory
+    output: Path
+    overwrite: bool = False
+    store: StageStore | None = None
+
+    def run(self, progress: bool | None = None) -> tuple[Mapping[str, float], Sequence[str]]:
+        """Run stages and exporters; seconds of each that was not finished before, and warnings."""
+        watch = _Stopwatch()
+        with self.directory as opened, ProgressBars(progress) as bars:
+            context = RunContext(self.source, self.recipe, self.tokens, opened, bars)
+            _run_stages(context, watch, self.store)
+            _export(context, self.output, self.overwrite, watch)
+        return watch.seconds, context.report.warnings
 
 
 def as_recipe(recipe: Recipe | str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -138,58 +162,47 @@ def as_recipe(recipe: Recipe | str | os.PathLike[str], overrides: Sequence[str] 
     return recipe
 
 
-def _calibration_tokens(recipe: Recipe, source: SourceModel) -> Tensor:
-    """(sequences, length) int64; (0, 0) if the recipe has no calibration."""
+def read_calibration(recipe: Recipe, source: SourceModel) -> Tensor:
+    """The calibration tokens, (sequences, length) int64; (0, 0) if the recipe has no calibration.
+
+    Raises
+    ------
+    InputError
+        If the text or the tokenizer cannot be read, or there is too little text.
+    """
     if recipe.calibration is None:
         return torch.empty(0, 0, dtype=torch.int64)
     vocabulary = source.config.get_text_config().vocab_size
     return calibration_tokens(recipe.calibration, load_tokenizer(source.path), vocabulary)
 
 
-def fingerprint(recipe: Recipe, source: SourceModel) -> dict[str, str]:
-    """Part -> hash of everything that the result depends on."""
-    parts = {
-        "mcsharp_sdk version": __version__,
-        "recipe": _hash(recipe.settings()["stages"]),
-        "model config": _hash((source.path / "config.json").read_text()),
-        "model weights": _hash(_weight_identity(source.checkpoint)),
-    }
-    if recipe.calibration is not None:
-        settings = recipe.calibration.model_dump(mode="json")
-        parts["calibration"] = _hash([settings, data_fingerprint(recipe.calibration)])
-    for stage in recipe.stages:
-        for setting, path in stage.files().items():
-            parts[f"{stage.type}.{setting}"] = _hash(path.read_bytes().hex())
-    return parts
-
-
-def _weight_identity(checkpoint: Checkpoint) -> list[Any]:
-    """Headers, sizes and times of the weight files; their bytes are too many to hash."""
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in checkpoint.files]
-    tensors = [(n, str(i.dtype), list(i.shape)) for n, i in checkpoint.tensors.items()]
-    return [files, tensors]
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _run_stages(context: RunContext, watch: _Stopwatch) -> None:
-    finished = context.directory.finished()
-    context.report = context.directory.report()
-    for position, stage in enumerate(context.recipe.stages):
-        key = f"{position} {stage.type}"
-        if key in finished:
+def _run_stages(context: RunContext, watch: _Stopwatch, store: StageStore | None) -> None:
+    directory = context.directory
+    keys = stage_keys(context.recipe, directory.fingerprint)
+    for position, (stage, key) in enumerate(zip(context.recipe.stages, keys, strict=True)):
+        name = f"{position} {stage.type}"
+        if name in directory.finished():
             logger.info("%s was finished by an earlier run", stage.type)
-            continue
-        logger.info("%s begins", stage.type)
-        with watch.measure(stage.type):
-            stage.run(context)
-        context.directory.mark_finished(key, context.report)
-        logger.info("%s took %.1f s", stage.type, watch.seconds[stage.type])
+        elif store is not None and store.give(key, directory, name):
+            logger.info("%s is shared with another run", stage.type)
+        else:
+            _run_stage(context, stage, name, watch)
+        if store is not None:
+            store.keep(key, directory, directory.finished()[name])
+    context.report = directory.report()
 
 
-def _check_output(output: Path, run_directory: Path, overwrite: bool) -> None:
+def _run_stage(context: RunContext, stage: Modifier, name: str, watch: _Stopwatch) -> None:
+    logger.info("%s begins", stage.type)
+    context.report = RunReport()
+    with watch.measure(stage.type):
+        stage.run(context)
+    files = context.directory.files_written(stage.writes)
+    context.directory.mark_finished(name, FinishedStage(files, context.report))
+    logger.info("%s took %.1f s", stage.type, watch.seconds[stage.type])
+
+
+def check_output(output: Path, run_directory: Path, overwrite: bool) -> None:
     if output.is_file():
         raise InputError(f"{output} is a file; the output must be a folder to make")
     if output.exists() and not overwrite:
@@ -201,10 +214,15 @@ def _check_output(output: Path, run_directory: Path, overwrite: bool) -> None:
         )
     if output.resolve() in (run_directory.resolve(), *run_directory.resolve().parents):
         raise InputError(f"the run directory {run_directory} must not lie in the output {output}")
-    parent = output.absolute().parent
+    check_writable(output)
+
+
+def check_writable(folder: Path) -> None:
+    """InputError if a folder cannot be made."""
+    parent = folder.absolute().parent
     existing = next(p for p in (parent, *parent.parents) if p.exists())
     if not os.access(existing, os.W_OK):
-        raise InputError(f"{output} cannot be made: {existing} is not writable")
+        raise InputError(f"{folder} cannot be made: {existing} is not writable")
 
 
 def _is_ours(folder: Path) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 
@@ -21,8 +23,9 @@ FINGERPRINT_FILE = "fingerprint.json"
 FINISHED_FILE = "finished_stages.json"
 LOCK_FILE = "run.lock"
 SUMMARY_FILE = "summary.json"
-REPORT_FILE = "report.json"
 
+OWN_FILES = (FINGERPRINT_FILE, FINISHED_FILE, LOCK_FILE)
+"""Files of a run directory that no stage wrote."""
 
 AnyArtifact = TypeVar("AnyArtifact", bound=Artifact)
 
@@ -30,6 +33,63 @@ AnyArtifact = TypeVar("AnyArtifact", bound=Artifact)
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that a person can read, atomically."""
     write_text_atomically(path, readable_json(value) + "\n")
+
+
+def lock(file: Path) -> IO[str]:
+    """Lock a file, made if need be, until the stream that is returned is closed.
+
+    Raises
+    ------
+    InputError
+        If another process, or another stream of this one, holds it.
+    """
+    stream = file.open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.close()
+        raise InputError(f"{file.parent} is in use by another run") from error
+    return stream
+
+
+def link_files(files: Iterable[str], source: Path, target: Path) -> None:
+    """Give ``target`` files of ``source``, by names relative to both.
+
+    They are hard links where the file system has them, copies elsewhere. That is safe because a
+    stage replaces its files as a whole and never writes into one.
+    """
+    for name in files:
+        file = target / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+        try:
+            os.link(source / name, file)
+        except OSError:
+            shutil.copyfile(source / name, file)
+
+
+@dataclass(frozen=True)
+class FinishedStage:
+    """What a finished stage left.
+
+    Attributes
+    ----------
+    files : that it wrote, relative to the run directory.
+    report : what it has to say.
+    """
+
+    files: tuple[str, ...] = ()
+    report: RunReport = field(default_factory=RunReport)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"files": list(self.files), **self.report.to_dict()}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> FinishedStage:
+        """What ``to_json`` gave."""
+        report = RunReport(dict(content["stages"]), list(content["warnings"]))
+        return cls(tuple(content["files"]), report)
 
 
 class RunDirectory:
@@ -60,14 +120,9 @@ class RunDirectory:
     def __enter__(self) -> Self:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / LOCK_FILE).open("w")
+            self._lock = lock(self.path / LOCK_FILE)
         except OSError as error:
             raise InputError(f"the run directory {self.path} cannot be used: {error}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise InputError(f"{self.path} is in use by another run") from error
         self._check_fingerprint()
         return self
 
@@ -78,9 +133,9 @@ class RunDirectory:
             self._lock.close()
 
     def _has_work(self) -> bool:
-        return any(file.suffix == ".json" for file in self.path.glob("*/*")) or bool(
-            self.finished()
-        )
+        return any(
+            file.suffix in (".json", ".safetensors") for file in self.path.glob("*/*")
+        ) or bool(self.finished())
 
     def _check_fingerprint(self) -> None:
         file = self.path / FINGERPRINT_FILE
@@ -114,20 +169,41 @@ class RunDirectory:
         folder.mkdir(exist_ok=True)
         return LayerStore(folder)
 
-    def finished(self) -> list[str]:
-        """Keys of the stages that are done."""
+    def finished(self) -> dict[str, FinishedStage]:
+        """Key of each stage that is done -> what it left, in the order in which they ran."""
         file = self.path / FINISHED_FILE
-        return list(json.loads(file.read_text())) if file.exists() else []
+        content = json.loads(file.read_text()) if file.exists() else {}
+        return {key: FinishedStage.from_json(stage) for key, stage in content.items()}
 
-    def mark_finished(self, stage: str, report: RunReport) -> None:
-        """Record that a stage is done, and what is to be reported so far."""
-        write_json(self.path / REPORT_FILE, report.to_dict())
-        write_json(self.path / FINISHED_FILE, [*self.finished(), stage])
+    def mark_finished(self, key: str, stage: FinishedStage) -> None:
+        """Record that a stage is done."""
+        content = {name: done.to_json() for name, done in self.finished().items()}
+        write_json(self.path / FINISHED_FILE, {**content, key: stage.to_json()})
+
+    def files_written(self, artifact: str) -> tuple[str, ...]:
+        """Files of the stage that has just run and writes ``artifact``, relative to the folder.
+
+        These are all that no finished stage left, and the artifact's own even where an earlier
+        stage had written it too.
+        """
+        known = {name for stage in self.finished().values() for name in stage.files}
+        found = []
+        for file in sorted(self.path.rglob("*")):
+            name = file.relative_to(self.path)
+            if not file.is_file() or file.name.startswith(".") or str(name) in OWN_FILES:
+                continue
+            own = name.parts[0] in (artifact, f"{artifact}.json")
+            if own or str(name) not in known:
+                found.append(str(name))
+        return tuple(found)
 
     def report(self) -> RunReport:
         """What the finished stages left to be reported."""
-        file = self.path / REPORT_FILE
-        return RunReport(**json.loads(file.read_text())) if file.exists() else RunReport()
+        whole = RunReport()
+        for stage in self.finished().values():
+            whole.stages.update(stage.report.stages)
+            whole.warnings += [w for w in stage.report.warnings if w not in whole.warnings]
+        return whole
 
 
 class LayerStore:
@@ -157,6 +233,10 @@ class LayerStore:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Keep what holds for all layers, once all of them are finished."""
         write_json(self.folder / SUMMARY_FILE, summary)
+
+    def is_complete(self) -> bool:
+        """Whether all layers are finished: the summary is written behind them."""
+        return (self.folder / SUMMARY_FILE).exists()
 
     def summary(self) -> dict[str, Any]:
         """What ``write_summary`` kept."""

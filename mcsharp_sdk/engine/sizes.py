@@ -120,3 +120,11 @@ def _layer_sizes(source: SourceModel, index: int) -> LayerSizes:
         expert_weights=count * sum(rows * columns for rows, columns in shapes),
         linear_weights=sum(linear.weight.numel() for linear in linears),
     )
+
+
+def network_bytes(sizes: ModelSizes, layer: LayerSizes, units: int) -> int:
+    """Bytes of a layer's top-any network: two linear layers with biases, in float32."""
+    if not layer.experts:
+        return 0
+    first = units * (sizes.hidden_size + layer.top_k + 1)
+    return 4 * (first + layer.top_k * (units + 1))

@@ -51,7 +51,7 @@ class ModelCost:
 
     Attributes
     ----------
-    compressed : whether mcsharp_sdk packed it.
+    compressed : whether mcsharp_sdk packed any of it.
     weight_bytes : size of the weight files.
     directory_bytes : size of all files in the folder.
     roles : role -> its share.
@@ -116,13 +116,13 @@ def model_cost(directory: str | Path) -> ModelCost:
     experts = expert_bytes(tensors, layout)
     quantised = [tensor for tensor in tensors if tensor.quantised]
     return ModelCost(
-        compressed=layout is not None,
+        compressed=layout is not None and layout.packs,
         weight_bytes=sum(file.stat().st_size for file in checkpoint.files),
         directory_bytes=sum(f.stat().st_size for f in directory.rglob("*") if f.is_file()),
         roles=_shares(tensors),
         bits=_bits(quantised),
         expert_bits=_bits(t for t in quantised if t.role == "experts") if experts else None,
-        group_size=layout.group_size if layout else None,
+        group_size=layout.group_size if layout and layout.packs else None,
         expert_bytes=experts,
         top_k=_top_k(config, directory) if experts else 0,
         always_read_bytes=_always_read(tensors),

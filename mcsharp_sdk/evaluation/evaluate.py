@@ -15,11 +15,17 @@ from mcsharp_sdk.data.corpora import text_pieces
 from mcsharp_sdk.data.tokenise import load_tokenizer, token_stream
 from mcsharp_sdk.embedded.text import evaluation_text
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.evaluation.activation import watch_experts
-from mcsharp_sdk.evaluation.cost import model_cost
-from mcsharp_sdk.evaluation.loading import choose_device, choose_dtype, load_model
+from mcsharp_sdk.evaluation.activation import ExpertActivity, watch_experts
+from mcsharp_sdk.evaluation.cost import ModelCost, model_cost
+from mcsharp_sdk.evaluation.loading import (
+    check_pruning,
+    choose_device,
+    choose_dtype,
+    load_model,
+)
 from mcsharp_sdk.evaluation.perplexity import perplexity
 from mcsharp_sdk.models.source import read_config
+from mcsharp_sdk.runtime.pruned_routing import expert_pruning
 
 DEFAULT_WINDOW = 2048
 EMBEDDED_TEXT = "embedded evaluation text"
@@ -43,6 +49,7 @@ class Evaluation:
     bytes : size of the weight files.
     directory_bytes : size of everything in the folder.
     parameters : of the whole model.
+    pruning : how experts were pruned: ``off``, ``rule``, ``learned`` or ``both``.
     activated_expert_ratio : activated (token, expert) pairs over tokens·k.
     activated_expert_ratio_per_layer : the same per decoder layer that has experts.
     activated_bytes_per_token : mean bytes of stored weights that a token of this text reads.
@@ -65,6 +72,7 @@ class Evaluation:
     bytes: int
     directory_bytes: int
     parameters: int
+    pruning: str
     activated_expert_ratio: float
     activated_expert_ratio_per_layer: dict[int, float]
     activated_bytes_per_token: float
@@ -86,6 +94,7 @@ def evaluate(
     max_tokens: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    pruning: str | None = None,
     track: Callable[[range], Iterable[int]] = iter,
 ) -> Evaluation:
     """Evaluate a model, compressed or not.
@@ -99,28 +108,29 @@ def evaluate(
     device : ``auto`` (GPUs where there are any), or a device of torch.
     dtype : to compute in: ``auto`` (the checkpoint's, but float32 for float16 on a CPU),
         ``float32``, ``bfloat16`` or ``float16``.
+    pruning : how to prune experts: ``off``, ``rule``, ``learned`` or ``both``, as far as the model
+        can; None for as it was made.
     track : wraps the range of windows, e.g. to show progress.
 
     Raises
     ------
     InputError
-        If the folder, its tokenizer, the text, the window, the device or the dtype cannot be used.
+        If the folder, its tokenizer, the text, the window, the device, the dtype or the pruning
+        cannot be used.
     """
     directory = Path(model_dir)
     config = read_config(directory)
     cost = model_cost(directory)
+    check_pruning(pruning, directory)
     window = _choose_window(window, config)
     place = choose_device(device)
     computed_in = choose_dtype(dtype, config, place)
     name, pieces = _pieces(text)
     tokens = _read_tokens(pieces, directory, max_tokens, config)
-    model = load_model(directory, place, computed_in)
+    model = load_model(directory, place, computed_in, pruning)
     start = time.perf_counter()
     with watch_experts(model) as activity:
         result = perplexity(model, tokens, window, track=track)
-    seconds = time.perf_counter() - start
-    used = {layer: seen.frequency for layer, seen in activity.layers.items()}
-    experts = cost.expert_bits
     return Evaluation(
         model=str(directory),
         text=name,
@@ -129,21 +139,36 @@ def evaluate(
         tokens=result.tokens,
         window=window,
         windows=result.windows,
-        compressed=cost.compressed,
-        nominal_bits=cost.bits.nominal,
-        stored_bits=cost.bits.stored,
-        expert_nominal_bits=experts.nominal if experts else None,
-        expert_stored_bits=experts.stored if experts else None,
-        bytes=cost.weight_bytes,
-        directory_bytes=cost.directory_bytes,
-        parameters=cost.parameters,
-        activated_expert_ratio=activity.ratio,
-        activated_expert_ratio_per_layer={k: seen.ratio for k, seen in activity.layers.items()},
-        activated_bytes_per_token=cost.activated_bytes(used),
-        seconds=seconds,
+        pruning=expert_pruning(model),
+        seconds=time.perf_counter() - start,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
+        **_cost_fields(cost),
+        **_activity_fields(activity, cost),
     )
+
+
+def _cost_fields(cost: ModelCost) -> dict[str, Any]:
+    experts = cost.expert_bits
+    return {
+        "compressed": cost.compressed,
+        "nominal_bits": cost.bits.nominal,
+        "stored_bits": cost.bits.stored,
+        "expert_nominal_bits": experts.nominal if experts else None,
+        "expert_stored_bits": experts.stored if experts else None,
+        "bytes": cost.weight_bytes,
+        "directory_bytes": cost.directory_bytes,
+        "parameters": cost.parameters,
+    }
+
+
+def _activity_fields(activity: ExpertActivity, cost: ModelCost) -> dict[str, Any]:
+    used = {layer: seen.frequency for layer, seen in activity.layers.items()}
+    return {
+        "activated_expert_ratio": activity.ratio,
+        "activated_expert_ratio_per_layer": {k: s.ratio for k, s in activity.layers.items()},
+        "activated_bytes_per_token": cost.activated_bytes(used),
+    }
 
 
 def _choose_window(window: int | None, config: Any) -> int:

@@ -16,6 +16,7 @@ from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
 from mcsharp_sdk.models.routing import RouterSettings, router_settings
 from mcsharp_sdk.models.source import read_config
 from mcsharp_sdk.models.topology import Topology, read_topology
+from mcsharp_sdk.runtime.pruning_layout import PruningLayout
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Inspection:
     cost : bytes, parameters and bits.
     widths : decoder layer -> bits of each expert; None if not compressed.
     linear_widths : linear layer, relative to its decoder layer -> bits; None if not compressed.
+    pruning : how it can prune experts at run time; None if it cannot.
     """
 
     model: str
@@ -46,10 +48,12 @@ class Inspection:
     cost: ModelCost
     widths: Mapping[int, tuple[int, ...]] | None
     linear_widths: Mapping[str, int] | None
+    pruning: PruningLayout | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON; what ``mcsharp evaluate`` also tells has the same name there."""
         fields = asdict(self)
+        fields["pruning"] = self.pruning.to_dict() if self.pruning else None
         cost = self.cost
         fields["cost"] = {
             "supported": not self.unsupported,
@@ -93,8 +97,9 @@ def inspect_model(model_dir: str | Path) -> Inspection:
         router=router,
         unsupported=unsupported or router_fault,
         cost=cost,
-        widths=layout.experts if layout else None,
-        linear_widths=layout.linears if layout else None,
+        widths=layout.experts if layout and layout.packs else None,
+        linear_widths=layout.linears if layout and layout.packs else None,
+        pruning=layout.pruning if layout else None,
     )
 
 

@@ -13,12 +13,14 @@ from transformers.utils import logging as transformers_logging
 
 import mcsharp_sdk.runtime.hf_quantizer  # noqa: F401  (lets transformers load compressed models)
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
 from mcsharp_sdk.models.device import check_device
+from mcsharp_sdk.runtime.pruned_routing import set_expert_pruning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(directory: Path, device: str, dtype: torch.dtype) -> Any:
+def load_model(directory: Path, device: str, dtype: torch.dtype, pruning: str | None = None) -> Any:
     """The model in eval mode, its experts run by the exact ("eager") implementation.
 
     Parameters
@@ -26,11 +28,14 @@ def load_model(directory: Path, device: str, dtype: torch.dtype) -> Any:
     directory : folder with config and safetensors; no code from it is run.
     device : ``auto`` spreads the model over the GPUs and, if need be, the CPU; else one device.
     dtype : to compute in; packed weights stay packed.
+    pruning : how to prune experts: ``off``, ``rule``, ``learned`` or ``both``; None for as the
+        model was made.
 
     Raises
     ------
     InputError
-        If the files do not fill the architecture that the config describes.
+        If the files do not fill the architecture that the config describes, or the model cannot
+        prune in this way.
     """
     try:
         with _no_progress_bar():
@@ -48,7 +53,28 @@ def load_model(directory: Path, device: str, dtype: torch.dtype) -> Any:
     if missing := sorted(report["missing_keys"]):
         names = ", ".join(missing[:5])
         raise InputError(f"{directory} lacks {len(missing)} tensors of its architecture: {names}")
+    if pruning is not None:
+        set_expert_pruning(model, pruning)
     return model.eval()
+
+
+def check_pruning(mode: str | None, directory: Path) -> None:
+    """Check that a model can prune its experts in this mode, before its weights are loaded.
+
+    Raises
+    ------
+    InputError
+        If it cannot; the message names the modes that it can do.
+    """
+    if mode is None:
+        return
+    layout = read_layout(read_config_json(directory), directory)
+    if layout is not None and layout.pruning is not None:
+        layout.pruning.check_mode(mode)
+    elif mode != "off":
+        raise InputError(
+            f"expert pruning {mode!r} is not possible: {directory} has none; only 'off' is"
+        )
 
 
 def choose_device(name: str) -> str:

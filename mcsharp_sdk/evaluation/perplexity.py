@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mcsharp_sdk.errors import InputError, RunError
+from mcsharp_sdk.models.bfloat16 import fast_linears
 
 LOGITS_AT_ONCE = 2**24
 """Logits held at once, in elements: 64 MiB of float32."""
@@ -80,7 +81,8 @@ def perplexity(
     total = 0.0
     batches = _batches(windows, max(1, TOKENS_PER_FORWARD // window))
     for index in track(range(len(batches))):
-        losses = _window_nlls(model, batches[index].to(device))
+        with fast_linears():
+            losses = _window_nlls(model, batches[index].to(device))
         if losses.isnan().any():
             raise RunError("the loss of a window is not a number: the model is broken")
         total += losses.sum().item()

@@ -23,7 +23,7 @@ _ROLE_NAMES: tuple[tuple[Role, str], ...] = (
     ("other", r"norm\w*(\.(weight|bias|scale))?$|\.conv1d\.|(^|\.)(visual|vision\w*|audio\w*)\."),
     ("head", r"(^|\.)(lm_head|embed_out|output_layer)\."),
     ("embeddings", r"(^|\.)(embed_tokens|word_embeddings|embed_in|wte|wpe)\."),
-    ("router", r"\.(gate|router|shared_expert_gate|moe_statics)\.|e_score_correction_bias$"),
+    ("router", r"\.(gate|router|shared_expert_gate|moe_statics|pruner)\.|e_score_correction_bias$"),
     ("experts", r"\.experts\.|\.block_sparse_moe\.(in|out)put_linear\."),
     ("attention", r"\.\w*(attn|attention)\w*\."),
     ("linears", r"\.\d+\."),
@@ -126,7 +126,7 @@ def classify(
     Parameters
     ----------
     tensors : of the whole checkpoint.
-    layout : how they are packed, if they are.
+    layout : how they are packed, if any are.
     subject : what to call the model in an error.
 
     Raises
@@ -134,7 +134,7 @@ def classify(
     InputProblems
         If the layout and the stored tensors disagree.
     """
-    if layout is None:
+    if layout is None or not layout.packs:
         return [_plain(name, info) for name, info in tensors.items()]
     if problems := [*_wrong_buckets(tensors, layout), *_missing_linears(tensors, layout)]:
         raise InputProblems(subject, problems)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.kernels.matrix import PackedMatrix
+from mcsharp_sdk.models.bfloat16 import linear
 from mcsharp_sdk.quantization.grid import dequantise_packed, packed_rows
 from mcsharp_sdk.quantization.packing import BLOCK
 
@@ -34,5 +35,5 @@ def chunked_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
             columns=matrix.columns,
             dtype=x.dtype,
         )
-        out[:, start:stop] = x @ weight.t()
+        out[:, start:stop] = linear(x, weight)
     return out

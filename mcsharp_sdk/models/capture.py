@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mcsharp_sdk.models.experts import tokens_of_expert
+from mcsharp_sdk.models.experts import answering, tokens_of_expert
 from mcsharp_sdk.models.stream import StreamedLayer
 
 
@@ -112,16 +112,8 @@ def without_routed_experts(layer: StreamedLayer) -> Iterator[None]:
     if layer.moe is None:
         yield
         return
-    experts: Any = layer.module.get_submodule(layer.moe.experts)
-
-    def nothing(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros_like(hidden)
-
-    experts.forward = nothing
-    try:
+    with answering(layer.module.get_submodule(layer.moe.experts), torch.zeros_like):
         yield
-    finally:
-        del experts.forward
 
 
 def _stop(*_: Any) -> None:

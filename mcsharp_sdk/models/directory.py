@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +13,50 @@ from mcsharp_sdk.models.architecture import empty_model, read_config
 from mcsharp_sdk.models.routing import Router, router_from_tensors
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.source import SourceModel
-from mcsharp_sdk.models.topology import read_topology
+from mcsharp_sdk.models.topology import Topology, read_topology
+
+
+@dataclass(frozen=True)
+class CompressedFolder:
+    """A compressed model on disk, whose tensors are named as in the module tree.
+
+    Attributes
+    ----------
+    config : of transformers; it has a ``quantization_config``.
+    topology : where routers and experts are.
+    checkpoint : the tensors.
+    """
+
+    config: Any
+    topology: Topology
+    checkpoint: Checkpoint
+
+    @classmethod
+    def open(cls, path: Path) -> CompressedFolder | None:
+        """Open a folder; None if its model is an original, uncompressed one.
+
+        Raises
+        ------
+        InputError
+            If it is no folder of a MoE model.
+        """
+        config = read_config(path)
+        if getattr(config, "quantization_config", None) is None:
+            return None
+        model = empty_model(config, config.get_text_config().dtype or torch.float32)
+        return cls(config, read_topology(model, config), Checkpoint.open(path))
+
+    def module_tensors(self, layer: int, path: str) -> dict[str, torch.Tensor]:
+        """Tensors of a module within a decoder layer, by their names in that module."""
+        prefix = f"{self.topology.layers_path}.{layer}.{path}."
+        names = [name for name in self.checkpoint.names if name.startswith(prefix)]
+        return {name.removeprefix(prefix): self.checkpoint.read(name) for name in names}
+
+    def routers(self) -> Iterator[Router]:
+        """The routers of all MoE layers, read one at a time."""
+        for index, block in self.topology.moe.items():
+            tensors = self.module_tensors(index, block.router)
+            yield router_from_tensors(tensors, self.config, index)
 
 
 def routers_of_directory(path: Path) -> Iterator[Router]:
@@ -22,15 +67,5 @@ def routers_of_directory(path: Path) -> Iterator[Router]:
     InputError
         If the folder holds no MoE model whose routing is known.
     """
-    config = read_config(path)
-    if getattr(config, "quantization_config", None) is None:
-        yield from SourceModel(path).routers()
-        return
-    model = empty_model(config, config.get_text_config().dtype or torch.float32)
-    topology = read_topology(model, config)
-    checkpoint = Checkpoint.open(path)
-    for index, block in topology.moe.items():
-        prefix = f"{topology.layers_path}.{index}.{block.router}."
-        names = [name for name in checkpoint.names if name.startswith(prefix)]
-        tensors = {name.removeprefix(prefix): checkpoint.read(name) for name in names}
-        yield router_from_tensors(tensors, config, index)
+    folder = CompressedFolder.open(path)
+    yield from SourceModel(path).routers() if folder is None else folder.routers()

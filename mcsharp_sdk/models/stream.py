@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mcsharp_sdk.models.bfloat16 import fast_linears
+from mcsharp_sdk.models.experts import answering
 from mcsharp_sdk.models.source import SourceModel
+from mcsharp_sdk.models.topology import MoeBlock
 
 TOKENS_PER_BATCH = 2048
 
@@ -66,13 +69,21 @@ class LayerInputs:
         """Output of ``layer`` (decoder layer ``index``) for some sequences."""
         hidden = self.hidden[rows]
         args, kwargs = self.arguments[hidden.shape[0]][index]
-        output = layer(hidden, *args, **kwargs)
+        with fast_linears():
+            output = layer(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def advance(self, layer: nn.Module, index: int) -> None:
         """Replace the hidden states by what ``layer`` makes of them."""
         for rows in self.batches():
             self.hidden[rows] = self.call(layer, index, rows)
+
+    def advance_with(self, layer: nn.Module, index: int, block: MoeBlock, outputs: Tensor) -> None:
+        """As ``advance``, with the routed experts' outputs, [T, hidden], known already."""
+        rest = iter(outputs.split(self.batch * self.hidden.shape[1]))
+        experts = layer.get_submodule(block.experts)
+        with answering(experts, lambda hidden: next(rest).view_as(hidden)):
+            self.advance(layer, index)
 
 
 @torch.no_grad()
@@ -125,19 +136,36 @@ def _recorders(source: SourceModel) -> Iterator[list[tuple[Tensor, tuple[Any, ..
         owner.layers = layers
 
 
-@dataclass(frozen=True)
+@dataclass
 class StreamedLayer:
-    """One loaded decoder layer with the calibration activations in front of it."""
+    """One loaded decoder layer with the calibration activations in front of it.
+
+    Attributes
+    ----------
+    source, index, module : the model, and which of its layers this is.
+    inputs : in front of it.
+    expert_outputs : [T, hidden], the sum of the routed experts' outputs on all tokens if the
+        consumer has computed it; they are not run again then.
+    """
 
     source: SourceModel
     index: int
     module: nn.Module
     inputs: LayerInputs
+    expert_outputs: Tensor | None = None
 
     @property
     def moe(self) -> Any:
         """The layer's mixture of experts, or None if it is dense."""
         return self.source.topology.moe.get(self.index)
+
+    def advance(self) -> None:
+        """Move the activations on through the layer as it is now."""
+        if self.expert_outputs is None:
+            self.inputs.advance(self.module, self.index)
+        else:
+            self.inputs.advance_with(self.module, self.index, self.moe, self.expert_outputs)
+            self.expert_outputs = None
 
 
 @torch.no_grad()
@@ -157,5 +185,5 @@ def stream_layers(
         source.load(path)
         layer = StreamedLayer(source, index, source.layer(index), inputs)
         yield layer
-        inputs.advance(layer.module, index)
+        layer.advance()
         source.free(path)

@@ -13,6 +13,7 @@ from mcsharp_sdk.errors import Problem
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
+    from mcsharp_sdk.models.topology import MoeBlock
 
 
 class Modifier(BaseModel, ABC):
@@ -21,6 +22,7 @@ class Modifier(BaseModel, ABC):
     Class attributes
     ----------------
     reads : names of the artifacts that the stage needs from earlier stages.
+    uses : names of the artifacts that change its result if an earlier stage made them.
     writes : name of the artifact that the stage makes.
     uses_calibration : the stage measures with the calibration text.
     reads_routing : the stage needs to know how the model's routers choose.
@@ -32,6 +34,7 @@ class Modifier(BaseModel, ABC):
     type: str
 
     reads: ClassVar[tuple[str, ...]] = ()
+    uses: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[str]
     uses_calibration: ClassVar[bool] = False
     reads_routing: ClassVar[bool] = False
@@ -63,6 +66,13 @@ class Modifier(BaseModel, ABC):
         ``where`` of each problem is the name of the setting that it is about.
         """
         return []
+
+    def check_blocks(self, blocks: Mapping[int, MoeBlock]) -> list[Problem]:
+        """What does not fit a model with such MoE blocks (decoder layer -> block).
+
+        ``where`` of each problem is the name of the setting that it is about.
+        """
+        return self.check_experts({layer: block.num_experts for layer, block in blocks.items()})
 
     @abstractmethod
     def run(self, context: RunContext) -> None:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.artifacts import LayerStatistics
-from mcsharp_sdk.models.capture import RoutedInputs, routed_inputs
+from mcsharp_sdk.models.bfloat16 import linear
+from mcsharp_sdk.models.capture import RoutedInputs
+from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import MATRICES, Matrix, activate, finish, fused_weight
 from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.routing import router_scores
@@ -27,7 +29,7 @@ from mcsharp_sdk.quantization.hessian import DAMPING, InverseFactor, factorise
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
 
-HESSIAN_TOKENS = 4096
+HESSIAN_TOKENS = 2048
 """Most tokens per expert that Hessians are summed over: errors are compared, not stored."""
 
 QUICK_SEARCH: dict[str, Any] = {"clip_ratios": (1.0, 0.8, 0.65, 0.5, 0.38), "refinements": 1}
@@ -63,14 +65,14 @@ class ExpertMeasurement:
         ``quant_error[b][e]`` = ‖σ_e(t)·(F_e(x_t) − F_e^b(x_t))‖_F over the tokens t that select
         expert e: as only that expert changes, it is the change of the block's output.
         """
-        routed = routed_inputs(layer)
+        runs = ExpertRuns.of_layer(layer)
+        routed, experts = runs.routed, runs.experts
         release_free_memory()
         count = layer.moe.num_experts
         reached = routed.counts(count)
         errors = {width: np.zeros(count) for width in self.widths} if self.block_errors else {}
         dropped = np.zeros(count)
-        experts: Any = layer.module.get_submodule(layer.moe.experts)
-        for expert, variants in self.quantised_experts(experts, routed):
+        for expert, variants in self.quantised_experts(runs):
             tokens, routing = routed.of_expert(expert, self.error_tokens)
             sampled = reached[expert] / max(1, tokens.shape[0])
             output = _run_expert(experts, expert, tokens)
@@ -80,6 +82,7 @@ class ExpertMeasurement:
             for width, weights in variants:
                 change = output - _run_expert(experts, expert, tokens, weights)
                 errors[width][expert] = _norm(change, routing, sampled)
+        layer.expert_outputs = runs.outputs
         return LayerStatistics(
             layer=layer.index,
             activation_count=np.array(reached, dtype=np.float64),
@@ -90,25 +93,24 @@ class ExpertMeasurement:
         )
 
     def quantised_experts(
-        self, experts: Any, routed: RoutedInputs
+        self, runs: ExpertRuns
     ) -> Iterator[tuple[int, Iterator[tuple[int, ExpertWeights]]]]:
         """For each expert, its weights quantised to each candidate width.
 
-        Hessians and their factors are computed once and serve all widths.
+        Hessians and their factors are computed once and serve all widths. Experts are run on all
+        their tokens on the way, so that ``runs.outputs`` is complete behind the last one.
         """
-        for chunk in expert_chunks(experts):
-            variants = self._chunk_variants(experts, chunk, routed)
+        for chunk in expert_chunks(runs.experts):
+            variants = self._chunk_variants(runs, chunk)
             for position, expert in enumerate(chunk):
                 yield expert, _variants_of(variants, position)
 
-    def _chunk_variants(
-        self, experts: Any, chunk: Sequence[int], routed: RoutedInputs
-    ) -> dict[int, ExpertWeights]:
+    def _chunk_variants(self, runs: ExpertRuns, chunk: Sequence[int]) -> dict[int, ExpertWeights]:
         """Width -> matrix -> weights of the chunk's experts, [n, R, K] in the model's dtype."""
         variants: dict[int, ExpertWeights] = {width: {} for width in self.widths}
         for matrix in MATRICES:
-            weights = fused_weight(experts, matrix)[chunk]
-            factor = self._factor(experts, matrix, chunk, routed)
+            weights = fused_weight(runs.experts, matrix)[chunk]
+            factor = self._factor(runs, matrix, chunk)
             release_free_memory()
             for width in self.widths:
                 widths = [width] * len(chunk)
@@ -120,18 +122,18 @@ class ExpertMeasurement:
                 variants[width][matrix] = batch.dequantise(weights.dtype)
                 del batch
                 release_free_memory()
+        for expert in chunk:
+            runs.add_output(expert)
         return variants
 
     def _factor(
-        self, experts: Any, matrix: Matrix, chunk: Sequence[int], routed: RoutedInputs
+        self, runs: ExpertRuns, matrix: Matrix, chunk: Sequence[int]
     ) -> InverseFactor | None:
         if self.quantizer == "rtn":
             return None
         settings = QuantizerSettings("gptq", self._grid, DAMPING, False, True)
         quantiser = LayerQuantiser(settings, None, None)
-        hessians = quantiser.expert_hessians(
-            experts, matrix, chunk, routed, LayerNotes(), most=HESSIAN_TOKENS
-        )
+        hessians = quantiser.expert_hessians(runs, matrix, chunk, LayerNotes(), HESSIAN_TOKENS)
         return factorise(hessians)
 
     @property
@@ -152,8 +154,8 @@ def _run_expert(
     """Output of an expert on tokens [n, hidden], with other weights than its own if given."""
     if weights is None:
         weights = {matrix: fused_weight(experts, matrix)[expert] for matrix in MATRICES}
-    inner = activate(experts, tokens @ weights["gate_up"].t(), expert)
-    return finish(experts, inner @ weights["down"].t(), expert)
+    inner = activate(experts, linear(tokens, weights["gate_up"]), expert)
+    return finish(experts, linear(inner, weights["down"]), expert)
 
 
 def _norm(change: Tensor, routing: Tensor, sampled: float) -> float:

@@ -44,7 +44,7 @@ class ExpertStats(Modifier):
     error_tokens: Annotated[
         int,
         Field(ge=1, description="Errors are measured on at most this many tokens of an expert."),
-    ] = 2048
+    ] = 512
     coverage: Annotated[
         int, Field(ge=0, description="Experts that fewer tokens reach are named in the report.")
     ] = 128
@@ -66,6 +66,7 @@ class ExpertStats(Modifier):
         return tuple(sorted(set(bits)))
 
     def run(self, context: RunContext) -> None:
+        from mcsharp_sdk.models.expert_runs import run_experts
         from mcsharp_sdk.modifiers.expert_measurement import ExpertMeasurement
         from mcsharp_sdk.modifiers.model_errors import measure_model_errors
 
@@ -74,7 +75,11 @@ class ExpertStats(Modifier):
         )
         layers = context.layers(self.writes)
         for layer in context.stream("measuring experts"):
-            if layer.moe is not None and not layers.has(layer.index):
+            if layer.moe is None:
+                continue
+            if layers.has(layer.index):
+                layer.expert_outputs = run_experts(layer)
+            else:
                 layers.write(layer.index, {}, measurement.of_layer(layer).to_json())
         measured = [
             LayerStatistics.from_json(layers.notes(index)) for index in context.model.topology.moe

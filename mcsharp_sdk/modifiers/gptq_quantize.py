@@ -113,6 +113,7 @@ class GPTQQuantize(Modifier):
         return []
 
     def run(self, context: RunContext) -> None:
+        from mcsharp_sdk.models.expert_runs import run_experts
         from mcsharp_sdk.modifiers.layer_restoration import restore_layer
 
         bit_map = self._bit_map(context)
@@ -128,6 +129,8 @@ class GPTQQuantize(Modifier):
                     linear_bits=self.other_bits,
                     group_size=self.group_size,
                 )
+                if widths is not None:
+                    layer.expert_outputs = run_experts(layer)
             else:
                 tensors, notes = quantiser.quantise(layer, widths)
                 layers.write(layer.index, tensors, asdict(notes))

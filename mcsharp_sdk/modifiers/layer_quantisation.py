@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.models.capture import RoutedInputs, linear_inputs, routed_inputs
-from mcsharp_sdk.models.experts import Matrix, activate, fused_weight
+from mcsharp_sdk.models.capture import linear_inputs
+from mcsharp_sdk.models.expert_runs import ExpertRuns
+from mcsharp_sdk.models.experts import MATRICES, Matrix, fused_weight
 from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.stream import StreamedLayer
 from mcsharp_sdk.quantization.gptq import quantise_gptq
@@ -42,6 +43,9 @@ from mcsharp_sdk.runtime.layout import (
 QuantizerName = Literal["gptq", "rtn"]
 WORKING_SET_BYTES = 256 * 2**20
 """Memory for the float32 weights and Hessians of the experts that are quantised together."""
+
+OVERALL_TOKENS = 4096
+"""Tokens of the whole layer that stand in where few tokens reach an expert."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ class LayerQuantiser:
 
         Parameters
         ----------
-        expert_bits : width of each routed expert, or None for a dense layer.
+        expert_bits : width of each routed expert, or None for a dense layer. What the experts then
+            give on the calibration tokens is left in ``layer.expert_outputs``.
 
         Returns
         -------
@@ -157,14 +162,13 @@ class LayerQuantiser:
     def _experts(
         self, layer: StreamedLayer, bits: Sequence[int], notes: LayerNotes
     ) -> dict[Matrix, list[PackedWeight]]:
-        experts: Any = layer.module.get_submodule(layer.moe.experts)
-        routed = routed_inputs(layer)
+        runs = ExpertRuns.of_layer(layer)
         packed: dict[Matrix, list[PackedWeight]] = {"gate_up": [], "down": []}
-        for chunk in expert_chunks(experts):
+        for chunk in expert_chunks(runs.experts):
             widths = [bits[e] for e in chunk]
-            for matrix in packed:
-                hessians = self.expert_hessians(experts, matrix, chunk, routed, notes)
-                weights = fused_weight(experts, matrix)
+            for matrix in MATRICES:
+                hessians = self.expert_hessians(runs, matrix, chunk, notes)
+                weights = fused_weight(runs.experts, matrix)
                 names = [f"experts.{e}.{matrix}" for e in chunk]
                 batch = self._quantise(weights[chunk], hessians, widths, names, notes)
                 for position, expert in enumerate(chunk):
@@ -172,35 +176,38 @@ class LayerQuantiser:
                     weights[expert] = dequantise(quantised, weights.dtype)
                     packed[matrix].append(pack_weight(quantised))
                 release_free_memory()
+            for expert in chunk:
+                runs.add_output(expert)
+        layer.expert_outputs = runs.outputs
         return packed
 
     def expert_hessians(
         self,
-        experts: Any,
+        runs: ExpertRuns,
         matrix: Matrix,
         chunk: Sequence[int],
-        routed: RoutedInputs,
         notes: LayerNotes,
         most: int | None = None,
     ) -> Tensor:
         """Hessians of one matrix of some experts, [n, K, K], from the tokens routed to each.
 
-        Experts with few tokens are completed by the tokens of the whole layer, and noted. Of more
+        Experts with few tokens are completed by tokens of the whole layer, and noted. Of more
         than ``most`` tokens, so many are taken.
         """
-        columns = fused_weight(experts, matrix).shape[-1]
+        columns = fused_weight(runs.experts, matrix).shape[-1]
         hessians = torch.zeros(len(chunk), columns, columns)
+        shared: Tensor | None = None
         for hessian, expert in zip(hessians, chunk, strict=True):
-            tokens, routing = routed.of_expert(expert, most)
-            inputs = _matrix_inputs(experts, matrix, expert, tokens)
-            accumulate(hessian, inputs, routing if self.settings.routing_weighted else None)
-            if len(tokens) < columns:
-                notes.starved[str(expert)] = len(tokens)
-                everything = _matrix_inputs(experts, matrix, expert, routed.hidden)
-                overall = torch.zeros_like(hessian)
-                accumulate(overall, everything)
-                total = routed.num_tokens
-                hessian.copy_(shrink(hessian[None], [len(tokens)], overall, total)[0])
+            tokens = 0
+            for piece in runs.pieces(expert, matrix, most):
+                routing = piece.routing if self.settings.routing_weighted else None
+                accumulate(hessian, piece.inputs, routing)
+                tokens += len(piece.token)
+            if tokens < columns:
+                notes.starved[str(expert)] = tokens
+                if shared is None or matrix == "down":
+                    shared = _mean_hessian(runs, matrix, expert)
+                hessian.copy_(shrink(hessian[None], [tokens], shared, 1)[0])
         return hessians
 
     def _quantise(
@@ -258,9 +265,14 @@ def expert_chunks(experts: Any) -> Iterator[list[int]]:
         release_free_memory()
 
 
-def _matrix_inputs(experts: Any, matrix: Matrix, expert: int, tokens: Tensor) -> Tensor:
-    """Inputs of one matrix of an expert, [n, K], from the inputs of the expert, [n, hidden]."""
-    if matrix == "gate_up":
-        return tokens
-    first = fused_weight(experts, "gate_up")[expert]
-    return activate(experts, tokens @ first.t(), expert)
+def _mean_hessian(runs: ExpertRuns, matrix: Matrix, expert: int) -> Tensor:
+    """Hessian of one matrix of an expert per token, [K, K], over tokens of the whole layer.
+
+    For gate and up it is the same for all experts.
+    """
+    hidden = runs.routed.hidden
+    tokens = hidden[torch.linspace(0, len(hidden) - 1, min(len(hidden), OVERALL_TOKENS)).long()]
+    inputs = runs.inputs(expert, matrix, tokens)
+    hessian = torch.zeros(inputs.shape[-1], inputs.shape[-1])
+    accumulate(hessian, inputs)
+    return hessian.div_(len(tokens))

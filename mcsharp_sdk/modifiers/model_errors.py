@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.artifacts import LayerStatistics
-from mcsharp_sdk.models.capture import routed_inputs
+from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import MATRICES, fused_weight
 from mcsharp_sdk.models.stream import LayerInputs, StreamedLayer, embed
 
@@ -47,10 +47,10 @@ def measure_model_errors(
         if statistics is not None:
             count = statistics.num_experts
             errors = {width: np.zeros(count) for width in measurement.widths}
-            experts: Any = layer.module.get_submodule(layer.moe.experts)
-            for expert, variants in measurement.quantised_experts(experts, routed_inputs(layer)):
+            runs = ExpertRuns.of_layer(layer)
+            for expert, variants in measurement.quantised_experts(runs):
                 for width, weights in variants:
-                    with _replaced(experts, expert, weights):
+                    with _replaced(runs.experts, expert, weights):
                         output = _run_layers(context, probe.hidden, probe, index, last)
                     errors[width][expert] = float((output - reference).float().norm())
             filled.append(replace(statistics, quant_error=errors))

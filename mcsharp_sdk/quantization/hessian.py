@@ -113,7 +113,7 @@ def diagonal_importance(hessians: Tensor) -> Tensor:
     return hessians.diagonal(dim1=-2, dim2=-1).clone()
 
 
-def factorise(hessians: Tensor, *, damping: float | Sequence[float] = DAMPING) -> InverseFactor:
+def factorise(hessians: Tensor, *, damping: float = DAMPING) -> InverseFactor:
     """Factorise the inverses of damped Hessians: (H + λI)⁻¹ = Uᵀ U, λ = damping · mean diagonal.
 
     H = R Rᵀ with R upper triangular is the Cholesky factorisation of H read from its last row and
@@ -124,7 +124,7 @@ def factorise(hessians: Tensor, *, damping: float | Sequence[float] = DAMPING) -
     Parameters
     ----------
     hessians : fp32 [E, K, K], symmetric; not changed.
-    damping : > 0, for all or for each of the E.
+    damping : > 0.
 
     Returns
     -------
@@ -133,37 +133,34 @@ def factorise(hessians: Tensor, *, damping: float | Sequence[float] = DAMPING) -
     Raises
     ------
     ValueError
-        If ``damping`` is not positive or there is not one per expert.
+        If ``damping`` is not positive.
     """
+    if damping <= 0:
+        raise ValueError(f"damping must be positive, got {damping}")
     experts = len(hessians)
-    asked = [float(damping)] * experts if isinstance(damping, (int, float)) else list(damping)
-    if len(asked) != experts or not all(share > 0 for share in asked):
-        raise ValueError(f"damping must be positive, one for all or {experts}, got {damping}")
     diagonal = hessians.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1)
     mean = torch.where(torch.isfinite(mean) & (mean > 0), mean, torch.ones_like(mean))
-    upper = torch.empty_like(hessians)
-    used = list(asked)
-    pending = list(range(experts))
-    for attempt in range(DAMPING_RAISES + 1):
-        for expert in pending:
-            used[expert] = asked[expert] * 10**attempt
-        share = hessians.new_tensor([used[expert] for expert in pending]).unsqueeze(-1)
-        ridge = torch.where(diagonal[pending] <= 0, 1.0, share) * mean[pending].unsqueeze(-1)
-        whole = len(pending) == experts
-        factor, bad = _inverse_upper(hessians if whole else hessians[pending], ridge)
-        upper = (
-            factor
-            if whole
-            else upper.index_copy_(0, torch.tensor(pending, device=upper.device), factor)
-        )
-        pending = [expert for expert, failed in zip(pending, bad, strict=True) if failed]
-        if not pending:
-            break
+    used = [damping] * experts
+    upper, bad = _inverse_upper(hessians, _ridge(diagonal, mean, damping))
+    pending = [expert for expert in range(experts) if bad[expert]]
+    for attempt in range(1, DAMPING_RAISES + 1):
+        for expert in list(pending):
+            one = slice(expert, expert + 1)
+            used[expert] = damping * 10**attempt
+            ridge = _ridge(diagonal[one], mean[one], used[expert])
+            upper[one], (failed,) = _inverse_upper(hessians[one], ridge)
+            if not failed:
+                pending.remove(expert)
     for expert in pending:
         upper[expert] = torch.diag(_diagonal_only(diagonal[expert], mean[expert]))
-    raised = tuple(e for e in range(experts) if used[e] > asked[e] and e not in pending)
+    raised = tuple(e for e in range(experts) if used[e] > damping and e not in pending)
     return InverseFactor(upper, tuple(used), raised, tuple(pending))
+
+
+def _ridge(diagonal: Tensor, mean: Tensor, damping: float) -> Tensor:
+    """What is added to the diagonals, [E, K]; the mean where no input excites a column."""
+    return torch.where(diagonal <= 0, 1.0, damping) * mean.unsqueeze(-1)
 
 
 def _inverse_upper(hessians: Tensor, ridge: Tensor) -> tuple[Tensor, list[bool]]:

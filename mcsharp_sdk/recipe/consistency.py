@@ -43,13 +43,17 @@ def misfits(
     for index, exporter in enumerate(exports):
         if not isinstance(exporter, Exporter) or chain.anything:
             continue
-        for artifact in exporter.reads:
-            if artifact not in chain.made:
-                findings.append(
-                    Finding(("exports", index), chain.lacks_export(exporter, artifact))
-                    if exports_given
-                    else Finding(("exports",), chain.lacks_default(exporter, artifact))
-                )
+        for artifacts in chain.missing_export(exporter):
+            findings.append(
+                Finding(("exports", index), chain.lacks_export(exporter, artifacts))
+                if exports_given
+                else Finding(("exports",), chain.lacks_default(exporter, artifacts))
+            )
+        known = [stage for stage in stages if isinstance(stage, Modifier)]
+        findings += [
+            Finding(("exports", index, problem.where), problem.message)
+            for problem in exporter.check_stages(known)
+        ]
     return findings
 
 
@@ -79,22 +83,27 @@ class _Chain:
     def missing(self, stage: Modifier) -> list[str]:
         return [] if self.anything else [a for a in stage.needs() if a not in self.made]
 
+    def missing_export(self, exporter: Exporter) -> list[tuple[str, ...]]:
+        """Groups of artifacts that lack; one of each group would do."""
+        groups = [*((artifact,) for artifact in exporter.needs()), exporter.reads_any]
+        return [group for group in groups if group and self.made.isdisjoint(group)]
+
     def lacks(self, stage: Modifier, artifact: str) -> str:
-        remedies = [self._remedy(artifact), *_files_instead(stage, artifact)]
-        return _needs(stage.type, artifact, remedies)
+        remedies = [self._remedy((artifact,)), *_files_instead(stage, artifact)]
+        return _needs(stage.type, (artifact,), remedies)
 
-    def lacks_export(self, exporter: Exporter, artifact: str) -> str:
-        return _needs(exporter.type, artifact, [self._remedy(artifact)])
+    def lacks_export(self, exporter: Exporter, artifacts: Sequence[str]) -> str:
+        return _needs(exporter.type, artifacts, [self._remedy(artifacts)])
 
-    def lacks_default(self, exporter: Exporter, artifact: str) -> str:
+    def lacks_default(self, exporter: Exporter, artifacts: Sequence[str]) -> str:
         keep = "write 'exports: []' to end with the run directory"
-        return _needs(f"{exporter.type}, the default,", artifact, [self._remedy(artifact), keep])
+        return _needs(f"{exporter.type}, the default,", artifacts, [self._remedy(artifacts), keep])
 
-    def _remedy(self, artifact: str) -> str:
+    def _remedy(self, artifacts: Sequence[str]) -> str:
         for later in self.stages[self.passed :]:
-            if isinstance(later, Modifier) and later.writes == artifact:
+            if isinstance(later, Modifier) and later.writes in artifacts:
                 return f"move {later.type} before it"
-        makers = [n for n, kind in MODIFIERS.usable() if kind and kind.writes == artifact]
+        makers = [n for n, kind in MODIFIERS.usable() if kind and kind.writes in artifacts]
         if makers:
             return f"add {_one_of(makers)} stage before it"
         return "add a stage that makes it"
@@ -102,11 +111,15 @@ class _Chain:
 
 def _one_of(names: Sequence[str]) -> str:
     article = "an" if names[0][:1].lower() in "aeio" else "a"
-    return f"{article} {' or '.join(names)}"
+    return f"{article} {_alternatives(names)}"
 
 
-def _needs(name: str, artifact: str, remedies: Sequence[str]) -> str:
-    what = artifact.replace("_", " ")
+def _alternatives(names: Sequence[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _needs(name: str, artifacts: Sequence[str], remedies: Sequence[str]) -> str:
+    what = _alternatives([artifact.replace("_", " ") for artifact in artifacts])
     return f"{name} needs the {what} of an earlier stage: {', or '.join(remedies)}"
 
 

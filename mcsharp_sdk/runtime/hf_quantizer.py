@@ -20,6 +20,13 @@ from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.topology import read_topology
 from mcsharp_sdk.runtime.layout import INDEX_FILE, METHOD, WEIGHTS_NAME, PackedLayout
 from mcsharp_sdk.runtime.modules import PackedLinear, pack_experts_module
+from mcsharp_sdk.runtime.pruned_routing import (
+    ExpertPruner,
+    expert_pruning,
+    install_pruning,
+    set_expert_pruning,
+)
+from mcsharp_sdk.runtime.pruning_layout import PruningMode
 from mcsharp_sdk.runtime.saving import rename_weight_files
 
 
@@ -56,9 +63,12 @@ class McSharpQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model._weight_conversions = []
         for module in model.modules():
-            if isinstance(module, PackedLinear):
+            if isinstance(module, PackedLinear | ExpertPruner):
                 module.requires_grad_(False)
         make_savable(model)
+        layout = PackedLayout.from_dict(self.quantization_config.to_dict())
+        if layout.pruning is not None:
+            set_expert_pruning(model, layout.pruning.mode)
         return model
 
     def is_serializable(self) -> bool:
@@ -72,13 +82,17 @@ class McSharpQuantizer(HfQuantizer):
 def pack_modules(model: Any, layout: PackedLayout) -> None:
     """Replace the modules that ``layout`` names by packed ones, in place, with empty tensors.
 
+    If the model is to prune its experts, it gets pruners, switched off.
+
     Raises
     ------
     InputError
         If the layout does not fit the model: other layers, experts or linears.
     """
     topology = read_topology(model, model.config)
-    if set(layout.experts) != set(topology.moe):
+    if layout.pruning is not None:
+        install_pruning(model, topology, layout.pruning)
+    if layout.experts and set(layout.experts) != set(topology.moe):
         raise InputError(
             f"quantization_config has experts in decoder layers {sorted(layout.experts)}, "
             f"but the model in {sorted(topology.moe)}"
@@ -89,7 +103,7 @@ def pack_modules(model: Any, layout: PackedLayout) -> None:
             if name in layout.linears:
                 found.add(name)
                 _pack_linear(layer, name, layout)
-        if index in topology.moe:
+        if index in layout.experts:
             block = topology.moe[index]
             bits = layout.experts[index]
             if len(bits) != block.num_experts:
@@ -116,6 +130,27 @@ def _pack_linear(layer: nn.Module, name: str, layout: PackedLayout) -> None:
 
 class CompressedModelMixin:
     """What a compressed model does differently from its stock class."""
+
+    @property
+    def expert_pruning(self) -> PruningMode:
+        """How it prunes its experts now: ``off``, ``rule``, ``learned`` or ``both``."""
+        return expert_pruning(self)
+
+    def set_expert_pruning(self, mode: str) -> None:
+        """Choose how it prunes its experts from now on; no weight is loaded again.
+
+        Parameters
+        ----------
+        mode : ``off``, ``rule``, ``learned`` or ``both``, as far as the model has data for it. See
+            :mod:`mcsharp_sdk.runtime.pruned_routing`.
+
+        Raises
+        ------
+        InputError
+            If the model has no data for this mode, or its attention implementation cannot tell
+            what the mode needs.
+        """
+        set_expert_pruning(self, mode)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save under the file names of compressed models, so that it can be loaded again.

@@ -6,6 +6,10 @@ The one place where the stored format is written down:
   are stacked in a bucket ``<experts>.width_<b>``, in ascending order of expert.
 - ``linears``: path of a linear layer, relative to the decoder layer -> its width; it holds for
   every decoder layer that has such a linear.
+- ``pruning``: how experts are pruned at run time, absent if they are not; see
+  :mod:`mcsharp_sdk.runtime.pruning_layout`.
+
+``experts`` and ``linears`` are empty in a model that is pruned but not quantised.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.experts import MATRICES, Matrix
 from mcsharp_sdk.quantization.grid import WIDTHS, PackedWeight, group_count
 from mcsharp_sdk.quantization.packing import packed_bytes
+from mcsharp_sdk.runtime.pruning_layout import PruningLayout
 
 METHOD = "mcsharp"
 FORMAT_VERSION = 1
@@ -41,11 +46,18 @@ class PackedLayout:
     group_size : columns that share a scale and a zero point.
     experts : decoder layer -> width per expert.
     linears : path relative to the decoder layer -> width.
+    pruning : which experts are left out at run time; None for none.
     """
 
     group_size: int
     experts: Mapping[int, tuple[int, ...]]
     linears: Mapping[str, int]
+    pruning: PruningLayout | None = None
+
+    @property
+    def packs(self) -> bool:
+        """Whether any tensor is packed: not in a model that is only pruned."""
+        return bool(self.experts or self.linears)
 
     def to_dict(self) -> dict[str, Any]:
         """The ``quantization_config`` of ``config.json``."""
@@ -55,6 +67,7 @@ class PackedLayout:
             "group_size": self.group_size,
             "experts": {str(layer): list(bits) for layer, bits in self.experts.items()},
             "linears": dict(self.linears),
+            **({"pruning": self.pruning.to_dict()} if self.pruning else {}),
         }
 
     @classmethod
@@ -72,6 +85,7 @@ class PackedLayout:
                 f"quantization_config has format_version {version!r}; this mcsharp_sdk reads "
                 f"version {FORMAT_VERSION}"
             )
+        pruning = _read_pruning(config.get("pruning"))
         try:
             layout = cls(
                 group_size=int(config["group_size"]),
@@ -80,6 +94,7 @@ class PackedLayout:
                     for layer, bits in config["experts"].items()
                 },
                 linears={str(name): int(bits) for name, bits in config["linears"].items()},
+                pruning=pruning,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"quantization_config is malformed: {error!r}") from error
@@ -92,6 +107,10 @@ class PackedLayout:
                 f"{sorted(widths)}; group sizes from 1 and widths of {list(WIDTHS)} are stored"
             )
         return layout
+
+
+def _read_pruning(config: Mapping[str, Any] | None) -> PruningLayout | None:
+    return None if config is None else PruningLayout.from_dict(config)
 
 
 def members(bits: Sequence[int]) -> dict[int, list[int]]:

@@ -8,17 +8,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import onnx
 import pytest
 import torch
+from mcsharp_exporters.graph_nodes import DTYPES, DtypeName
 from mcsharp_exporters.onnx_routers import (
     OnnxRoutersExporter,
     export_onnx_routers,
     read_manifest,
 )
 from mcsharp_exporters.onnx_runner import OnnxRouters
-from mcsharp_exporters.router_graph import DTYPES, DtypeName, router_graph
+from mcsharp_exporters.router_graph import router_graph
 from pydantic import ValidationError
 from router_cases import CASES, EXPERTS, HIDDEN, LAYER, TOP_K, hidden_states, router_case
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -231,12 +233,16 @@ def test_weights_beyond_the_range_of_fp16_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_exporter_writes_the_model_s_routers_into_its_folder(tmp_path: Path) -> None:
-    context = SimpleNamespace(routers=lambda: iter([router_case("mixtral")]))
-    OnnxRoutersExporter(type="onnx_routers", dtype="bf16").run(context, tmp_path)  # type: ignore[arg-type]
+    context: Any = SimpleNamespace(
+        routers=lambda: iter([router_case("mixtral")]), pruning_layout=lambda: None
+    )
+    OnnxRoutersExporter(type="onnx_routers", dtype="bf16").run(context, tmp_path)
     assert OnnxRouters(tmp_path / "onnx_routers", "cpu").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("settings", [{"dtype": "fp8"}, {"folder": "../up"}, {"fold": "x"}])
+@pytest.mark.parametrize(
+    "settings", [{"dtype": "fp8"}, {"folder": "../up"}, {"fold": "x"}, {"pruning": "on"}]
+)
 def test_bad_settings_are_refused(settings: dict[str, str]) -> None:
     with pytest.raises(ValidationError):
         OnnxRoutersExporter.model_validate({"type": "onnx_routers", **settings})

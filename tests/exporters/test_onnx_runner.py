@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from mcsharp_exporters.onnx_routers import export_onnx_routers
 from mcsharp_exporters.onnx_runner import OnnxRouters
-from router_cases import HIDDEN, LAYER, hidden_states, router_case
+from mcsharp_exporters.router_pruning import ModelPruning, RouterPruning
+from router_cases import EXPERTS, HIDDEN, LAYER, TOP_K, hidden_states, router_case
 
 from mcsharp_sdk.errors import InputError, RunError
+from mcsharp_sdk.runtime.pruning_layout import PruningLayout, RulePruning
 
 CUDA_IS_THERE = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
@@ -110,6 +113,76 @@ def test_bad_inputs_are_explained(folder: Path, layer: int, hidden: Any, message
         OnnxRouters(folder, "cpu")(layer, hidden)
 
 
+@pytest.fixture
+def ruled(tmp_path: Path) -> OnnxRouters:
+    """Routers that drop all but the first expert of each token, unless it is protected."""
+    router = router_case("mixtral")
+    rule = RulePruning("attention", 0.1, 0.0, {LAYER: (1.0,) * (TOP_K - 1)})
+    model = ModelPruning(PruningLayout("rule", rule), lambda layer: {})
+    pruning = RouterPruning("rule", model)
+    export_onnx_routers([router], tmp_path / "ruled", pruning=pruning)
+    return OnnxRouters(tmp_path / "ruled", "cpu")
+
+
+def test_protected_tokens_keep_all_experts(ruled: OnnxRouters) -> None:
+    hidden, protected = hidden_states(10), torch.arange(10) % 3 == 0
+    kept = ruled(LAYER, hidden, protected).keep.sum(-1)
+    assert torch.equal(kept, torch.where(protected, TOP_K, 1))
+    every_other = np.tile(protected.numpy(), (2, 1)).T.reshape(-1)[::2]  # not contiguous
+    arrays = ruled(LAYER, hidden.numpy(), every_other)
+    assert np.array_equal(arrays[2].sum(-1), kept.numpy())
+
+
+def test_no_token_is_protected_unless_it_is_said(ruled: OnnxRouters) -> None:
+    hidden = hidden_states(10)
+    assert ruled(LAYER, hidden).keep.sum(-1).tolist() == [1] * 10
+    found = ruled(LAYER, hidden)
+    assert found.weights[~found.keep].tolist() == [0.0] * 10 * (TOP_K - 1)
+    assert found.indices.max() < EXPERTS
+
+
+@pytest.mark.parametrize(
+    ("protected", "message"),
+    [
+        (torch.zeros(4).bool(), r"bool of shape \[3\], .* got bool \[4\]"),
+        (torch.zeros(3, 1).bool(), r"got bool \[3, 1\]"),
+        (torch.zeros(3), r"got float32 \[3\]"),
+        (np.zeros(3, np.int64), r"got int64 \[3\]"),
+    ],
+)
+def test_bad_protection_is_explained(ruled: OnnxRouters, protected: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"router of layer {LAYER} takes protected .*{message}"):
+        ruled(LAYER, torch.zeros(3, HIDDEN), protected)
+
+
+def test_routers_that_protect_nothing_say_so(folder: Path) -> None:
+    with pytest.raises(InputError, match="exported with pruning 'off', not 'rule' or 'both'"):
+        OnnxRouters(folder, "cpu")(LAYER, torch.zeros(3, HIDDEN), torch.zeros(3).bool())
+
+
+def test_folders_of_version_1_are_still_read(folder: Path) -> None:
+    """They were written before there was pruning."""
+    hidden = hidden_states(20)
+    now = OnnxRouters(folder, "cpu")(LAYER, hidden)
+    graph = onnx.load(folder / FILE)
+    old = ("pruning", "thresholds", "network_units", "format_version")
+    facts = {p.key: p.value for p in graph.metadata_props if p.key not in old}
+    onnx.helper.set_model_props(graph, facts)
+    data = graph.SerializeToString()
+    (folder / FILE).write_bytes(data)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["pruning"]
+    manifest["version"] = 1
+    for name in ("thresholds", "network_units"):
+        del manifest["layers"][0][name]
+    _entry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))(manifest)
+    path.write_text(json.dumps(manifest))
+    routers = OnnxRouters(folder, "cpu")
+    assert routers.pruning == "off"
+    assert all(map(torch.equal, routers(LAYER, hidden), now))
+
+
 Change = Callable[[dict[str, Any]], None]
 
 
@@ -132,7 +205,10 @@ def _entry(**changes: Any) -> Change:
         (lambda m: m.update(dtype="bf16"), rf"{FILE}: its dtype is fp32"),
         (_entry(layer=-1), r"layers\.0\.layer"),
         (_entry(more=1), r"layers\.0\.more"),
-        (lambda m: m.update(version=2), "version"),
+        (lambda m: m.update(version=3), "version"),
+        (lambda m: m.update(pruning="rule"), rf"{FILE}: its pruning is off, .* says rule"),
+        (lambda m: m.update(pruning="some"), "pruning"),
+        (_entry(inputs={"protected": ["tokens"]}), rf"{FILE}: its inputs"),
         (lambda m: m.update(format="other"), "format"),
         (lambda m: m.update(layers=[]), "layers"),
         (lambda m: m.update(layers=m["layers"] * 2), "twice"),

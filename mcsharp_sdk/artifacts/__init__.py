@@ -1,0 +1,22 @@
+"""What the stages hand to each other: files that a person can read, and write by hand.
+
+Loading one says which file, layer and expert is wrong.
+"""
+
+from mcsharp_sdk.artifacts.bit_map import WIDEST, BitMap, check_layers
+from mcsharp_sdk.artifacts.statistics import ExpertStatistics, LayerStatistics
+from mcsharp_sdk.artifacts.token_protection import LayerProtection, TokenProtectionRule
+from mcsharp_sdk.artifacts.top_any_training import WHOLE_MODEL, TopAnyTraining, TrainingCurve
+
+__all__ = [
+    "WHOLE_MODEL",
+    "WIDEST",
+    "BitMap",
+    "ExpertStatistics",
+    "LayerProtection",
+    "LayerStatistics",
+    "TokenProtectionRule",
+    "TopAnyTraining",
+    "TrainingCurve",
+    "check_layers",
+]

@@ -1,0 +1,78 @@
+"""What results depend on, as hashes: to resume a run, and to share stages between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from mcsharp_sdk._version import __version__
+from mcsharp_sdk.data.calibration import data_fingerprint
+from mcsharp_sdk.models.shards import Checkpoint
+from mcsharp_sdk.models.source import SourceModel
+from mcsharp_sdk.recipe.schema import Recipe
+
+RECIPE = "recipe"
+CALIBRATION = "calibration"
+COMMON = ("mcsharp_sdk version", "model config", "model weights")
+"""Parts that the result of every stage depends on."""
+
+
+def fingerprint(recipe: Recipe, source: SourceModel) -> dict[str, str]:
+    """Part -> hash of everything that the result of a run depends on."""
+    config = (source.path / "config.json").read_text()
+    common = (__version__, config, _weight_identity(source.checkpoint))
+    parts = {RECIPE: hash_of(recipe.settings()["stages"])}
+    parts.update(zip(COMMON, map(hash_of, common), strict=True))
+    if recipe.calibration is not None:
+        settings = recipe.calibration.model_dump(mode="json")
+        parts[CALIBRATION] = hash_of([settings, data_fingerprint(recipe.calibration)])
+    for position, stage in enumerate(recipe.stages):
+        for setting, path in stage.files().items():
+            parts[_file_part(position, setting)] = hash_of(path.read_bytes().hex())
+    return parts
+
+
+def stage_keys(recipe: Recipe, parts: Mapping[str, str]) -> list[str]:
+    """A key for each stage, equal for two stages if what their results depend on is equal.
+
+    That is the stage's settings and the files they name, the model, the version, the calibration if
+    the stage measures with it, and in the same way the earlier stages that made what it reads or
+    uses, or what it writes again.
+
+    Parameters
+    ----------
+    parts : the fingerprint of the run.
+    """
+    keys: list[str] = []
+    makers: dict[str, str] = {}
+    for position, stage in enumerate(recipe.stages):
+        names = [*COMMON, *(_file_part(position, setting) for setting in stage.files())]
+        if stage.uses_calibration or stage.needs_calibration():
+            names.append(CALIBRATION)
+        inputs = {*stage.needs(), *stage.uses, stage.writes}
+        depends_on = [
+            stage.model_dump(mode="json"),
+            [parts.get(name) for name in names],
+            {artifact: makers[artifact] for artifact in inputs & makers.keys()},
+        ]
+        makers[stage.writes] = hash_of(depends_on)
+        keys.append(makers[stage.writes])
+    return keys
+
+
+def hash_of(value: Any) -> str:
+    """sha256 of JSON values; the order of an object's keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _file_part(position: int, setting: str) -> str:
+    return f"stages[{position}].{setting}"
+
+
+def _weight_identity(checkpoint: Checkpoint) -> list[Any]:
+    """Headers, sizes and times of the weight files; their bytes are too many to hash."""
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in checkpoint.files]
+    tensors = [(n, str(i.dtype), list(i.shape)) for n, i in checkpoint.tensors.items()]
+    return [files, tensors]

@@ -1,0 +1,68 @@
+"""Finished stages kept under what their results depend on, so that runs share them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from mcsharp_sdk.engine.run_directory import (
+    FinishedStage,
+    RunDirectory,
+    link_files,
+    write_json,
+)
+
+RECORD_FILE = "finished_stage.json"
+FILES_FOLDER = "files"
+
+
+class StageStore:
+    """A folder of finished stages: key -> the files that the stage wrote, and its report.
+
+    An entry is made under another name and renamed, so that one that is there is whole.
+
+    Parameters
+    ----------
+    path : the folder; made with the first entry.
+    wanted : keys that are worth keeping; None for all.
+    """
+
+    def __init__(self, path: Path, wanted: Collection[str] | None = None) -> None:
+        self.path = path
+        self.wanted = wanted
+
+    def give(self, key: str, directory: RunDirectory, name: str) -> bool:
+        """Put a stage's result into a run directory and mark it finished there as ``name``.
+
+        Returns
+        -------
+        Whether there is such a result.
+        """
+        entry = self.path / key
+        if not entry.is_dir():
+            return False
+        stage = FinishedStage.from_json(json.loads((entry / RECORD_FILE).read_text()))
+        link_files(stage.files, entry / FILES_FOLDER, directory.path)
+        directory.mark_finished(name, stage)
+        return True
+
+    def keep(self, key: str, directory: RunDirectory, stage: FinishedStage) -> None:
+        """Keep what a stage left in a run directory, if it is wanted and not there yet."""
+        entry = self.path / key
+        if entry.is_dir() or (self.wanted is not None and key not in self.wanted):
+            return
+        partial = self.path / f".{key}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        link_files(stage.files, directory.path, partial / FILES_FOLDER)
+        write_json(partial / RECORD_FILE, stage.to_json())
+        partial.rename(entry)
+
+    def drop_unwanted(self) -> None:
+        """Delete the entries that are not wanted."""
+        if self.wanted is None or not self.path.is_dir():
+            return
+        for entry in self.path.iterdir():
+            if entry.name not in self.wanted:
+                shutil.rmtree(entry)

@@ -1,0 +1,203 @@
+"""Run the variants of a recipe, sharing all work that the variation does not touch, and compare."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mcsharp_sdk.engine.run import Work, check_writable
+from mcsharp_sdk.engine.run_directory import RunDirectory, write_json
+from mcsharp_sdk.engine.stage_store import StageStore
+from mcsharp_sdk.engine.sweep_folder import WORK_FOLDER, Result, SweepFolder
+from mcsharp_sdk.engine.sweep_plan import EvaluationSettings, PlannedVariant, SweepPlan, plan_sweep
+from mcsharp_sdk.engine.variants import RecipeLike
+from mcsharp_sdk.errors import McSharpError
+from mcsharp_sdk.evaluation.evaluate import evaluate
+
+OnVariant = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What ``sweep`` did.
+
+    Attributes
+    ----------
+    output : the folder with ``sweep.json``, ``sweep.csv`` and ``sweep.svg``.
+    varied : settings that were varied.
+    results : one per variant, those of earlier calls among them.
+    """
+
+    output: Path
+    varied: Sequence[str]
+    results: Sequence[Result]
+
+    @property
+    def failures(self) -> list[Result]:
+        """The variants that failed."""
+        return [result for result in self.results if result.error]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        variants = [result.to_json() for result in self.results]
+        return {"output": str(self.output), "varied": list(self.varied), "variants": variants}
+
+
+def sweep(
+    recipe: RecipeLike,
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    vary: Mapping[str, Sequence[Any]] | Sequence[str],
+    *,
+    text: str | os.PathLike[str] | None = None,
+    window: int | None = None,
+    max_tokens: int | None = None,
+    overrides: Sequence[str] = (),
+    run_dir: str | os.PathLike[str] | None = None,
+    keep_models: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+    progress: bool | None = None,
+    on_variant: OnVariant | None = None,
+) -> Sweep:
+    """Compress a model as each variant of a recipe says, evaluate each, and compare them.
+
+    A stage runs once for all variants in which everything that its result depends on is the same:
+    its settings, the model, the calibration, and the stages that made what it reads or uses.
+
+    A sweep that was cut off continues if it is started again with the same arguments, and more
+    values may be given then: finished variants are not done again. A variant that fails does not
+    stop the others; the same call tries it again.
+
+    Parameters
+    ----------
+    recipe : a recipe file, the name of a recipe that comes with the package, or plain data.
+    model : folder of a Hugging Face MoE model in safetensors.
+    output : folder to make, or one of a sweep over the same settings to continue.
+    vary : setting -> its values, e.g. ``{"stages.BitAllocation.target_bits": [2.0, 2.5]}``, or
+        texts such as ``stages.BitAllocation.target_bits=2.0,2.5``. All combinations are run.
+    text, window, max_tokens : of the evaluation, see :func:`mcsharp_sdk.evaluate`.
+    overrides : settings that are the same for all variants.
+    run_dir : where finished stages are kept, for other sweeps too. By default in ``output``, and
+        removed as they are no longer needed.
+    keep_models : keep the compressed models; by default each is deleted when it is evaluated.
+    overwrite : delete the sweep that is in ``output``.
+    device : where to compute, e.g. ``cpu`` or ``cuda:0``.
+    progress : show progress bars; by default where standard error is a terminal.
+    on_variant : called with name, number and count as the work on a variant begins.
+
+    Raises
+    ------
+    InputError
+        If something given is wrong, for whichever variant; nothing was written then.
+    """
+    settings = EvaluationSettings(None if text is None else Path(text), window, max_tokens)
+    plan = plan_sweep(recipe, Path(model), vary, overrides, settings, device)
+    folder = SweepFolder(Path(output), plan, keep_models)
+    folder.check(overwrite)
+    work = Path(run_dir) if run_dir is not None else folder.path / WORK_FOLDER
+    check_writable(work)
+    with folder.opened(overwrite):
+        runner = _Runner(plan, folder, work, run_dir is not None, device, progress)
+        results = runner.run(on_variant)
+        if run_dir is None and not any(result.error for result in results):
+            shutil.rmtree(work, ignore_errors=True)
+    return Sweep(folder.path, plan.varied, results)
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Runs what is not finished; ``work`` holds stages, run directories and models."""
+
+    plan: SweepPlan
+    folder: SweepFolder
+    work: Path
+    keep_stages: bool
+    device: str
+    progress: bool | None
+
+    def run(self, on_variant: OnVariant | None) -> list[Result]:
+        """The results of all variants, in order."""
+        variants = self.plan.variants
+        results = {v.name: r for v in variants if (r := self.folder.finished(v)) is not None}
+        unfinished = [v for v in variants if v.name not in results]
+        self.folder.write_comparison([results[v.name] for v in variants if v.name in results])
+        for variant in list(unfinished):
+            if on_variant is not None:
+                on_variant(variant.name, variants.index(variant) + 1, len(variants))
+            others = [v for v in unfinished if v is not variant]
+            results[variant.name] = result = self._attempt(variant, self._store(others))
+            if not result.error:
+                unfinished.remove(variant)
+            self._store(unfinished).drop_unwanted()
+            self.folder.write_comparison([results[v.name] for v in variants if v.name in results])
+        return [results[v.name] for v in variants]
+
+    def _store(self, users: Sequence[PlannedVariant]) -> StageStore:
+        """The finished stages, of which those that ``users`` can share are worth keeping."""
+        wanted = None if self.keep_stages else {key for user in users for key in user.stage_keys}
+        return StageStore(self.work / "stages", wanted)
+
+    def _attempt(self, variant: PlannedVariant, store: StageStore) -> Result:
+        try:
+            return self._compress_and_evaluate(variant, store)
+        except McSharpError as error:
+            return Result(variant.name, variant.settings, error=str(error))
+
+    def _compress_and_evaluate(self, variant: PlannedVariant, store: StageStore) -> Result:
+        model = self.work / "models" / variant.identity
+        done = self._compressed(variant, model, store)
+        settings = self.plan.evaluation
+        found = evaluate(
+            model,
+            settings.text,
+            window=settings.window,
+            max_tokens=settings.max_tokens,
+            device=self.device,
+        ).to_json()
+        del found["model"]  # a folder that will be gone, or elsewhere
+        kept = None
+        if self.folder.keep_models:
+            target = self.folder.model(variant)
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(model, target)
+            kept = str(target.relative_to(self.folder.path))
+        result = Result(variant.name, variant.settings, found, **done, model=kept)
+        result = self.folder.keep(variant, result)
+        shutil.rmtree(model, ignore_errors=True)
+        _record(model).unlink()
+        return result
+
+    def _compressed(
+        self, variant: PlannedVariant, model: Path, store: StageStore
+    ) -> dict[str, Any]:
+        """Make the model if a sweep that was cut off has not; seconds and warnings of that."""
+        record = _record(model)
+        if not (model.is_dir() and record.is_file()):
+            directory = RunDirectory(
+                self.work / "runs" / variant.identity, variant.fingerprint, keep=False
+            )
+            tokens = self.plan.tokens(variant.recipe)
+            work = Work(
+                self.plan.source,
+                variant.recipe,
+                tokens,
+                directory,
+                model,
+                overwrite=True,
+                store=store,
+            )
+            seconds, warnings = work.run(self.progress)
+            write_json(record, {"seconds": dict(seconds), "warnings": list(warnings)})
+        return dict(json.loads(record.read_text()))
+
+
+def _record(model: Path) -> Path:
+    """The file beside a model that says how it was made, written when it is finished."""
+    return model.with_name(f"{model.name}.json")

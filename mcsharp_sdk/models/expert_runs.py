@@ -1,0 +1,120 @@
+"""Run a layer's routed experts one after the other, each on the tokens routed to it.
+
+What goes into an expert's down projection is computed once, for its Hessian and for its output; and
+the outputs, summed up as the experts are done, are what the layer goes on with. So calibrating a
+layer costs one run of its experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mcsharp_sdk.models.bfloat16 import linear
+from mcsharp_sdk.models.capture import RoutedInputs, routed_inputs
+from mcsharp_sdk.models.experts import Matrix, activate, finish, fused_weight, tokens_of_expert
+from mcsharp_sdk.models.stream import StreamedLayer
+
+PIECE_TOKENS = 4096
+"""Tokens that go through an expert at a time."""
+
+KEPT_BYTES = 128 * 2**20
+"""Inputs of down projections that are kept for the outputs; beyond it they are computed again."""
+
+
+class Piece(NamedTuple):
+    """Some of the tokens of an expert.
+
+    ``token`` int64 [n], ``routing`` [n] their routing weights, ``inputs`` [n, K] of a matrix.
+    """
+
+    token: Tensor
+    routing: Tensor
+    inputs: Tensor
+
+
+@dataclass
+class ExpertRuns:
+    """The routed experts of one layer with the tokens that reach them.
+
+    Attributes
+    ----------
+    experts : the module of the fused experts, loaded.
+    routed : what reaches them.
+    outputs : [T, hidden], routing-weighted outputs of the experts done so far, summed.
+    """
+
+    experts: Any
+    routed: RoutedInputs
+    outputs: Tensor
+    _kept: dict[int, list[Piece]] = field(default_factory=dict)
+
+    @classmethod
+    def of_layer(cls, layer: StreamedLayer) -> ExpertRuns:
+        """Run a layer up to its experts; none of them is done yet."""
+        routed = routed_inputs(layer)
+        experts = layer.module.get_submodule(layer.moe.experts)
+        return cls(experts, routed, torch.zeros_like(routed.hidden))
+
+    def pieces(self, expert: int, matrix: Matrix, most: int | None = None) -> Iterator[Piece]:
+        """The expert's tokens with the inputs of one of its matrices, some at a time.
+
+        Of more than ``most`` tokens only every second, third … is given.
+
+        Those of ``down`` come from the ``gate_up`` that the expert has when they are first asked
+        for; it must not change between that and :meth:`add_output`.
+        """
+        token, slot = tokens_of_expert(self.routed.top_k_index, expert)
+        every = 1 if most is None else max(1, -(-len(token) // most))
+        for piece in self._all_pieces(expert, matrix, token, slot):
+            yield piece if every == 1 else Piece(*(part[::every] for part in piece))
+
+    def _all_pieces(
+        self, expert: int, matrix: Matrix, token: Tensor, slot: Tensor
+    ) -> Iterator[Piece]:
+        if expert in self._kept and matrix == "down":
+            yield from self._kept[expert]
+            return
+        keep: list[Piece] | None = [] if matrix == "down" and self._has_room(len(token)) else None
+        for part, slots in zip(token.split(PIECE_TOKENS), slot.split(PIECE_TOKENS), strict=True):
+            inputs = self.inputs(expert, matrix, self.routed.hidden[part])
+            piece = Piece(part, self.routed.top_k_weights[part, slots], inputs)
+            if keep is not None:
+                keep.append(piece)
+            yield piece
+        if keep is not None:
+            self._kept[expert] = keep
+
+    def inputs(self, expert: int, matrix: Matrix, tokens: Tensor) -> Tensor:
+        """Inputs of one of an expert's matrices, [n, K], from those of the expert, [n, hidden]."""
+        if matrix == "gate_up":
+            return tokens
+        first = fused_weight(self.experts, "gate_up")[expert]
+        return activate(self.experts, linear(tokens, first), expert)
+
+    def add_output(self, expert: int) -> None:
+        """Run the rest of an expert and add its output; its weights must be final."""
+        down = fused_weight(self.experts, "down")[expert]
+        for token, routing, inputs in self.pieces(expert, "down"):
+            output = finish(self.experts, linear(inputs, down), expert)
+            weighted = (output * routing.unsqueeze(-1)).to(self.outputs.dtype)
+            self.outputs.index_add_(0, token, weighted)
+        self._kept.pop(expert, None)
+
+    def _has_room(self, tokens: int) -> bool:
+        kept = sum(p.inputs.nbytes for pieces in self._kept.values() for p in pieces)
+        columns = fused_weight(self.experts, "down").shape[-1]
+        return kept + tokens * columns * self.outputs.element_size() <= KEPT_BYTES
+
+
+@torch.no_grad()
+def run_experts(layer: StreamedLayer) -> Tensor:
+    """Summed outputs of a layer's routed experts, [T, hidden], as if they had been calibrated."""
+    runs = ExpertRuns.of_layer(layer)
+    for expert in range(layer.moe.num_experts):
+        runs.add_output(expert)
+    return runs.outputs

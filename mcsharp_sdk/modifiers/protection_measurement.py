@@ -1,0 +1,147 @@
+"""Thresholds of TokenProtection for one MoE layer, and what pruning with them costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mcsharp_sdk.artifacts import LayerProtection
+from mcsharp_sdk.errors import RunError
+from mcsharp_sdk.models.capture import RoutedInputs
+from mcsharp_sdk.models.expert_runs import ExpertRuns, run_experts
+from mcsharp_sdk.models.stream import StreamedLayer
+from mcsharp_sdk.modifiers.expert_outputs import change_of_output, squared_norms_behind
+from mcsharp_sdk.pruning.importance import (
+    ATTENTION,
+    least_important,
+    most_important,
+    token_importance,
+)
+from mcsharp_sdk.pruning.rule import renormalise, slot_thresholds, weight_rule
+from mcsharp_sdk.runtime.pruning_layout import DROP_INSIGNIFICANT, RulePruning
+from mcsharp_sdk.runtime.received_attention import (
+    AttentionTap,
+    TokenBatch,
+    attach_tap,
+    use_received_attention,
+)
+
+
+@dataclass(frozen=True)
+class ProtectionMeasurement:
+    """How thresholds are found and judged.
+
+    Attributes
+    ----------
+    rule : metric and shares; its thresholds are not looked at.
+    threshold : of all layers and ranks, or None to measure them.
+    quantile : of the ratio to the largest weight that a measured threshold is.
+    """
+
+    rule: RulePruning
+    threshold: float | None
+    quantile: float
+
+    @torch.no_grad()
+    def of_layer(self, layer: StreamedLayer) -> LayerProtection:
+        """Measure a loaded MoE layer; its ``expert_outputs`` are known then."""
+        runs, received = self._run(layer)
+        weights = runs.routed.top_k_weights
+        top_k = weights.shape[1]
+        thresholds = (
+            slot_thresholds(weights, self.quantile)
+            if self.threshold is None
+            else [self.threshold] * (top_k - 1)
+        )
+        kept = self._kept(layer, runs.routed, received, thresholds)
+        drops_tokens = self.rule.metric == DROP_INSIGNIFICANT
+        pruned = weights * kept if drops_tokens else renormalise(weights, kept)
+        change = change_of_output(runs.experts, runs.routed, pruned)
+        behind = float(squared_norms_behind(layer, runs.outputs).double().sum())
+        return LayerProtection(
+            layer=layer.index,
+            thresholds=tuple([0.0] * (top_k - 1) if drops_tokens else thresholds),
+            cost=(change / behind) ** 0.5 if behind else 0.0,
+            keep_ratio=float(kept.double().mean()),
+        )
+
+    @torch.no_grad()
+    def pass_layer(self, layer: StreamedLayer) -> None:
+        """Run a layer that an earlier run has measured, with the same numbers."""
+        layer.expert_outputs = run_experts(layer)
+
+    def _run(self, layer: StreamedLayer) -> tuple[ExpertRuns, Tensor | None]:
+        """The layer's experts, run; and the attention that each token received, [S, L]."""
+        attention: Tensor | None = None
+        if self.rule.importance == ATTENTION:
+            with receiving(layer) as received:
+                runs = ExpertRuns.of_layer(layer)
+            attention = torch.cat(received)
+        else:
+            runs = ExpertRuns.of_layer(layer)
+        for expert in range(layer.moe.num_experts):
+            runs.add_output(expert)
+        layer.expert_outputs = runs.outputs
+        return runs, attention
+
+    def _kept(
+        self,
+        layer: StreamedLayer,
+        routed: RoutedInputs,
+        received: Tensor | None,
+        thresholds: Sequence[float],
+    ) -> Tensor:
+        """bool (T, k): slots that the rule keeps."""
+        weights = routed.top_k_weights
+        dropping = self.rule.metric == DROP_INSIGNIFICANT
+        kept = weight_rule(weights, [0.0] * len(thresholds) if dropping else thresholds)
+        if self.rule.importance is None:
+            return kept
+        hidden = routed.hidden.view_as(layer.inputs.hidden)
+        valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        importance = token_importance(self.rule.importance, hidden, received, valid)
+        if dropping:
+            dropped = least_important(importance, valid, self.rule.drop_ratio)
+            return kept & ~dropped.view(-1, 1)
+        protected = most_important(importance, valid, self.rule.protect_ratio)
+        return kept | protected.view(-1, 1)
+
+
+@contextmanager
+def receiving(layer: StreamedLayer) -> Iterator[list[Tensor]]:
+    """Collect, while batches run up to the experts, what attention each token receives, [B, L].
+
+    Raises
+    ------
+    RunError
+        If the layer has no softmax attention.
+    """
+    tap = AttentionTap(TokenBatch())
+    received: list[Tensor] = []
+    decoder = layer.source.model.get_submodule(layer.source.topology.layers_path.rpartition(".")[0])
+    experts = layer.module.get_submodule(layer.moe.experts)
+
+    def collect(*_: Any) -> None:
+        found = tap.take()
+        if found is None:
+            raise RunError(
+                f"TokenProtection: decoder layer {layer.index} has no softmax attention that could "
+                "tell how important its tokens are: give another metric, such as 'metric: variance'"
+            )
+        received.append(found)
+
+    attach_tap(layer.module, tap)
+    handle = experts.register_forward_pre_hook(collect)
+    use_received_attention(decoder, True)
+    tap.wanted = True
+    try:
+        yield received
+    finally:
+        tap.wanted = False
+        use_received_attention(decoder, False)
+        handle.remove()

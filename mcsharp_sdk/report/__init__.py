@@ -1,0 +1,1 @@
+"""Figures of results, written as text: they need no plotting library."""

@@ -1,0 +1,48 @@
+"""The training of top-any networks as a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mcsharp_sdk.artifacts import WHOLE_MODEL, TopAnyTraining, TrainingCurve
+from mcsharp_sdk.report.plot import HEIGHT, line_plot
+
+MOST_POINTS = 200
+"""A longer curve is drawn as the means of so many stretches."""
+
+
+def training_plot(training: TopAnyTraining) -> str:
+    """SVG text: the share of kept experts over the steps, and the distillation loss below it."""
+    names = {n: n if n == WHOLE_MODEL else f"layer {n}" for n in training.curves}
+    title = f"Training of the top-any networks, scope {training.scope}"
+    kept = line_plot(
+        {names[n]: _points(c, c.keep_ratio) for n, c in training.curves.items()},
+        title=title,
+        x_label="step",
+        y_label="share of kept experts",
+    )
+    error = line_plot(
+        {names[n]: _points(c, c.error) for n, c in training.curves.items()},
+        title="Distillation loss",
+        x_label="step",
+        y_label="loss without penalty",
+        log_y=True,
+    )
+    return _stacked([kept, error])
+
+
+def _points(curve: TrainingCurve, values: Sequence[float]) -> list[tuple[float, float]]:
+    """(step, mean) of the stretches that a curve is drawn with."""
+    length = -(-max(1, curve.steps) // MOST_POINTS)
+    starts = range(0, curve.steps, length)
+    parts = [values[start : start + length] for start in starts]
+    return [(s + (len(p) - 1) / 2, sum(p) / len(p)) for s, p in zip(starts, parts, strict=True)]
+
+
+def _stacked(figures: Sequence[str]) -> str:
+    """Figures of one width below one another."""
+    head, _, _ = figures[0].partition(">")
+    opening = head.replace(f'height="{HEIGHT}"', f'height="{HEIGHT * len(figures)}"')
+    opening = opening.replace(f' {HEIGHT}"', f' {HEIGHT * len(figures)}"')
+    placed = [f'<g transform="translate(0 {HEIGHT * n})">\n{f}</g>' for n, f in enumerate(figures)]
+    return "\n".join([f"{opening}>", *placed, "</svg>", ""])

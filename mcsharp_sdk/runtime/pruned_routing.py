@@ -1,0 +1,307 @@
+"""Fewer experts per token, decided while the model runs.
+
+Each pruned layer's experts module has a child ``pruner``, which a forward pre-hook asks before the
+experts compute. A dropped slot becomes expert ``num_experts`` with weight 0, which costs nothing,
+and the weights of the token's other slots grow so that their sum stays.
+
+Modes
+-----
+- ``off``: nothing happens.
+- ``rule``: a slot is dropped if its weight is small beside the token's largest. The share
+  ``protect_ratio`` of the most important tokens keeps all. With the metric ``drop_insignificant``
+  the least important tokens lose all routed experts instead; their weights become 0.
+- ``learned``: a small network says how many experts the token keeps.
+- ``both``: as ``learned``, but tokens that the rule's metric protects keep all.
+
+Decode rule
+-----------
+Tokens are ranked within their own sequence and among the tokens of the present forward only; keys
+in a cache are not ranked again, and padding is never ranked. A sequence that brings a single token,
+as in each decode step, has nothing to rank: the token is neither protected nor insignificant. It is
+pruned by its weights, or by the network, alone. So with ``learned``, and with the metric ``none``,
+generation step by step agrees with one forward over the whole sequence. With the other metrics a
+decode step prunes every token as the whole forward would if it did not single that token out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mcsharp_sdk.errors import InputError, RunError
+from mcsharp_sdk.models.experts import fused_weight
+from mcsharp_sdk.models.topology import MoeBlock, Topology
+from mcsharp_sdk.pruning.importance import (
+    ATTENTION,
+    least_important,
+    most_important,
+    token_importance,
+)
+from mcsharp_sdk.pruning.rule import renormalise, weight_rule
+from mcsharp_sdk.pruning.top_any import keep_mask, top_any_layers, top_any_logits
+from mcsharp_sdk.runtime.pruning_layout import (
+    DROP_INSIGNIFICANT,
+    PRUNER,
+    PruningLayout,
+    PruningMode,
+)
+from mcsharp_sdk.runtime.received_attention import (
+    AttentionTap,
+    TokenBatch,
+    attach_tap,
+    attended,
+    first_own_key,
+    use_received_attention,
+)
+
+_STATE = "expert_pruning_state"
+
+
+class PruningState:
+    """What the pruners of one model share.
+
+    Attributes
+    ----------
+    layout : what the model can do.
+    decoder : path of the module that owns the decoder layers.
+    mode : what it does now.
+    ranks_tokens : whether that needs the importance of tokens.
+    batch : the tokens of the present forward.
+    """
+
+    def __init__(self, layout: PruningLayout, decoder: str) -> None:
+        self.layout = layout
+        self.decoder = decoder
+        self.mode: PruningMode = "off"
+        self.ranks_tokens = False
+        self.batch = TokenBatch()
+
+
+class ExpertPruner(nn.Module):
+    """Drops slots of the router's choice in one decoder layer.
+
+    Parameters
+    ----------
+    layer, block : index of the decoder layer, and its mixture of experts.
+    hidden_size : width of what the experts get.
+    state : shared by the model's pruners.
+    """
+
+    def __init__(self, layer: int, block: MoeBlock, hidden_size: int, state: PruningState) -> None:
+        super().__init__()
+        self.layer, self.num_experts = layer, block.num_experts
+        self.state, self.tap = state, AttentionTap(state.batch)
+        rule, learned = state.layout.rule, state.layout.learned
+        self.thresholds = rule.thresholds.get(layer) if rule else None
+        self.learned = learned is not None and layer in learned.layers
+        if learned is not None and self.learned:
+            self.first, self.second = top_any_layers(hidden_size, block.top_k, learned.units)
+
+    @property
+    def active(self) -> bool:
+        """Whether the model's present mode prunes this layer."""
+        return {
+            "off": False,
+            "rule": self.thresholds is not None,
+            "learned": self.learned,
+            "both": self.learned,
+        }[self.state.mode]
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The router's choice without the dropped slots.
+
+        Parameters
+        ----------
+        hidden : [T, H], what the experts get.
+        index : int64 [T, k], the chosen experts.
+        weights : [T, k], their routing weights, in any order of slots.
+
+        Returns
+        -------
+        index, with ``num_experts`` at dropped slots, and weights, 0 there. A token that keeps
+        everything keeps its weights bit for bit.
+        """
+        rule = self.state.layout.rule
+        if self.state.mode == "rule" and rule is not None and rule.metric == DROP_INSIGNIFICANT:
+            lost = self._chosen(hidden, least_important, rule.drop_ratio)
+            if lost is None:
+                return index, weights
+            return index.masked_fill(lost, self.num_experts), weights.masked_fill(lost, 0.0)
+        keep = self._kept(hidden, weights)
+        return index.masked_fill(~keep, self.num_experts), renormalise(weights, keep)
+
+    def _kept(self, hidden: Tensor, weights: Tensor) -> Tensor:
+        """bool [T, k], by weight rule or network, and everything of protected tokens."""
+        if self.state.mode == "rule":
+            assert self.thresholds is not None
+            keep = weight_rule(weights, self.thresholds)
+        else:
+            keep = keep_mask(top_any_logits(self.first, self.second, hidden, weights), weights)
+        rule = self.state.layout.rule
+        if rule is None or self.state.mode == "learned":
+            return keep
+        protected = self._chosen(hidden, most_important, rule.protect_ratio)
+        return keep if protected is None else keep | protected
+
+    def _chosen(
+        self, hidden: Tensor, choose: Callable[[Tensor, Tensor, float], Tensor], share: float
+    ) -> Tensor | None:
+        """Tokens chosen by importance, bool [T, 1]; None if no token is ranked."""
+        rule, valid = self.state.layout.rule, self.state.batch.valid
+        if rule is None or rule.importance is None:
+            return None
+        if valid is None or valid.numel() != hidden.shape[0]:
+            raise RunError(
+                f"decoder layer {self.layer}: cannot tell which of the {hidden.shape[0]} tokens "
+                "belong to which sequence; use model.set_expert_pruning('off') for such calls"
+            )
+        received = self.tap.take()
+        if valid.shape[1] == 1:
+            return None
+        if rule.importance == ATTENTION and received is None:
+            raise RunError(
+                f"decoder layer {self.layer}: it is not known what attention its tokens receive. "
+                "Either the attention implementation was changed after expert pruning was chosen "
+                f"(call model.set_expert_pruning({self.state.mode!r}) again), or this layer has "
+                "no softmax attention (use another metric)"
+            )
+        valid = valid.to(hidden.device)
+        by_sequence = hidden.unflatten(0, valid.shape)
+        importance = token_importance(rule.importance, by_sequence, received, valid)
+        alone = valid.sum(-1, keepdim=True) == 1
+        return (choose(importance, valid, share) & ~alone).reshape(-1, 1)
+
+    def extra_repr(self) -> str:
+        return f"layer={self.layer}, thresholds={self.thresholds}, learned={self.learned}"
+
+
+def install_pruning(model: Any, topology: Topology, layout: PruningLayout) -> None:
+    """Give a model the pruners that ``layout`` describes, switched off; networks are empty.
+
+    To be called while the experts are still fused.
+
+    Raises
+    ------
+    InputError
+        If the layout does not fit the model's layers or experts per token.
+    """
+    _check(topology, layout)
+    decoder = topology.layers_path.rpartition(".")[0]
+    state = PruningState(layout, decoder)
+    setattr(model, _STATE, state)
+    owner = model.get_submodule(decoder)
+    setattr(owner, _STATE, state)
+    owner.register_forward_pre_hook(_note_batch, with_kwargs=True)
+    layers = model.get_submodule(topology.layers_path)
+    for index in sorted(_layers(layout)):
+        block = topology.moe[index]
+        experts = layers[index].get_submodule(block.experts)
+        hidden_size = fused_weight(experts, "gate_up").shape[2]
+        pruner = ExpertPruner(index, block, hidden_size, state)
+        attach_tap(layers[index], pruner.tap)
+        experts.add_module(PRUNER, pruner)
+        experts.register_forward_pre_hook(_prune, with_kwargs=True)
+
+
+def set_expert_pruning(model: Any, mode: str) -> None:
+    """Choose how a model prunes its experts from now on; see :mod:`~.pruned_routing`.
+
+    Raises
+    ------
+    InputError
+        If the model has no data for this mode, or runs an attention implementation that cannot
+        tell what the mode needs.
+    """
+    state: PruningState | None = getattr(model, _STATE, None)
+    if state is None:
+        if mode == "off":
+            return
+        raise InputError(f"expert pruning {mode!r} is not possible: this model has none")
+    state.layout.check_mode(mode)
+    rule = state.layout.rule
+    importance = rule.importance if rule and mode in ("rule", "both") else None
+    use_received_attention(model.get_submodule(state.decoder), importance == ATTENTION)
+    state.mode = mode  # type: ignore[assignment]  # checked above
+    state.ranks_tokens = importance is not None
+    for module in model.modules():
+        pruner = getattr(module, PRUNER, None)
+        if isinstance(pruner, ExpertPruner):
+            pruner.tap.wanted = pruner.active and importance == ATTENTION
+            # Implementations of transformers look for dropped slots only with this flag.
+            module._is_expert_parallel = pruner.active
+
+
+def expert_pruning(model: Any) -> PruningMode:
+    """How a model prunes its experts now."""
+    state: PruningState | None = getattr(model, _STATE, None)
+    return "off" if state is None else state.mode
+
+
+def _layers(layout: PruningLayout) -> set[int]:
+    """Decoder layers that some mode prunes."""
+    ruled = set(layout.rule.thresholds) if layout.rule else set()
+    return ruled | set(layout.learned.layers if layout.learned else ())
+
+
+def _check(topology: Topology, layout: PruningLayout) -> None:
+    if unknown := sorted(_layers(layout) - set(topology.moe)):
+        raise InputError(
+            f"quantization_config.pruning is for decoder layers {unknown}, but the model has "
+            f"experts in {sorted(topology.moe)}"
+        )
+    for layer, thresholds in (layout.rule.thresholds if layout.rule else {}).items():
+        top_k = topology.moe[layer].top_k
+        if len(thresholds) != top_k - 1:
+            raise InputError(
+                f"quantization_config.pruning gives decoder layer {layer} {len(thresholds)} "
+                f"thresholds; {top_k} experts per token need {top_k - 1}"
+            )
+
+
+def _prune(experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pre-hook of an experts module: hand it the pruned choice."""
+    pruner: ExpertPruner = experts.pruner
+    if not pruner.active:
+        return None
+    given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False))
+    given |= kwargs
+    hidden, index, weights = (
+        given.pop(name) for name in ("hidden_states", "top_k_index", "top_k_weights")
+    )
+    return (hidden, *pruner(hidden, index, weights)), given
+
+
+def _note_batch(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook of the decoder: remember the shape of the batch and where its padding is."""
+    state: PruningState = getattr(decoder, _STATE)
+    if not state.ranks_tokens:
+        return
+    names = list(inspect.signature(type(decoder).forward).parameters)[1:]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    inputs = given.get("input_ids")
+    inputs = given["inputs_embeds"] if inputs is None else inputs
+    batch, length = inputs.shape[:2]
+    state.batch.valid = _valid(given.get("attention_mask"), batch, length, inputs.device)
+
+
+def _valid(mask: Any, batch: int, length: int, device: torch.device) -> Tensor:
+    """bool [B, L]: which tokens of this forward are no padding.
+
+    Parameters
+    ----------
+    mask : as models take it: None; [B, >= L] with a cache's tokens first; [B, 1, L, keys]; or a
+        dict of such, by kind of layer.
+    """
+    if isinstance(mask, dict):
+        mask = next((found for found in mask.values() if found is not None), None)
+    if mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    if mask.ndim == 2:
+        return mask[:, -length:].bool()
+    start = first_own_key(mask, mask.shape[3])
+    own = attended(mask)[..., start : start + length].diagonal(dim1=-2, dim2=-1)
+    return own.any(1).expand(batch, length)

@@ -1,0 +1,92 @@
+"""Finished stages pass from one run directory to another, whole and without ties."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mcsharp_sdk.engine.report import RunReport
+from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
+from mcsharp_sdk.engine.stage_store import StageStore
+
+REPORT = RunReport({"Quantise": {"layers": 1}}, ["a warning"])
+
+
+def finish(directory: RunDirectory, name: str, artifact: str, value: float) -> FinishedStage:
+    """Stands for a stage that writes a layer and a summary."""
+    layers = directory.layers(artifact)
+    layers.write(0, {"x": torch.full((2,), value)}, {"value": value})
+    layers.write_summary({"value": value})
+    stage = FinishedStage(directory.files_written(artifact), REPORT)
+    directory.mark_finished(name, stage)
+    return stage
+
+
+@pytest.fixture(params=[True, False], ids=["hard links", "copies"])
+def _links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("no hard links here")
+
+    if not request.param:
+        monkeypatch.setattr(os, "link", refuse)
+
+
+@pytest.mark.usefixtures("_links")
+def test_a_run_is_given_what_another_run_kept(tmp_path: Path) -> None:
+    store = StageStore(tmp_path / "store")
+    with RunDirectory(tmp_path / "a", {}) as first:
+        store.keep("key", first, finish(first, "0 Quantise", "weights", 1.0))
+    with RunDirectory(tmp_path / "b", {}) as second:
+        second.layers("weights").write(0, {"x": torch.zeros(2)}, {"value": "cut off"})
+        assert not store.give("other", second, "0 Quantise")
+        assert store.give("key", second, "0 Quantise")
+        assert second.layers("weights").tensors(0)["x"].tolist() == [1, 1]
+        assert second.layers("weights").summary() == {"value": 1.0}
+        assert second.report() == REPORT
+        second.layers("weights").write(0, {"x": torch.zeros(2)}, {"value": 0.0})
+    with RunDirectory(tmp_path / "c", {}) as third:
+        store.give("key", third, "0 Quantise")
+        assert third.layers("weights").tensors(0)["x"].tolist() == [1, 1], "not that of b"
+        assert third.layers("weights").notes(0) == {"value": 1.0}
+
+
+def test_a_stage_keeps_its_own_files_and_no_other_stage_s(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "a", {}) as directory:
+        first = finish(directory, "0 Quantise", "weights", 1.0)
+        (directory.path / "curve.json").write_text("{}")
+        (directory.path / ".curve.json.tmp").write_text("half")
+        second = finish(directory, "1 Prune", "pruning", 2.0)
+        again = finish(directory, "2 Quantise", "weights", 3.0)
+    weights = {f"weights/{n}" for n in ("layer_00000.json", "layer_00000.safetensors")}
+    assert set(first.files) == {*weights, "weights/summary.json"}
+    assert set(second.files) == {f.replace("weights", "pruning") for f in first.files} | {
+        "curve.json"
+    }
+    assert again.files == first.files
+
+
+def test_reports_are_put_together_and_warnings_stand_once(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "a", {}) as directory:
+        for name, report in {
+            "0 A": RunReport({"A": {}}, ["x", "y"]),
+            "1 B": RunReport({"B": {"z": 1}}, ["y", "w"]),
+        }.items():
+            directory.mark_finished(name, FinishedStage((), report))
+        assert list(directory.finished()) == ["0 A", "1 B"]
+        assert directory.report() == RunReport({"A": {}, "B": {"z": 1}}, ["x", "y", "w"])
+
+
+def test_only_wanted_stages_are_kept(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "a", {}) as directory:
+        stage = finish(directory, "0 Quantise", "weights", 1.0)
+        for key in ("one", "two"):
+            StageStore(tmp_path / "store", {"two"}).keep(key, directory, stage)
+    assert [entry.name for entry in (tmp_path / "store").iterdir()] == ["two"]
+    StageStore(tmp_path / "store").drop_unwanted()
+    assert [entry.name for entry in (tmp_path / "store").iterdir()] == ["two"]
+    StageStore(tmp_path / "store", set()).drop_unwanted()
+    assert list((tmp_path / "store").iterdir()) == []
