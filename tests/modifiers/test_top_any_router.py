@@ -173,17 +173,19 @@ def test_the_target_is_reached_on_the_calibration_tokens(
 def test_training_beats_what_the_start_knows(
     models: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
-    """The trained choice costs less than the same share dropped at random."""
+    """The trained choice costs less than any of 20 random ones that drop the same share."""
     train(models["mixtral"], text, tmp_path, steps=150, target_activation=0.75)
     source = SourceModel(models["mixtral"])
     for layer in stream_layers(source, calibration_tokens(text), iter):
         task = BlockTask.of_layer(layer)
         notes = tmp_path / "run" / "top_any_router" / f"layer_{layer.index:05d}.json"
         told = json.loads(notes.read_text())
-        keep = torch.ones_like(task.weights)
-        chosen = torch.randperm(len(keep), generator=torch.Generator().manual_seed(1))
-        keep[chosen[: len(keep) // 2], 1] = 0.0
-        assert told["error"] < 0.8 * float(task.error(keep, slice(None)))
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(20):
+            keep = torch.ones_like(task.weights)
+            chosen = torch.randperm(len(keep), generator=generator)
+            keep[chosen[: len(keep) // 2], 1] = 0.0
+            assert told["error"] < float(task.error(keep, slice(None)))
 
 
 # Cut off, and the same again
