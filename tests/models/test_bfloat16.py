@@ -1,6 +1,8 @@
-"""Products in bfloat16 on a processor without bfloat16 arithmetic."""
+"""Products in bfloat16 on processors with and without bfloat16 arithmetic."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +17,14 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bfloat16, "CHUNK_WEIGHTS", 1000)
 
 
-@pytest.mark.parametrize("rows", [1, 33, 100])
+@pytest.mark.parametrize("rows", [1, 16, 33, 100, 700])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_the_product_is_rounded_once(emulated: None, rows: int, with_bias: bool) -> None:
+@pytest.mark.parametrize("arithmetic", [False, True])
+def test_the_product_is_rounded_once(
+    rows: int, with_bias: bool, arithmetic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bfloat16, "_has_bfloat16_arithmetic", lambda: arithmetic)
+    monkeypatch.setattr(bfloat16, "CHUNK_WEIGHTS", 1000)
     torch.manual_seed(rows)
     x = torch.randn(2, rows, 96).bfloat16()
     weight, bias = torch.randn(50, 96).bfloat16(), torch.randn(50).bfloat16()
@@ -27,6 +34,21 @@ def test_the_product_is_rounded_once(emulated: None, rows: int, with_bias: bool)
     assert found.shape == exact.shape
     # Half a unit in the last place, and the float32 sum's own error where terms cancel.
     assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
+
+
+def test_rows_are_multiplied_in_blocks_of_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bfloat16, "_has_bfloat16_arithmetic", lambda: True)
+    met: set[int] = set()
+
+    def linear(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        met.add(len(x))
+        return torch.nn.functional.linear(x, *others)
+
+    monkeypatch.setattr(bfloat16, "F", SimpleNamespace(linear=linear, pad=F.pad))
+    weight = torch.randn(8, 16).bfloat16()
+    for rows in range(bfloat16.FEW_ROWS + 1, 5000, 97):
+        assert bfloat16.linear(torch.randn(rows, 16).bfloat16(), weight).shape == (rows, 8)
+    assert met == set(bfloat16.BLOCK_ROWS)
 
 
 def test_other_dtypes_are_left_to_torch(emulated: None) -> None:
