@@ -55,9 +55,11 @@ def _sections() -> Iterator[str]:
     sources = calibration_kinds()
     common = set.intersection(*(set(kind.model_fields) for kind in sources.values())) - {"source"}
     yield from ["### calibration", "", "All sources:", "", *HEAD]
-    yield from _rows(next(iter(sources.values())), only=common)
+    first = next(iter(sources.values()))
+    yield from _rows(first, only=common)
     for name, kind in sources.items():
-        rows = list(_rows(kind, leave=common | {"source"}))
+        said = {n for n in common if _description(kind, n) == _description(first, n)}
+        rows = list(_rows(kind, leave=said | {"source"}))
         yield from [
             "",
             f"`source: {name}`. {_summary(kind)}",
@@ -70,6 +72,10 @@ def _sections() -> Iterator[str]:
     for name, exporter in _ours(EXPORTERS.usable()):
         yield from ["", f"### {name}", "", _summary(exporter), "", *HEAD]
         yield from _rows(exporter, leave={"type"})
+
+
+def _description(kind: type[BaseModel], setting: str) -> str | None:
+    return kind.model_fields[setting].description
 
 
 def _ours(found: Iterator[tuple[str, type[Any] | None]]) -> list[tuple[str, type[Any]]]:

@@ -35,10 +35,23 @@ _HOMES = {
 }
 
 
-@wrapt.when_imported("transformers.modeling_utils")
-def _plug_in(_: Any) -> None:
-    """Register the format once transformers is there, which takes seconds to import."""
-    import_module("mcsharp_sdk.runtime.hf_quantizer")
+_PLUG_INS = {
+    "transformers.modeling_utils": "mcsharp_sdk.runtime.hf_quantizer",
+    "transformers.models.auto.configuration_auto": "mcsharp_sdk.models.deepseek_vl2.configuration",
+    "transformers.models.auto.processing_auto": "mcsharp_sdk.models.deepseek_vl2.processing",
+}
+"""Module of transformers -> ours that registers something with it, once it is there.
+
+So importing this package does not import transformers, which takes seconds.
+"""
+
+
+def _plug_in(theirs: Any) -> None:
+    import_module(_PLUG_INS[theirs.__name__])
+
+
+for _name in _PLUG_INS:
+    wrapt.register_post_import_hook(_plug_in, _name)
 
 
 def __getattr__(name: str) -> Any:

@@ -137,6 +137,13 @@ def test_python_snippets_compile_and_their_imports_resolve(page: Path) -> None:
         check_python(snippet)
 
 
+@every_page
+def test_excerpts_are_in_the_files_that_they_name(page: Path) -> None:
+    for block in blocks(page, "py"):
+        first, _, excerpt = block.partition("\n")
+        assert excerpt in (ROOT / first.removeprefix("# ")).read_text(), excerpt
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.name)
 def test_imports_and_calls_of_examples_resolve(example: Path) -> None:
     check_python(example.read_text())
@@ -198,7 +205,7 @@ def test_examples_run(example: Path) -> None:
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     """A folder with the files that recipes of the pages name."""
-    for name in ("corpus.txt", "factors.json", "my_map.json"):
+    for name in ("corpus.txt", "pairs.jsonl", "factors.json", "my_map.json"):
         (tmp_path / name).write_text("{}")
     return tmp_path
 
@@ -253,6 +260,12 @@ def test_tables_of_settings_are_up_to_date() -> None:
     settings = script("docs/generate_settings.py")
     page = settings.PAGE.read_text()
     assert settings.updated(page) == page, "run: python docs/generate_settings.py"
+
+
+def test_tables_of_families_are_up_to_date() -> None:
+    families = script("docs/generate_families.py")
+    page = families.PAGE.read_text()
+    assert families.updated(page) == page, "run: python docs/generate_families.py"
 
 
 def test_stored_bits_are_those_of_the_table() -> None:

@@ -18,10 +18,10 @@ tags:
 
 ```python
 import mcsharp_sdk  # lets transformers read this format
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {model_class}, {input_class}
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = {model_class}.from_pretrained("path/to/this/folder")
+{inputs} = {input_class}.from_pretrained("path/to/this/folder")
 ```
 
 The licence is that of `{name}`. What was noticed on the way ({warnings}) stands in
@@ -32,6 +32,9 @@ The licence is that of `{name}`. What was noticed on the way ({warnings}) stands
 ```
 """
 
+
+_INPUTS = {"AutoModelForCausalLM": "tokenizer", "AutoModelForImageTextToText": "processor"}
+"""Auto class of a model -> what makes its inputs."""
 
 _SIZE = """Made from `{name}` by mcsharp_sdk {version}: {before:.1f} MB became {after:.1f} MB
 ({ratio:.1f} times smaller). Quantised weights have {nominal:.2f} bits on average, {stored:.2f} as
@@ -52,7 +55,7 @@ _KEPT = {
 """Stage -> what is said of the share of experts that it keeps."""
 
 
-def model_card(name: str, report: Mapping[str, Any], recipe: str) -> str:
+def model_card(name: str, report: Mapping[str, Any], recipe: str, model_class: str) -> str:
     """Markdown text from the run's report.
 
     Parameters
@@ -60,10 +63,14 @@ def model_card(name: str, report: Mapping[str, Any], recipe: str) -> str:
     name : of the original model.
     report : content of ``mcsharp_report.json``.
     recipe : as run.
+    model_class : the Auto class of transformers that loads it.
     """
     count = len(report["warnings"])
     return _CARD.format(
         name=name,
+        model_class=model_class,
+        inputs=_INPUTS[model_class],
+        input_class=f"Auto{_INPUTS[model_class].title()}",
         summary=_summary(name, report),
         warnings=f"{count} warning{'' if count == 1 else 's'}",
         recipe=recipe.strip(),

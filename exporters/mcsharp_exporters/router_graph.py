@@ -83,6 +83,8 @@ def _scaled(graph: GraphNodes, settings: RouterSettings, weights: str) -> str:
         total = graph.add("ReduceSum", weights, graph.integers(-1), keepdims=1)
         if settings.epsilon:
             total = graph.add("Add", total, graph.scalar(settings.epsilon))
+        if settings.least_sum:
+            total = graph.add("Max", total, graph.scalar(settings.least_sum))
         weights = graph.add("Div", weights, total)
     if settings.scale != 1.0:
         weights = graph.add("Mul", weights, graph.scalar(settings.scale))
@@ -91,7 +93,8 @@ def _scaled(graph: GraphNodes, settings: RouterSettings, weights: str) -> str:
 
 def _falls_from_slot_to_slot(settings: RouterSettings) -> bool:
     """Whether the weights are the very values that TopK sorted, but for a common factor."""
-    return not settings.correction_bias and not settings.score_chosen_only
+    chosen_by_weight = not settings.correction_bias and not settings.score_chosen_only
+    return chosen_by_weight and settings.sparse_mixing is None
 
 
 def _keep_all(graph: GraphNodes, indices: str) -> str:
@@ -116,6 +119,8 @@ def _choose(graph: GraphNodes, router: Router, logits: str) -> tuple[str, str]:
     """Indices and raw weights, both (tokens, top_k)."""
     settings = router.settings
     score = _SCORES[settings.scoring]
+    if settings.sparse_mixing is not None:
+        return _sparse_mixer(graph, logits, settings.top_k, settings.sparse_mixing)
     if settings.score_chosen_only:
         chosen, indices = graph.top_k(logits, settings.top_k)
         return indices, score(graph, chosen)
@@ -129,6 +134,26 @@ def _choose(graph: GraphNodes, router: Router, logits: str) -> tuple[str, str]:
     if router.correction_bias is None:
         return indices, best
     return indices, graph.add("GatherElements", scores, indices, axis=1)
+
+
+def _sparse_mixer(graph: GraphNodes, logits: str, top_k: int, jitter: float) -> tuple[str, str]:
+    """As :func:`mcsharp_sdk.models.routing.sparse_mixer`."""
+    lowest = graph.scalar(float("-inf"))
+    magnitude = graph.add("Abs", logits)
+    left = logits
+    indices, weights = [], []
+    for _ in range(top_k):
+        best, index = graph.top_k(left, 1)
+        distance = graph.add(
+            "Div", graph.add("Sub", best, logits), graph.add("Max", magnitude, best)
+        )
+        is_far = graph.add("Greater", distance, graph.scalar(2 * jitter))
+        scores = _softmax(graph, graph.add("Where", is_far, lowest, left))
+        indices.append(index)
+        weights.append(graph.add("GatherElements", scores, index, axis=1))
+        left = graph.add("ScatterElements", left, index, graph.add("Add", best, lowest), axis=1)
+    joined = (graph.add("Concat", *values, axis=-1) for values in (indices, weights))
+    return next(joined), next(joined)
 
 
 def _without_lost_groups(graph: GraphNodes, settings: RouterSettings, preference: str) -> str:

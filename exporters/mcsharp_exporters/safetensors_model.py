@@ -29,9 +29,12 @@ COPIED_FILES = (
     "chat_template.*",
     "generation_config.json",
     "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
     "special_tokens_map.json",
     "spiece.model",
     "tokenizer*",
+    "video_preprocessor_config.json",
     "vocab.*",
 )
 """Files of the original model that belong to the compressed one too."""
@@ -58,6 +61,8 @@ class SafetensorsExporter(Exporter):
     )
 
     def run(self, context: RunContext, output: Path) -> None:
+        from mcsharp_sdk.models.architecture import auto_class
+
         layout = _layout(context)
         self._write_weights(context, layout, output)
         _write_config(context.model, layout, output)
@@ -66,7 +71,8 @@ class SafetensorsExporter(Exporter):
         (output / "recipe.yaml").write_text(context.recipe.as_run, encoding="utf-8")
         report = _report(context, layout, output)
         (output / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        card = model_card(context.model.path.name, report, context.recipe.as_run)
+        model_class = auto_class(context.model.config).__name__
+        card = model_card(context.model.path.name, report, context.recipe.as_run, model_class)
         (output / "README.md").write_text(card, encoding="utf-8")
 
     def _write_weights(self, context: RunContext, layout: PackedLayout, output: Path) -> None:
@@ -83,12 +89,21 @@ class SafetensorsExporter(Exporter):
 
 
 def _outer_tensors(model: SourceModel) -> Iterator[tuple[str, Tensor]]:
-    """Embeddings, final norm and head, one module at a time, as they were."""
+    """What is outside the decoder layers (embeddings, head, vision tower), as it was.
+
+    One module's own tensors are held at a time.
+    """
     layers = f"{model.topology.layers_path}."
-    names = dict.fromkeys(model.memory_names.values())
-    owners = dict.fromkeys(n.rpartition(".")[0] for n in names if not n.startswith(layers))
-    for owner in owners:
-        yield from model.stored_tensors(f"{owner}.")
+    of_owner: dict[str, list[str]] = {}
+    for name in dict.fromkeys(model.memory_names.values()):
+        if name.startswith(layers):
+            continue
+        if name in model.verbatim:
+            yield name, model.checkpoint.read(model.verbatim[name])
+        else:
+            of_owner.setdefault(name.rpartition(".")[0], []).append(name)
+    for names in of_owner.values():
+        yield from model.stored_tensors(*names)
 
 
 def _layout(context: RunContext) -> PackedLayout:

@@ -4,7 +4,12 @@ Loading one says which file, layer and expert is wrong.
 """
 
 from mcsharp_sdk.artifacts.bit_map import WIDEST, BitMap, check_layers
-from mcsharp_sdk.artifacts.statistics import ExpertStatistics, LayerStatistics
+from mcsharp_sdk.artifacts.domain_shift import DomainShift
+from mcsharp_sdk.artifacts.statistics import (
+    ExpertStatistics,
+    LayerStatistics,
+    SourceStatistics,
+)
 from mcsharp_sdk.artifacts.token_protection import LayerProtection, TokenProtectionRule
 from mcsharp_sdk.artifacts.top_any_training import WHOLE_MODEL, TopAnyTraining, TrainingCurve
 
@@ -12,9 +17,11 @@ __all__ = [
     "WHOLE_MODEL",
     "WIDEST",
     "BitMap",
+    "DomainShift",
     "ExpertStatistics",
     "LayerProtection",
     "LayerStatistics",
+    "SourceStatistics",
     "TokenProtectionRule",
     "TopAnyTraining",
     "TrainingCurve",

@@ -20,7 +20,44 @@ from mcsharp_sdk.artifact_file import (
     optional_index,
     per_expert,
 )
+from mcsharp_sdk.artifacts.domain_shift import DomainShift
 from mcsharp_sdk.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class SourceStatistics:
+    """What one source of calibration tells about the E experts of a layer.
+
+    Attributes
+    ----------
+    source : name of the source.
+    tokens : of the source.
+    activation_count, routing_weight_sum : (E,) float64, as in :class:`LayerStatistics`, over the
+        source's tokens.
+    """
+
+    source: str
+    tokens: int
+    activation_count: FloatArray
+    routing_weight_sum: FloatArray
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "tokens": self.tokens,
+            "activation_count": self.activation_count.tolist(),
+            "routing_weight_sum": self.routing_weight_sum.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, here: str, content: Mapping[str, Any]) -> SourceStatistics:
+        where = f"{here}: sources"
+        values = (
+            numbers(f"{where}: {name}", content.get(name))
+            for name in ("activation_count", "routing_weight_sum")
+        )
+        tokens = index(content.get("tokens"), f"{where}: tokens")
+        return cls(str(content.get("source", "")), tokens, *values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +74,7 @@ class LayerStatistics:
         expert is quantised to that width.
     tokens : calibration tokens, or None where unknown.
     drop_error : (E,) float64, the same norm when the expert is removed, or None.
+    sources : the counts and sums of each source; empty if there is only one.
     """
 
     layer: int
@@ -45,6 +83,7 @@ class LayerStatistics:
     quant_error: Mapping[int, FloatArray] = field(default_factory=dict)
     tokens: int | None = None
     drop_error: FloatArray | None = None
+    sources: tuple[SourceStatistics, ...] = ()
 
     def __post_init__(self) -> None:
         here = f"layer {self.layer}"
@@ -60,6 +99,9 @@ class LayerStatistics:
             for width, values in sorted(self.quant_error.items())
         }
         object.__setattr__(self, "quant_error", errors)
+        for source in self.sources:
+            for name in ("activation_count", "routing_weight_sum"):
+                per_expert(f"{here}: {source.source}: {name}", getattr(source, name), experts)
 
     @property
     def num_experts(self) -> int:
@@ -92,6 +134,8 @@ class LayerStatistics:
         ]
         if self.drop_error is not None:
             content["drop_error"] = self.drop_error.tolist()
+        if self.sources:
+            content["sources"] = [source.to_json() for source in self.sources]
         return content
 
     @classmethod
@@ -113,6 +157,7 @@ class LayerStatistics:
             quant_error=_errors_by_width(here, content.get("quant_error", []), len(count)),
             tokens=None if tokens is None else index(tokens, f"{here}: tokens"),
             drop_error=None if drop is None else numbers(f"{here}: drop_error", drop),
+            sources=_sources(here, content.get("sources", [])),
         )
 
 
@@ -156,6 +201,17 @@ class ExpertStatistics(Artifact):
         """Decoder layer -> number of experts."""
         return {s.layer: s.num_experts for s in self.layers}
 
+    def domain_shift(self) -> tuple[DomainShift, ...]:
+        """How differently the sources use the experts: per layer and pair of sources.
+
+        Empty if there is only one source.
+        """
+        return tuple(
+            DomainShift.between(s.layer, first, second)
+            for s in self.layers
+            for first, second in itertools.combinations(s.sources, 2)
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {
             "version": VERSION,
@@ -179,6 +235,12 @@ class ExpertStatistics(Artifact):
             top_k=optional_index(content, "top_k"),
             layers=tuple(LayerStatistics.from_json(s) for s in layers),
         )
+
+
+def _sources(here: str, rows: Any) -> tuple[SourceStatistics, ...]:
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{here}: sources must be a list with one object per source")
+    return tuple(SourceStatistics.from_json(here, row) for row in rows)
 
 
 def _errors_by_width(here: str, rows: Any, experts: int) -> dict[int, FloatArray]:

@@ -57,8 +57,12 @@ def _problems(error: InputError) -> list[dict[str, str]]:
 
 
 def _show(recipe: Recipe, model: Path | None) -> None:
-    calibration = recipe.calibration
-    parts: list[tuple[str, Any]] = [("calibration", calibration)] if calibration else []
+    from mcsharp_sdk.recipe.document import path_text
+
+    parts: list[tuple[str, Any]] = [
+        (path_text(recipe.source_location(index)), source)
+        for index, source in enumerate(recipe.sources)
+    ]
     parts += [(f"stages[{index}]", stage) for index, stage in enumerate(recipe.stages)]
     parts += [(f"exports[{index}]", exporter) for index, exporter in enumerate(recipe.exports)]
     rows = [(where, _kind(part), _settings(part)) for where, part in parts]

@@ -74,12 +74,16 @@ def _router(found: Inspection) -> str:
     router = found.router
     if router is None:
         return "not known" if found.experts_per_layer else "none"
+    order = f"top-k, then {router.scoring}" if router.score_chosen_only else router.scoring
     details = {
         f"{router.kept_groups} of {router.groups} groups": router.groups > 1,
+        "bias": router.logit_bias,
         "correction bias": router.correction_bias,
         "renormalised": router.renormalise,
+        "weighs the experts' inputs": router.weighs_input,
     }
-    return ", ".join([router.scoring, *(name for name, there in details.items() if there)])
+    kind = order if router.sparse_mixing is None else "SparseMixer"
+    return ", ".join([kind, *(name for name, there in details.items() if there)])
 
 
 def _pruning(layout: PruningLayout | None) -> list[tuple[str, str]]:

@@ -1,8 +1,10 @@
-"""The ``calibration`` part of a recipe: which text, and how many tokens of it."""
+"""The ``calibration`` part of a recipe: which text and images, and how much of them."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +16,9 @@ from mcsharp_sdk.recipe.paths import BASE, RecipePath
 RANDOM_SCOPE = 64
 """Random windows are drawn from the first ``RANDOM_SCOPE * sequences * length`` tokens."""
 
+SEQUENCES = 128
+"""Sequences of a source that does not say; several that do not say share them by weight."""
+
 
 class _Source(BaseModel):
     """What every source of calibration text has in common."""
@@ -22,8 +27,17 @@ class _Source(BaseModel):
 
     source: str
     sequences: Annotated[int, Field(gt=0, description="How many sequences to calibrate with.")] = (
-        128
+        SEQUENCES
     )
+    weight: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            le=1e6,
+            description="In a list of sources, in place of 'sequences': those that do not give "
+            f"'sequences' share {SEQUENCES} in proportion to their weights; null counts as 1.",
+        ),
+    ] = None
     length: Annotated[int, Field(gt=0, description="Tokens per sequence.")] = 2048
     sampling: Annotated[
         Literal["random", "first"],
@@ -84,10 +98,61 @@ class EmbeddedSource(_Source):
     source: Literal["embedded"] = "embedded"
 
 
+class ImageTextSource(_Source):
+    """Pairs of an image and a text, for vision-language models: JSON lines beside the images."""
+
+    source: Literal["image_text"] = "image_text"
+    path: Annotated[
+        RecipePath,
+        Field(
+            description="JSON lines, one pair each. Image paths start at the file's folder and "
+            "stay in it. A relative path starts at the recipe's folder."
+        ),
+    ]
+    image: Annotated[str, Field(min_length=1, description="Field that holds the image's path.")] = (
+        "image"
+    )
+    text: Annotated[str, Field(min_length=1, description="Field that holds the text.")] = "text"
+    length: Annotated[
+        int,
+        Field(
+            gt=0,
+            description="Most tokens of a pair. The text of a longer one is cut at its end; an "
+            "image that does not fit is an error.",
+        ),
+    ] = 2048
+    sampling: Annotated[
+        Literal["random", "first"],
+        Field(description="Which pairs: 'random' draws them by 'seed', 'first' takes the first."),
+    ] = "random"
+    seed: Annotated[int, Field(ge=0, description="Seed of the random choice of pairs.")] = 0
+
+
 Calibration = Annotated[
-    TextSource | DatasetSource | EmbeddedSource,
+    TextSource | DatasetSource | EmbeddedSource | ImageTextSource,
     Field(discriminator="source"),
 ]
+
+
+def share_sequences(sources: Sequence[Calibration]) -> tuple[Calibration, ...]:
+    """The sources of a list, each with its number of sequences.
+
+    Those that do not give ``sequences`` share ``SEQUENCES`` in proportion to their weights, rounded
+    by largest remainder, at least one each.
+    """
+    sharing = [i for i, source in enumerate(sources) if "sequences" not in source.model_fields_set]
+    weights = [Fraction(sources[i].weight or 1) for i in sharing]
+    exact = [SEQUENCES * weight / sum(weights) for weight in weights]
+    shares = [int(part) for part in exact]
+    order = sorted(range(len(exact)), key=lambda i: (shares[i] - exact[i], i))
+    for i in order[: SEQUENCES - sum(shares)]:
+        shares[i] += 1
+    given = {i: max(1, share) for i, share in zip(sharing, shares, strict=True)}
+    # A weight has done its work then, and would contradict the number.
+    return tuple(
+        source.model_copy(update={"sequences": given[i], "weight": None}) if i in given else source
+        for i, source in enumerate(sources)
+    )
 
 
 def data_fingerprint(settings: Calibration) -> dict[str, str]:
@@ -103,6 +168,11 @@ def data_fingerprint(settings: Calibration) -> dict[str, str]:
     InputError
         If a file cannot be read.
     """
+    if isinstance(settings, ImageTextSource):
+        from mcsharp_sdk.data.image_text import read_pairs
+
+        images = [pair.image for pair in read_pairs(settings)]
+        return {"calibration pairs": _hash_files([settings.path, *images])}
     if isinstance(settings, TextSource):
         return {"calibration file": _hash_files([settings.path])}
     if isinstance(settings, DatasetSource):

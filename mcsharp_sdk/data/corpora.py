@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mcsharp_sdk.data.calibration import Calibration, DatasetSource, TextSource
+from mcsharp_sdk.data.calibration import Calibration, DatasetSource, ImageTextSource, TextSource
 from mcsharp_sdk.errors import InputError
 
 SEPARATOR = "\n\n"
@@ -43,7 +43,7 @@ def calibration_pieces(settings: Calibration) -> Iterator[str]:
 
 def calibration_name(settings: Calibration) -> str:
     """What to call the text in messages."""
-    if isinstance(settings, TextSource):
+    if isinstance(settings, (TextSource, ImageTextSource)):
         return str(settings.path)
     if isinstance(settings, DatasetSource):
         return f"dataset '{settings.name}'"

@@ -108,13 +108,18 @@ def calibration_tokens(
     if windows.shape[0] < settings.sequences:
         raise InputError(_too_little(settings, stream.numel(), windows.shape[0]))
     tokens = windows[choose_windows(windows.shape[0], settings)]
+    check_vocabulary(tokens, vocab_size)
+    return tokens
+
+
+def check_vocabulary(tokens: Tensor, vocab_size: int | None) -> None:
+    """InputError if a token is none of the model's, which knows 0 to ``vocab_size - 1``."""
     highest = int(tokens.max())
     if vocab_size is not None and highest >= vocab_size:
         raise InputError(
             f"the tokenizer has a larger vocabulary than the model: token {highest} occurs, but "
             f"the model knows 0 to {vocab_size - 1}; use the tokenizer that belongs to the model"
         )
-    return tokens
 
 
 def cut_windows(stream: Tensor, length: int) -> Tensor:

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from torch import Tensor
-
 from mcsharp_sdk.artifact_file import Artifact
 from mcsharp_sdk.artifacts import TokenProtectionRule
+from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.engine.progress import ProgressBars
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import AnyArtifact, LayerStore, RunDirectory
@@ -40,7 +39,7 @@ class RunContext:
     ----------
     model : the model that is compressed.
     recipe : as validated.
-    tokens : calibration tokens, (sequences, length) int64; empty if the recipe has no calibration.
+    calibration : sequences to measure with; none if the recipe has no calibration.
     directory : the run directory, open.
     progress : bars for long loops.
     report : what the reader should be told.
@@ -48,7 +47,7 @@ class RunContext:
 
     model: SourceModel
     recipe: Recipe
-    tokens: Tensor
+    calibration: CalibrationSet
     directory: RunDirectory
     progress: ProgressBars
     report: RunReport = field(default_factory=RunReport)
@@ -63,7 +62,7 @@ class RunContext:
         description : of the progress bar.
         quantised : with the weights that an earlier stage quantised them to, if there is one.
         """
-        layers = stream_layers(self.model, self.tokens, lambda r: self.track(r, description))
+        layers = stream_layers(self.model, self.calibration, lambda r: self.track(r, description))
         for layer in layers:
             if quantised:
                 self.restore_quantised(layer.source, layer.index)

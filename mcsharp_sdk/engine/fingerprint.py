@@ -26,8 +26,8 @@ def fingerprint(recipe: Recipe, source: SourceModel) -> dict[str, str]:
     parts = {RECIPE: hash_of(recipe.settings()["stages"])}
     parts.update(zip(COMMON, map(hash_of, common), strict=True))
     if recipe.calibration is not None:
-        settings = recipe.calibration.model_dump(mode="json")
-        parts[CALIBRATION] = hash_of([settings, data_fingerprint(recipe.calibration)])
+        data = [data_fingerprint(source) for source in recipe.sources]
+        parts[CALIBRATION] = hash_of([recipe.settings()["calibration"], data])
     for position, stage in enumerate(recipe.stages):
         for setting, path in stage.files().items():
             parts[_file_part(position, setting)] = hash_of(path.read_bytes().hex())

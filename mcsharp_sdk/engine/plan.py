@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.data.calibration import ImageTextSource
 from mcsharp_sdk.engine.durations import stage_seconds
 from mcsharp_sdk.engine.sizes import ModelSizes, model_sizes, network_bytes, packed_bytes_of
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.architecture import reads_images
 from mcsharp_sdk.models.routing import router_settings
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
@@ -111,7 +113,8 @@ def _stage_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
 
 def _routing_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
     try:
-        router_settings(source.config)
+        for layer in source.topology.moe:
+            router_settings(source.config, layer)
     except InputError as error:
         for position, stage in enumerate(recipe.stages):
             if stage.reads_routing:
@@ -123,10 +126,14 @@ def _routing_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
 
 def _calibration_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    if recipe.calibration is not None and limit and recipe.calibration.length > limit:
-        length = recipe.calibration.length
-        message = f"{length} tokens are more than the model's {limit} positions"
-        yield ("calibration", "length"), message
+    for index, settings in enumerate(recipe.sources):
+        location = recipe.source_location(index)
+        if limit and settings.length > limit:
+            message = f"{settings.length} tokens are more than the model's {limit} positions"
+            yield (*location, "length"), message
+        if isinstance(settings, ImageTextSource) and not reads_images(source.config):
+            message = f"{source.config.model_type} reads no images: calibrate it on text"
+            yield (*location, "source"), message
 
 
 def make_plan(recipe: Recipe, source: SourceModel) -> Plan:
@@ -196,11 +203,8 @@ def _peak_memory(recipe: Recipe, sizes: ModelSizes) -> int:
     """Interpreter, one layer while it loads, the quantiser's working set, and activations."""
     from mcsharp_sdk.modifiers.layer_quantisation import WORKING_SET_BYTES
 
-    activations = 0
-    if recipe.calibration is not None:
-        tokens = recipe.calibration.sequences * recipe.calibration.length
-        # Hidden states before a layer, those in front of its experts, and the experts' outputs.
-        activations = 3 * tokens * sizes.hidden_size * sizes.dtype_bytes
+    # Hidden states before a layer, those in front of its experts, and the experts' outputs.
+    activations = 3 * _most_tokens(recipe) * sizes.hidden_size * sizes.dtype_bytes
     layer = max(sizes.layers, key=lambda s: s.bytes)
     working = max(WORKING_SET_BYTES, layer.expert_working_set)
     loading = int(layer.bytes * LOADING_OVERHEAD)
@@ -212,14 +216,16 @@ def _peak_memory(recipe: Recipe, sizes: ModelSizes) -> int:
 
 
 def _stage_plans(recipe: Recipe, sizes: ModelSizes, bits: float | None) -> list[StagePlan]:
-    tokens = 0
-    if recipe.calibration is not None:
-        tokens = recipe.calibration.sequences * recipe.calibration.length
-    seconds = stage_seconds(recipe.stages, sizes, tokens)
+    seconds = stage_seconds(recipe.stages, sizes, _most_tokens(recipe))
     return [
         StagePlan(stage.type, _summary(stage, bits), needed)
         for stage, needed in zip(recipe.stages, seconds, strict=True)
     ]
+
+
+def _most_tokens(recipe: Recipe) -> int:
+    """Calibration tokens of all sources; pairs of image and text may have fewer."""
+    return sum(source.sequences * source.length for source in recipe.sources)
 
 
 def _summary(stage: Any, bits: float | None) -> str:

@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from mcsharp_sdk.data.tokenise import calibration_tokens, load_tokenizer
+from mcsharp_sdk.data.calibration_set import CalibrationSet
+from mcsharp_sdk.data.gathering import gather
 from mcsharp_sdk.engine.context import RunContext
 from mcsharp_sdk.engine.fingerprint import fingerprint, stage_keys
 from mcsharp_sdk.engine.plan import Plan, make_plan
@@ -114,11 +112,11 @@ def compress(
     check_output(output, directory, overwrite)
     source = SourceModel(Path(model), device)
     plan = make_plan(recipe, source)
-    tokens = read_calibration(recipe, source)
+    calibration = read_calibration(recipe, source)
     if on_plan is not None:
         on_plan(plan)
     opened = RunDirectory(directory, fingerprint(recipe, source), keep=run_dir is not None)
-    work = Work(source, recipe, tokens, opened, output, overwrite=overwrite)
+    work = Work(source, recipe, calibration, opened, output, overwrite=overwrite)
     seconds, warnings = work.run(progress)
     return Compression(output, seconds, warnings, plan)
 
@@ -129,7 +127,7 @@ class Work:
 
     Attributes
     ----------
-    source, recipe, tokens : as in :class:`RunContext`.
+    source, recipe, calibration : as in :class:`RunContext`.
     directory : the run directory, not open yet.
     output, overwrite : folder to make, and whether it may replace one that is there.
     store : where finished stages are looked for and kept; None to run every stage.
@@ -137,7 +135,7 @@ class Work:
 
     source: SourceModel
     recipe: Recipe
-    tokens: Tensor
+    calibration: CalibrationSet
     directory: RunDirectory
     output: Path
     overwrite: bool = False
@@ -147,7 +145,7 @@ class Work:
         """Run stages and exporters; seconds of each that was not finished before, and warnings."""
         watch = _Stopwatch()
         with self.directory as opened, ProgressBars(progress) as bars:
-            context = RunContext(self.source, self.recipe, self.tokens, opened, bars)
+            context = RunContext(self.source, self.recipe, self.calibration, opened, bars)
             _run_stages(context, watch, self.store)
             _export(context, self.output, self.overwrite, watch)
         return watch.seconds, context.report.warnings
@@ -162,18 +160,15 @@ def as_recipe(recipe: Recipe | str | os.PathLike[str], overrides: Sequence[str] 
     return recipe
 
 
-def read_calibration(recipe: Recipe, source: SourceModel) -> Tensor:
-    """The calibration tokens, (sequences, length) int64; (0, 0) if the recipe has no calibration.
+def read_calibration(recipe: Recipe, source: SourceModel) -> CalibrationSet:
+    """The calibration sequences of all sources; none if the recipe has no calibration.
 
     Raises
     ------
     InputError
-        If the text or the tokenizer cannot be read, or there is too little text.
+        If texts, images, the tokenizer or the processor cannot be read, or there is too little.
     """
-    if recipe.calibration is None:
-        return torch.empty(0, 0, dtype=torch.int64)
-    vocabulary = source.config.get_text_config().vocab_size
-    return calibration_tokens(recipe.calibration, load_tokenizer(source.path), vocabulary)
+    return gather(recipe.sources, source.path, source.config)
 
 
 def _run_stages(context: RunContext, watch: _Stopwatch, store: StageStore | None) -> None:

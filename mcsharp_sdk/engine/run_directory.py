@@ -223,8 +223,9 @@ class LayerStore:
         write_json(self._notes(layer), notes)
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
-        """The tensors of a finished layer."""
-        return load_file(self._tensors(layer))
+        """The tensors of a finished layer; it may have none."""
+        file = self._tensors(layer)
+        return load_file(file) if file.exists() or not self.has(layer) else {}
 
     def notes(self, layer: int) -> dict[str, Any]:
         """The notes of a finished layer."""

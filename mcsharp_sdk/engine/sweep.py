@@ -183,11 +183,11 @@ class _Runner:
             directory = RunDirectory(
                 self.work / "runs" / variant.identity, variant.fingerprint, keep=False
             )
-            tokens = self.plan.tokens(variant.recipe)
+            calibration = self.plan.calibration(variant.recipe)
             work = Work(
                 self.plan.source,
                 variant.recipe,
-                tokens,
+                calibration,
                 directory,
                 model,
                 overwrite=True,

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mcsharp_exporters.safetensors_model import SafetensorsExporter
-from torch import Tensor
 
+from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.data.corpora import text_pieces
 from mcsharp_sdk.data.tokenise import load_tokenizer, token_stream
 from mcsharp_sdk.engine.fingerprint import CALIBRATION, fingerprint, hash_of, stage_keys
@@ -86,15 +86,14 @@ class SweepPlan:
     variants: Sequence[PlannedVariant]
     source: SourceModel
     evaluation: EvaluationSettings
-    _tokens: dict[str, Tensor] = field(default_factory=dict)
+    _calibrations: dict[str, CalibrationSet] = field(default_factory=dict)
 
-    def tokens(self, recipe: Recipe) -> Tensor:
-        """Calibration tokens; read once for all recipes with the same calibration."""
-        calibration = recipe.calibration
-        key = hash_of(calibration and calibration.model_dump(mode="json"))
-        if key not in self._tokens:
-            self._tokens[key] = read_calibration(recipe, self.source)
-        return self._tokens[key]
+    def calibration(self, recipe: Recipe) -> CalibrationSet:
+        """Calibration sequences; read once for all recipes with the same calibration."""
+        key = hash_of(recipe.settings()["calibration"])
+        if key not in self._calibrations:
+            self._calibrations[key] = read_calibration(recipe, self.source)
+        return self._calibrations[key]
 
 
 def plan_sweep(
@@ -143,7 +142,7 @@ def _misfits(variant: Variant, plan: SweepPlan) -> list[Problem]:
     found: list[Problem] = []
     try:
         check_model(variant.recipe, plan.source)
-        plan.tokens(variant.recipe)
+        plan.calibration(variant.recipe)
     except InputProblems as error:
         found += error.problems
     except InputError as error:

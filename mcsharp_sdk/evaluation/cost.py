@@ -60,9 +60,9 @@ class ModelCost:
     expert_bits : the same of the routed experts alone; None without any.
     group_size : columns per scale, None if uncompressed.
     expert_bytes : decoder layer -> bytes of each routed expert.
-    top_k : experts per token; 0 without any.
-    always_read_bytes : bytes of weights that every token reads: all but the routed experts, and of
-        an embedding table that is not also the head one row.
+    top_k : experts per token, in the layer where they are most; 0 without any.
+    always_read_bytes : bytes of weights that every token reads: all but the routed experts and
+        what only images go through, and of an embedding table that is not also the head one row.
     """
 
     compressed: bool
@@ -156,14 +156,17 @@ def _always_read(tensors: Sequence[StoredTensor]) -> int:
         one_row = tensor.role == "embeddings" and has_head
         return tensor.info.nbytes // tensor.info.shape[0] if one_row else tensor.info.nbytes
 
-    return sum(read(tensor) for tensor in tensors if tensor.role != "experts")
+    return sum(read(tensor) for tensor in tensors if tensor.role not in ("experts", "vision"))
 
 
 def _top_k(config: Mapping[str, Any], directory: Path) -> int:
-    text = config.get("text_config") or config
-    for name in TOP_K_SETTINGS:
-        if isinstance(text.get(name), int):
-            return int(text[name])
+    text = config.get("text_config") or config.get("language_config") or config
+    places = (text, text.get("ffn_config") or {})
+    for value in (place.get(name) for place in places for name in TOP_K_SETTINGS):
+        if isinstance(value, int):
+            return value
+        if isinstance(value, list) and value:
+            return max(int(k) for k in value)
     raise InputError(
         f"{directory / 'config.json'} does not say how many experts a token uses; "
         f"looked for {', '.join(TOP_K_SETTINGS)}"

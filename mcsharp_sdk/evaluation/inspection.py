@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.cost import ModelCost, model_cost
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
+from mcsharp_sdk.models.architecture import empty_model
 from mcsharp_sdk.models.routing import RouterSettings, router_settings
 from mcsharp_sdk.models.source import read_config
 from mcsharp_sdk.models.topology import Topology, read_topology
@@ -86,7 +86,7 @@ def inspect_model(model_dir: str | Path) -> Inspection:
     cost = model_cost(directory)
     layout = read_layout(read_config_json(directory), directory)
     topology, unsupported = _topology(config)
-    router, router_fault = _router(config) if topology else (None, "")
+    router, router_fault = _router(config, topology) if topology else (None, "")
     stored = {layer: len(sizes) for layer, sizes in cost.expert_bytes.items()}
     return Inspection(
         model=str(directory),
@@ -106,15 +106,14 @@ def inspect_model(model_dir: str | Path) -> Inspection:
 def _topology(config: Any) -> tuple[Topology | None, str]:
     """Where layers and experts are, or None and the reason why that is not known."""
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        return read_topology(model, config), ""
+        return read_topology(empty_model(config, torch.float32), config), ""
     except (InputError, ValueError) as error:
         return None, str(error)
 
 
-def _router(config: Any) -> tuple[RouterSettings | None, str]:
+def _router(config: Any, topology: Topology) -> tuple[RouterSettings | None, str]:
+    """How the first MoE layer routes, or None and the reason why that is not known."""
     try:
-        return router_settings(config), ""
+        return router_settings(config, min(topology.moe)), ""
     except InputError as error:
         return None, str(error)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import mcsharp_sdk.runtime.hf_quantizer  # noqa: F401  (lets transformers load compressed models)
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
+from mcsharp_sdk.models.architecture import auto_class, read_config, stored_dtype
 from mcsharp_sdk.models.device import check_device
 from mcsharp_sdk.runtime.pruned_routing import set_expert_pruning
 
@@ -39,7 +39,7 @@ def load_model(directory: Path, device: str, dtype: torch.dtype, pruning: str | 
     """
     try:
         with _no_progress_bar():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(read_config(directory)).from_pretrained(
                 directory,
                 dtype=dtype,
                 device_map="auto" if device == "auto" else {"": device},
@@ -103,7 +103,7 @@ def choose_dtype(name: str, config: Any, device: str) -> torch.dtype:
         If the name is not ``auto`` or one of ``DTYPES``.
     """
     if name == "auto":
-        stored: torch.dtype = config.get_text_config().dtype or torch.float32
+        stored = stored_dtype(config)
         return torch.float32 if (stored, device) == (torch.float16, "cpu") else stored
     if name not in DTYPES:
         raise InputError(f"dtype {name!r} is not known: use auto, {', '.join(DTYPES)}")

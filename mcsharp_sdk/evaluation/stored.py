@@ -17,10 +17,12 @@ from mcsharp_sdk.errors import InputError, InputProblems, Problem
 from mcsharp_sdk.models.safetensors_file import TensorInfo
 from mcsharp_sdk.runtime.layout import METHOD, PackedLayout, members
 
-Role = Literal["experts", "attention", "linears", "router", "embeddings", "head", "other"]
+Role = Literal["experts", "attention", "linears", "router", "embeddings", "head", "vision", "other"]
 
 _ROLE_NAMES: tuple[tuple[Role, str], ...] = (
-    ("other", r"norm\w*(\.(weight|bias|scale))?$|\.conv1d\.|(^|\.)(visual|vision\w*|audio\w*)\."),
+    ("vision", r"(^|\.)(visual|vision\w*|audio\w*|\w*projector|resampler\w*)\."),
+    ("vision", r"^(image_newline|view_seperator)$"),
+    ("other", r"norm\w*(\.(weight|bias|scale))?$|\.conv1d\."),
     ("head", r"(^|\.)(lm_head|embed_out|output_layer)\."),
     ("embeddings", r"(^|\.)(embed_tokens|word_embeddings|embed_in|wte|wpe)\."),
     ("router", r"\.(gate|router|shared_expert_gate|moe_statics|pruner)\.|e_score_correction_bias$"),
@@ -30,7 +32,8 @@ _ROLE_NAMES: tuple[tuple[Role, str], ...] = (
     ("other", r""),
 )
 """Role and the names that have it; the first match counts. ``linears`` are the other linear layers
-of the decoder (dense MLP, shared experts), ``other`` is norms and all outside the decoder."""
+of the decoder (dense MLP, shared experts), ``vision`` is what only images (or sound) go through,
+``other`` is norms and all else outside the decoder."""
 
 ROLES = tuple((role, re.compile(pattern)) for role, pattern in _ROLE_NAMES)
 

@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.normal_form import normalise
 
 
 def read_config(path: Path) -> Any:
@@ -27,28 +33,75 @@ def read_config(path: Path) -> Any:
         raise InputError(f"{path / 'config.json'} cannot be read: {error}") from error
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that holds the whole model: ``AutoModelFor…``.
+
+    Of a config that holds the text model's as a part, ``AutoModelForCausalLM`` would build the
+    text model alone, under other tensor names than the checkpoint's.
+
+    Raises
+    ------
+    InputError
+        If transformers has neither a causal language model nor an image-text model of this
+        architecture.
+    """
+    composite = config.get_text_config() is not config
+    preferred = (AutoModelForImageTextToText, AutoModelForCausalLM)
+    for candidate in preferred if composite else reversed(preferred):
+        if type(config) in candidate._model_mapping:
+            return candidate
+    raise InputError(
+        f"transformers has neither a causal language model nor an image-text model of the "
+        f"architecture {config.model_type!r}"
+    )
+
+
+def reads_images(config: Any) -> bool:
+    """Whether a model of this config takes images besides text."""
+    return type(config) in AutoModelForImageTextToText._model_mapping
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """The dtype that a config gives for the weights; float32 if it gives none.
+
+    Of a vision-language model the text model's; some state one dtype for the whole model only.
+    """
+    dtype: torch.dtype | None = config.get_text_config().dtype or config.dtype
+    return dtype or torch.float32
+
+
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
-    """The causal language model on the meta device, with real non-persistent buffers.
+    """The whole model on the meta device, with real non-persistent buffers.
 
     Those (rotary tables) are in no checkpoint, so they are computed here.
 
     Raises
     ------
     InputError
-        If transformers has no causal language model of this architecture.
+        If transformers has no model of this architecture.
     """
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
-            ).eval()
+            model = (
+                auto_class(config)
+                .from_config(config, dtype=dtype, experts_implementation="eager")
+                .eval()
+            )
         except ValueError as error:
             raise InputError(f"{config.model_type} cannot be built: {error}") from error
+    normalise(model)
     owners = set()
     for name, buffer in list(model.named_non_persistent_buffers()):
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
         owners.add(owner)
     for owner in sorted(owners):
-        model._init_weights(model.get_submodule(owner))
+        _innermost_model(model, owner)._init_weights(model.get_submodule(owner))
     return model
+
+
+def _innermost_model(model: Any, path: str) -> Any:
+    """The smallest model of transformers around a module: it knows how to initialise it."""
+    steps = path.split(".")
+    around = (model.get_submodule(".".join(steps[:n])) for n in range(len(steps), -1, -1))
+    return next(module for module in around if isinstance(module, PreTrainedModel))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,19 @@ class RoutedInputs:
     Attributes
     ----------
     hidden : [T, hidden], the model's dtype.
+    router_hidden : [T, hidden], what the router decides on. It is ``hidden``, unless the experts
+        get a projection of it.
     top_k_index : int64 [T, k]
     top_k_weights : [T, k], as the experts apply them.
+    batch_tokens : per forward batch, how many of the tokens are its own. Of sequences with images
+        some models route the text alone here.
     """
 
     hidden: Tensor
+    router_hidden: Tensor
     top_k_index: Tensor
     top_k_weights: Tensor
+    batch_tokens: tuple[int, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -59,20 +65,30 @@ class _Enough(Exception):
 def routed_inputs(layer: StreamedLayer) -> RoutedInputs:
     """Run an MoE layer up to its experts and keep what they are called with."""
     experts: Any = layer.module.get_submodule(layer.moe.experts)
+    router = layer.module.get_submodule(layer.moe.router)
+    routed: list[Tensor] = []
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
+    running = [0]
+    counts = [0] * len(layer.inputs.hidden)
+
+    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        routed.append(args[0].reshape(-1, args[0].shape[-1]))
 
     def record(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         hidden, index, weights = (*args, *kwargs.values())
         calls.append((hidden.reshape(-1, hidden.shape[-1]), index, weights))
+        counts[running[0]] = calls[-1][0].shape[0]
         raise _Enough
 
-    handle = experts.register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        _run(layer)
-    finally:
-        handle.remove()
+    with ExitStack() as stack:
+        stack.callback(router.register_forward_pre_hook(note).remove)
+        stack.callback(experts.register_forward_pre_hook(record, with_kwargs=True).remove)
+        for running[0] in layer.inputs.batches():
+            _run_batch(layer, running[0])
     hidden, index, weights = (torch.cat(parts) for parts in zip(*calls, strict=True))
-    return RoutedInputs(hidden, index, weights)
+    same = routed[0].data_ptr() == calls[0][0].data_ptr()
+    router_hidden = hidden if same else torch.cat(routed)
+    return RoutedInputs(hidden, router_hidden, index, weights, tuple(counts))
 
 
 def linear_inputs(
@@ -120,13 +136,15 @@ def _stop(*_: Any) -> None:
     raise _Enough
 
 
-@torch.no_grad()
 def _run(layer: StreamedLayer) -> None:
-    for rows in layer.inputs.batches():
-        try:
-            layer.inputs.call(layer.module, layer.index, rows)
-        except _Enough:
-            continue
+    for batch in layer.inputs.batches():
+        _run_batch(layer, batch)
+
+
+@torch.no_grad()
+def _run_batch(layer: StreamedLayer, batch: int) -> None:
+    with suppress(_Enough):
+        layer.inputs.call(layer.module, layer.index, batch)
 
 
 @torch.no_grad()
@@ -149,5 +167,5 @@ def _sharing_groups(layer: StreamedLayer, names: Sequence[str]) -> list[tuple[st
             linear = layer.module.get_submodule(name)
             stack.callback(linear.register_forward_pre_hook(note).remove)
         stack.enter_context(without_routed_experts(layer))
-        layer.inputs.call(layer.module, layer.index, next(layer.inputs.batches()))
+        layer.inputs.call(layer.module, layer.index, layer.inputs.batches()[0])
     return [tuple(group) for _, group in seen]

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from mcsharp_sdk.models.architecture import empty_model, read_config
-from mcsharp_sdk.models.routing import Router, router_from_tensors
+from mcsharp_sdk.models.architecture import empty_model, read_config, stored_dtype
+from mcsharp_sdk.models.routing import Router, router_from_tensors, router_tensor_names
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.topology import Topology, read_topology
@@ -43,7 +43,7 @@ class CompressedFolder:
         config = read_config(path)
         if getattr(config, "quantization_config", None) is None:
             return None
-        model = empty_model(config, config.get_text_config().dtype or torch.float32)
+        model = empty_model(config, stored_dtype(config))
         return cls(config, read_topology(model, config), Checkpoint.open(path))
 
     def module_tensors(self, layer: int, path: str) -> dict[str, torch.Tensor]:
@@ -55,7 +55,9 @@ class CompressedFolder:
     def routers(self) -> Iterator[Router]:
         """The routers of all MoE layers, read one at a time."""
         for index, block in self.topology.moe.items():
-            tensors = self.module_tensors(index, block.router)
+            path = f"{self.topology.layers_path}.{index}.{block.router}"
+            names = router_tensor_names(self.checkpoint.names, path)
+            tensors = {short: self.checkpoint.read(name) for short, name in names.items()}
             yield router_from_tensors(tensors, self.config, index)
 
 

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from mcsharp_sdk.models.bfloat16 import linear
 from mcsharp_sdk.models.capture import RoutedInputs, routed_inputs
-from mcsharp_sdk.models.experts import Matrix, activate, finish, fused_weight, tokens_of_expert
+from mcsharp_sdk.models.experts import (
+    Matrix,
+    activate,
+    finish,
+    fused_weight,
+    tokens_of_expert,
+    weigh,
+)
 from mcsharp_sdk.models.stream import StreamedLayer
 
 PIECE_TOKENS = 4096
@@ -29,7 +36,8 @@ KEPT_BYTES = 128 * 2**20
 class Piece(NamedTuple):
     """Some of the tokens of an expert.
 
-    ``token`` int64 [n], ``routing`` [n] their routing weights, ``inputs`` [n, K] of a matrix.
+    ``token`` int64 [n], ``routing`` [n] what the expert's output on them is multiplied by,
+    ``inputs`` [n, K] of a matrix.
     """
 
     token: Tensor
@@ -81,8 +89,9 @@ class ExpertRuns:
             return
         keep: list[Piece] | None = [] if matrix == "down" and self._has_room(len(token)) else None
         for part, slots in zip(token.split(PIECE_TOKENS), slot.split(PIECE_TOKENS), strict=True):
-            inputs = self.inputs(expert, matrix, self.routed.hidden[part])
-            piece = Piece(part, self.routed.top_k_weights[part, slots], inputs)
+            routing = self.routed.top_k_weights[part, slots]
+            tokens, factor = weigh(self.experts, self.routed.hidden[part], routing)
+            piece = Piece(part, factor, self.inputs(expert, matrix, tokens))
             if keep is not None:
                 keep.append(piece)
             yield piece
@@ -95,6 +104,17 @@ class ExpertRuns:
             return tokens
         first = fused_weight(self.experts, "gate_up")[expert]
         return activate(self.experts, linear(tokens, first), expert)
+
+    def inputs_from_all_tokens(self, expert: int, matrix: Matrix, most: int) -> Tensor:
+        """Inputs of one of an expert's matrices, [n, K], as if any token of the layer chose it.
+
+        Of more than ``most`` tokens so many are taken, evenly spaced. Where routing weights
+        multiply inputs, the layer's mean one does.
+        """
+        hidden, weights = self.routed.hidden, self.routed.top_k_weights
+        chosen = torch.linspace(0, len(hidden) - 1, min(len(hidden), most)).long()
+        tokens, _ = weigh(self.experts, hidden[chosen], weights.mean().expand(len(chosen)))
+        return self.inputs(expert, matrix, tokens)
 
     def add_output(self, expert: int) -> None:
         """Run the rest of an expert and add its output; its weights must be final."""

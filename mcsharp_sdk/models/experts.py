@@ -2,7 +2,8 @@
 
 transformers keeps the experts of a layer as 3-D parameters and says by flags on the module
 (``has_gate``, ``has_bias``, ``is_transposed``, ``has_post_expert_norm``) how they are laid out.
-The functions here read these flags, so that nothing else has to.
+The functions here read these flags, so that nothing else has to. Families that transformers keeps
+otherwise are brought to this form by :mod:`mcsharp_sdk.models.normal_form`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,20 @@ def finish(experts: Any, output: Tensor, expert: int) -> Tensor:
     if experts.has_bias:
         output = output + experts.down_proj_bias[expert]
     return experts.post_expert_norm(output) if experts.has_post_expert_norm else output
+
+
+def weigh(experts: Any, hidden: Tensor, routing: Tensor) -> tuple[Tensor, Tensor]:
+    """What an expert gets, [n, hidden], and what its output is multiplied by, [n].
+
+    Parameters
+    ----------
+    hidden : [n, hidden], the hidden states of its tokens.
+    routing : [n], their routing weights. Most families weigh an expert's output by them, but some
+        its input, and then the output counts as it is.
+    """
+    if not getattr(experts, "weighs_input", False):
+        return hidden, routing
+    return (hidden * routing.unsqueeze(-1)).to(hidden.dtype), torch.ones_like(routing)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ A new family is one row of :data:`ROUTER_FAMILIES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mcsharp_sdk.errors import InputError
@@ -15,6 +15,15 @@ Scoring = Literal["softmax", "sigmoid"]
 GroupScore = Literal["max", "top2_sum"]
 
 WEIGHT, BIAS, CORRECTION_BIAS = "weight", "bias", "e_score_correction_bias"
+
+TENSOR_NAMES: Mapping[str, str] = {
+    "wg.weight": WEIGHT,
+    "moe_statics.e_score_correction_bias": CORRECTION_BIAS,
+}
+"""Tensor within a router module -> what it is: of hunyuan_v1_moe and ernie4_5_moe."""
+
+BLOCK_TENSORS = (CORRECTION_BIAS,)
+"""Tensors of a router that may be kept in its MoE block instead: minimax_m2."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,13 @@ class RouterSettings:
     group_score : a group's worth: its best expert, or the sum of its best two.
     renormalise : divide the chosen weights by their sum plus ``epsilon``.
     scale : multiplies the weights at the end.
+    least_sum : the sum that weights are divided by is at least this.
+    sparse_mixing : half the width of the band in which experts compete, if they are chosen one
+        after the other by SparseMixer (arXiv 2409.12136); otherwise None.
     logits_in_fp32 : the projection is computed in float32; otherwise in the hidden states' dtype.
+    scores_in_fp32 : so is everything from the logits on; otherwise rounded to that dtype each time.
     weights_in_fp32 : weights leave in float32; otherwise rounded to the hidden states' dtype.
+    weighs_input : weights multiply the input of an expert, not its output.
     """
 
     model_type: str
@@ -53,9 +67,13 @@ class RouterSettings:
     group_score: GroupScore = "max"
     renormalise: bool = False
     epsilon: float = 0.0
+    least_sum: float = 0.0
     scale: float = 1.0
+    sparse_mixing: float | None = None
     logits_in_fp32: bool = False
+    scores_in_fp32: bool = True
     weights_in_fp32: bool = True
+    weighs_input: bool = False
 
     def __post_init__(self) -> None:
         fault = _fault(self)
@@ -69,8 +87,12 @@ class RouterSettings:
         return (WEIGHT, *(name for name, there in optional.items() if there))
 
 
-def router_settings(config: Any) -> RouterSettings:
-    """Read how a model routes from its transformers config.
+def router_settings(config: Any, layer: int) -> RouterSettings:
+    """Read how a layer of a model routes from the model's transformers config.
+
+    Parameters
+    ----------
+    layer : decoder layer index, since families may choose another number of experts in each.
 
     Raises
     ------
@@ -78,14 +100,26 @@ def router_settings(config: Any) -> RouterSettings:
         If the family's routing is not known, or its settings contradict each other.
     """
     text = config.get_text_config()
-    try:
-        read = ROUTER_FAMILIES[text.model_type]
-    except KeyError:
-        known = ", ".join(sorted(ROUTER_FAMILIES))
+    family = text.model_type
+    if family in REFUSED_FAMILIES:
         raise InputError(
-            f"the routing of model type {text.model_type!r} is not known; known are {known}"
-        ) from None
-    return read(text)
+            f"the routing of model type {family!r} cannot be described: {REFUSED_FAMILIES[family]}"
+        )
+    if family not in ROUTER_FAMILIES:
+        known = ", ".join(sorted(ROUTER_FAMILIES))
+        raise InputError(f"the routing of model type {family!r} is not known; known are {known}")
+    return ROUTER_FAMILIES[family](_LayerConfig(text, layer))
+
+
+class _LayerConfig:
+    """A config in which a setting that is a list, one value for each layer, is this layer's."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        self._config, self._layer = config, layer
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._config, name)
+        return value[self._layer] if isinstance(value, list) else value
 
 
 def _fault(settings: RouterSettings) -> str | None:
@@ -105,18 +139,111 @@ def _fault(settings: RouterSettings) -> str | None:
     return None
 
 
+def _softmax(config: Any, experts: int, **settings: Any) -> RouterSettings:
+    return RouterSettings(config.model_type, experts, config.num_experts_per_tok, **settings)
+
+
 def _mixtral(config: Any) -> RouterSettings:
-    return RouterSettings(
-        config.model_type, config.num_local_experts, config.num_experts_per_tok, renormalise=True
-    )
+    return _softmax(config, config.num_local_experts, renormalise=True)
 
 
 def _softmax_optional_norm(config: Any) -> RouterSettings:
+    norm = bool(config.norm_topk_prob)
+    return _softmax(config, config.num_experts, renormalise=norm, weights_in_fp32=False)
+
+
+def _softmax_norm(config: Any) -> RouterSettings:
+    return _softmax(config, config.num_experts, renormalise=True, weights_in_fp32=False)
+
+
+def _jamba(config: Any) -> RouterSettings:
+    return _softmax(config, config.num_experts, weights_in_fp32=False)
+
+
+def _hunyuan(config: Any) -> RouterSettings:
     return RouterSettings(
         config.model_type,
         config.num_experts,
-        config.num_experts_per_tok,
-        renormalise=bool(config.norm_topk_prob),
+        config.moe_topk,
+        renormalise=True,
+        weights_in_fp32=False,
+    )
+
+
+def _chosen_first(config: Any) -> RouterSettings:
+    return _softmax(config, config.num_local_experts, score_chosen_only=True, weights_in_fp32=False)
+
+
+def _gpt_oss(config: Any) -> RouterSettings:
+    return replace(_chosen_first(config), logit_bias=True)
+
+
+def _aria(config: Any) -> RouterSettings:
+    return RouterSettings(
+        config.model_type,
+        config.moe_num_experts,
+        config.moe_topk,
+        score_chosen_only=True,
+        weights_in_fp32=False,
+    )
+
+
+def _llama4(config: Any) -> RouterSettings:
+    return replace(_chosen_first(config), scoring="sigmoid", weighs_input=True)
+
+
+def _minimax_m2(config: Any) -> RouterSettings:
+    return _softmax(
+        config,
+        config.num_local_experts,
+        scoring="sigmoid",
+        correction_bias=True,
+        renormalise=True,
+    )
+
+
+def _ernie(config: Any) -> RouterSettings:
+    return RouterSettings(
+        config.model_type,
+        config.moe_num_experts,
+        config.moe_k,
+        correction_bias=True,
+        renormalise=True,
+        least_sum=config.moe_norm_min,
+        logits_in_fp32=True,
+        weights_in_fp32=False,
+    )
+
+
+def _phimoe(config: Any) -> RouterSettings:
+    if config.num_experts_per_tok != 2:
+        raise InputError(
+            f"router of {config.model_type}: SparseMixer chooses 2 experts, "
+            f"but num_experts_per_tok is {config.num_experts_per_tok}"
+        )
+    return _softmax(
+        config,
+        config.num_local_experts,
+        sparse_mixing=config.router_jitter_noise,
+        scores_in_fp32=False,
+        weights_in_fp32=False,
+    )
+
+
+def _dbrx(config: Any) -> RouterSettings:
+    settings = config.ffn_config
+    order = settings.moe_normalize_expert_weights
+    if order not in (None, 1):
+        raise InputError(
+            f"router of {config.model_type}: weights divided by their norm of order {order} "
+            "are not supported; moe_normalize_expert_weights must be 1 or null"
+        )
+    return RouterSettings(
+        config.model_type,
+        settings.moe_num_experts,
+        settings.moe_top_k,
+        renormalise=order is not None,
+        scores_in_fp32=False,
         weights_in_fp32=False,
     )
 
@@ -160,10 +287,35 @@ def _deepseek_v3(config: Any) -> RouterSettings:
 
 ROUTER_FAMILIES: Mapping[str, Callable[[Any], RouterSettings]] = {
     "mixtral": _mixtral,
+    "minimax": _mixtral,
+    "minimax_m2": _minimax_m2,
     "olmoe": _softmax_optional_norm,
     "qwen2_moe": _softmax_optional_norm,
     "qwen3_moe": _softmax_optional_norm,
+    "qwen3_next": _softmax_optional_norm,
+    "qwen3_vl_moe_text": _softmax_norm,
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
+    "glm4_moe": _deepseek_v3,
+    "glm4v_moe_text": _deepseek_v3,
+    "dots1": _deepseek_v3,
+    "nemotron_h": _deepseek_v3,
+    "gpt_oss": _gpt_oss,
+    "phimoe": _phimoe,
+    "granitemoe": _chosen_first,
+    "ernie4_5_moe": _ernie,
+    "ernie4_5_vl_moe_text": _ernie,
+    "hunyuan_v1_moe": _hunyuan,
+    "jamba": _jamba,
+    "dbrx": _dbrx,
+    "llama4_text": _llama4,
+    "aria_text": _aria,
 }
 """model_type -> reader of its (text) config."""
+
+REFUSED_FAMILIES: Mapping[str, str] = {
+    "deepseek_v4": "its first layers choose experts by the token's number, not by a score",
+    "switch_transformers": "it drops tokens when an expert has got its share",
+    "nllb_moe": "it drops tokens when an expert has got its share",
+}
+"""model_type -> why its routing is none of the kinds described here."""

@@ -8,7 +8,7 @@ leaves it open, and with it the last bit of a renormalised weight, since a sum d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.router_settings import (
     BIAS,
+    BLOCK_TENSORS,
     CORRECTION_BIAS,
+    TENSOR_NAMES,
     WEIGHT,
     GroupScore,
     RouterSettings,
@@ -89,10 +91,17 @@ class Routing(NamedTuple):
     keep: Tensor
 
 
-def read_router(module: nn.Module, config: Any, layer: int) -> Router:
+def read_router(
+    module: nn.Module, config: Any, layer: int, block: nn.Module | None = None
+) -> Router:
     """The router that a transformers router module (``gate`` or ``router``) computes.
 
     The tensors are the module's own, detached, not copied.
+
+    Parameters
+    ----------
+    module : the router.
+    block : the MoE block that it is in, where some families keep a tensor of it.
 
     Raises
     ------
@@ -100,7 +109,8 @@ def read_router(module: nn.Module, config: Any, layer: int) -> Router:
         As :func:`router_settings` and :func:`router_from_tensors`.
     """
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return router_from_tensors(tensors, config, layer)
+    beside = {name: getattr(block, name) for name in BLOCK_TENSORS if hasattr(block, name)}
+    return router_from_tensors({**beside, **tensors}, config, layer)
 
 
 def router_from_tensors(tensors: Mapping[str, Tensor], config: Any, layer: int) -> Router:
@@ -111,14 +121,25 @@ def router_from_tensors(tensors: Mapping[str, Tensor], config: Any, layer: int) 
     InputError
         If a tensor is missing or left over, a shape is wrong, or the routing is not known.
     """
-    settings = router_settings(config)
-    if set(tensors) != set(settings.tensors):
+    settings = router_settings(config, layer)
+    found = {TENSOR_NAMES.get(name, name): t.detach() for name, t in tensors.items()}
+    if set(found) != set(settings.tensors):
         raise InputError(
-            f"router of layer {layer} has tensors {sorted(tensors)}; "
+            f"router of layer {layer} has tensors {sorted(found)}; "
             f"one of {settings.model_type} has {sorted(settings.tensors)}"
         )
-    found = {name: tensor.detach() for name, tensor in tensors.items()}
-    return Router(layer, settings, found[WEIGHT], found.get(BIAS), found.get(CORRECTION_BIAS))
+    correction = found.get(CORRECTION_BIAS)
+    if correction is not None and correction.ndim == 2:  # of one group of experts: ernie4_5
+        correction = correction.squeeze(0)
+    return Router(layer, settings, found[WEIGHT], found.get(BIAS), correction)
+
+
+def router_tensor_names(names: Collection[str], path: str) -> dict[str, str]:
+    """Name within the router -> full name, of the tensors that belong to the router at ``path``."""
+    owner = path.rpartition(".")[0]
+    inside = {n.removeprefix(f"{path}."): n for n in names if n.startswith(f"{path}.")}
+    beside = {name: f"{owner}.{name}" for name in BLOCK_TENSORS if f"{owner}.{name}" in names}
+    return beside | inside
 
 
 def router_logits(router: Router, hidden: Tensor) -> Tensor:
@@ -159,19 +180,25 @@ def route(router: Router, hidden: Tensor) -> Routing:
             f"[tokens, {router.hidden_size}], got {hidden.dtype} {list(hidden.shape)}"
         )
     settings = router.settings
-    indices, weights = _choose(router, router_logits(router, hidden))
+    logits = router_logits(router, hidden)
+    indices, weights = _choose(
+        router, logits if settings.scores_in_fp32 else logits.to(hidden.dtype)
+    )
     if settings.renormalise:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + settings.epsilon)
+        total = weights.sum(dim=-1, keepdim=True) + settings.epsilon
+        weights = weights / total.clamp(min=settings.least_sum)
     weights = weights * settings.scale
     if not settings.weights_in_fp32:
-        weights = weights.to(hidden.dtype).float()
-    return Routing(indices, weights, torch.ones_like(indices, dtype=torch.bool))
+        weights = weights.to(hidden.dtype)
+    return Routing(indices, weights.float(), torch.ones_like(indices, dtype=torch.bool))
 
 
 def _choose(router: Router, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Indices and raw weights, both (T, top_k), from logits (T, experts)."""
     settings = router.settings
     score = _SCORES[settings.scoring]
+    if settings.sparse_mixing is not None:
+        return sparse_mixer(logits, settings.top_k, settings.sparse_mixing)
     if settings.score_chosen_only:
         chosen, indices = logits.topk(settings.top_k, dim=-1)
         return indices, score(chosen)
@@ -181,6 +208,33 @@ def _choose(router: Router, logits: Tensor) -> tuple[Tensor, Tensor]:
         preference = scores + router.correction_bias.to(scores.device, torch.float32)
     indices = _without_lost_groups(settings, preference).topk(settings.top_k, dim=-1).indices
     return indices, scores.gather(1, indices)
+
+
+def sparse_mixer(logits: Tensor, top_k: int, jitter: float) -> tuple[Tensor, Tensor]:
+    """Choose experts one after the other, each weighed against those that come close to it.
+
+    SparseMixer (arXiv 2409.12136) as it is at inference: the best expert that is left is chosen;
+    its weight is its softmax among the experts left whose logit is within a relative distance of
+    2 ``jitter`` of its own.
+
+    Parameters
+    ----------
+    logits : (T, experts) floating.
+
+    Returns
+    -------
+    Indices and weights, both (T, top_k).
+    """
+    left = logits
+    indices, weights = [], []
+    for _ in range(top_k):
+        best, index = left.max(dim=-1, keepdim=True)
+        distance = (best - logits) / logits.abs().clamp(min=best)
+        rivals = left.masked_fill(distance > 2 * jitter, float("-inf"))
+        indices.append(index)
+        weights.append(rivals.softmax(dim=-1).gather(-1, index))
+        left = left.scatter(-1, index, float("-inf"))
+    return torch.cat(indices, -1), torch.cat(weights, -1)
 
 
 def _without_lost_groups(settings: RouterSettings, preference: Tensor) -> Tensor:

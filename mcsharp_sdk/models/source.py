@@ -11,11 +11,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -26,11 +24,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from mcsharp_sdk.errors import InputError, RunError
-from mcsharp_sdk.models.architecture import empty_model, read_config
+from mcsharp_sdk.models.architecture import empty_model, read_config, stored_dtype
 from mcsharp_sdk.models.device import check_device
 from mcsharp_sdk.models.experts import MATRICES, parameter_name
 from mcsharp_sdk.models.memory import keep_large_blocks_out_of_the_heap, release_free_memory
-from mcsharp_sdk.models.routing import Router, read_router
+from mcsharp_sdk.models.normal_form import weight_conversions
+from mcsharp_sdk.models.routing import Router, read_router, router_tensor_names
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.topology import MoeBlock, Topology, read_topology
 
@@ -63,7 +62,7 @@ class SourceModel:
                 "or use `mcsharp inspect` to see what this one holds"
             )
         self.checkpoint = Checkpoint.open(path)
-        self.stored_dtype: torch.dtype = self.config.get_text_config().dtype or torch.float32
+        self.stored_dtype = stored_dtype(self.config)
         self.dtype = _compute_dtype(self.stored_dtype, device)
         self.model = empty_model(self.config, self.dtype)
         self.topology: Topology = read_topology(self.model, self.config)
@@ -71,16 +70,54 @@ class SourceModel:
     @cached_property
     def memory_names(self) -> dict[str, str]:
         """Name on disk -> name in the module tree (for fused tensors, many to one)."""
-        mapping = get_model_conversion_mapping(self.model)
+        return {name: memory for name, (memory, _) in self._renamed.items()}
+
+    @cached_property
+    def verbatim(self) -> dict[str, str]:
+        """Name in the module tree -> name on disk, of tensors that have the same data in both."""
+        return {memory: name for name, (memory, pattern) in self._renamed.items() if not pattern}
+
+    @cached_property
+    def _renamed(self) -> dict[str, tuple[str, str | None]]:
+        """Name on disk -> name in the module tree, and what converts the data, if anything does."""
+        mapping = weight_conversions(self.model)
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         tree = self.model.state_dict()
         prefix = self.model.base_model_prefix
+        return {
+            name: rename_source_key(name, renamings, converters, prefix, tree)
+            for name in self.checkpoint.names
+        }
 
-        def rename(name: str) -> str:
-            return str(rename_source_key(name, renamings, converters, prefix, tree)[0])
+    @cached_property
+    def _made_of(self) -> dict[str, tuple[str, ...]]:
+        """Name on disk -> the names in the module tree that are made of it, mostly one.
 
-        return {name: rename(name) for name in self.checkpoint.names}
+        ernie4_5_vl_moe keeps the experts of text and of images in one list.
+        """
+        several = [
+            converter.target_patterns
+            for converter in weight_conversions(self.model)
+            if isinstance(converter, WeightConverter) and len(converter.target_patterns) > 1
+        ]
+        return {
+            disk: next(
+                (tuple(name.replace(t[0], other) for other in t) for t in several if t[0] in name),
+                (name,),
+            )
+            for disk, name in self.memory_names.items()
+        }
+
+    @cached_property
+    def tied_names(self) -> dict[str, str]:
+        """Name in the module tree of a tensor that is not on disk -> name on disk of its twin."""
+        on_disk = {memory: name for name, memory in self.memory_names.items()}
+        return {
+            name: on_disk[twin]
+            for name, twin in self.model.all_tied_weights_keys.items()
+            if name not in on_disk and twin in on_disk
+        }
 
     def layer_path(self, layer: int) -> str:
         """Module path of decoder layer ``layer``."""
@@ -102,20 +139,22 @@ class SourceModel:
         Parameters
         ----------
         prefixes : starts of names in the module tree, e.g. ``model.layers.3.``.
-        but_not : starts of names to leave empty.
+        but_not : names to leave empty.
 
         Raises
         ------
         RunError
             If the checkpoint does not fill all of them or holds other shapes; names them.
         """
-        excluded = tuple(but_not)
+        excluded = frozenset(but_not)
 
         def wanted(name: str) -> bool:
-            return name.startswith(prefixes) and not (excluded and name.startswith(excluded))
+            return name.startswith(prefixes) and name not in excluded
 
-        mapping: Any = get_model_conversion_mapping(self.model)
-        lazy = {k: self.checkpoint.slice(k) for k, m in self.memory_names.items() if wanted(m)}
+        mapping = weight_conversions(self.model)
+        made = self._made_of
+        lazy = {k: self.checkpoint.slice(k) for k in made if any(map(wanted, made[k]))}
+        lazy |= {m: self.checkpoint.slice(k) for m, k in self.tied_names.items() if wanted(m)}
         settings = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
@@ -132,36 +171,53 @@ class SourceModel:
             raise RunError(f"{self.path}: the checkpoint lacks {', '.join(empty[:5])}")
 
     def free(self, *prefixes: str) -> None:
-        """Empty every module whose path starts with one of ``prefixes``."""
-        for name, module in self.model.named_modules():
-            if f"{name}.".startswith(prefixes):
-                module.to("meta")
+        """Empty every parameter and buffer whose name starts with one of ``prefixes``.
+
+        Buffers that are in no checkpoint (rotary tables) stay.
+        """
+        for path, module in self.model.named_modules():
+            start = f"{path}." if path else ""
+            for name, parameter in module._parameters.items():
+                if parameter is not None and f"{start}{name}".startswith(prefixes):
+                    empty = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+                    module._parameters[name] = empty
+            for name in module._buffers.keys() - module._non_persistent_buffers_set:
+                buffer = module._buffers[name]
+                if buffer is not None and f"{start}{name}".startswith(prefixes):
+                    module._buffers[name] = buffer.to("meta")
         release_free_memory()
 
     def stored_tensors(
-        self, prefix: str, but_not: Iterable[str] = ()
+        self, *prefixes: str, but_not: Iterable[str] = ()
     ) -> Iterator[tuple[str, Tensor]]:
-        """Tensors under ``prefix`` by their names in the module tree, in the stored dtype."""
-        self.load(prefix, but_not=but_not)
+        """Tensors whose names in the module tree start so, by these names, in the stored dtype.
+
+        Those that are not on disk since they are tied to others are left out.
+        """
+        left_out = {*but_not, *self.tied_names}
+        self.load(*prefixes, but_not=but_not)
         persistent = self.model.state_dict(keep_vars=True)
         for name, tensor in persistent.items():
-            if name.startswith(prefix) and not tensor.is_meta:
+            wanted = name.startswith(prefixes) and name not in left_out
+            if wanted and not tensor.is_meta:
                 promoted = tensor.dtype == self.dtype
                 yield name, tensor.detach().to(self.stored_dtype if promoted else tensor.dtype)
-        self.free(prefix)
+        self.free(*prefixes)
 
     def routers(self) -> Iterator[Router]:
         """The routers of all MoE layers, one loaded at a time."""
         for index, block in self.topology.moe.items():
             path = f"{self.layer_path(index)}.{block.router}"
-            self.load(f"{path}.")
+            names = router_tensor_names(self.memory_names.values(), path).values()
+            self.load(*names)
             yield self.router(block)
-            self.free(f"{path}.")
+            self.free(*names)
 
     def router(self, block: MoeBlock) -> Router:
         """The router of one loaded MoE layer."""
-        module = self.layer(block.layer).get_submodule(block.router)
-        return read_router(module, self.config, block.layer)
+        layer = self.layer(block.layer)
+        owner = layer.get_submodule(block.router.rpartition(".")[0])
+        return read_router(layer.get_submodule(block.router), self.config, block.layer, owner)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.model.named_parameters()

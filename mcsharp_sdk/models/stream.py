@@ -1,139 +1,110 @@
 """Run a model on calibration tokens one decoder layer at a time.
 
-The arguments of each layer (masks, rotary tables, cache flags) are not rebuilt here: a stub pass
-of the model's own forward, with recorders in place of the layers, captures them exactly.
+The arguments of each layer (masks, rotary tables, cache flags) are captured by
+:mod:`mcsharp_sdk.models.embedding`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.models.bfloat16 import fast_linears
 from mcsharp_sdk.models.experts import answering
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.topology import MoeBlock
 
-TOKENS_PER_BATCH = 2048
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a decoder layer besides the hidden states."""
 
 
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer, keeps the arguments and passes hidden states on."""
+@dataclass(frozen=True)
+class Addition:
+    """What a model adds to the hidden states of some tokens of a batch in front of a layer.
 
-    def __init__(self, layer: nn.Module, calls: list[tuple[Tensor, tuple[Any, ...], Any]]) -> None:
-        super().__init__()
-        self._layer = [layer]
-        self._calls = calls
+    Attributes
+    ----------
+    rows : int64 [m], which of the batch's tokens.
+    values : [m, hidden], the model's dtype.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_layer"][0], name)
+    rows: Tensor
+    values: Tensor
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._calls.append((hidden_states, args, kwargs))
-        return hidden_states
-
-
-class _LayersDone(Exception):
-    """Raised behind the last recorder: the head is not wanted."""
+    def add_to(self, hidden: Tensor) -> None:
+        """Add to contiguous hidden states, (sequences, length, hidden), in place."""
+        hidden.view(-1, hidden.shape[-1])[self.rows] += self.values
 
 
 @dataclass
 class LayerInputs:
-    """Hidden states before a decoder layer and the other arguments it takes.
+    """Hidden states before a decoder layer and the other arguments it takes, per forward batch.
 
     Attributes
     ----------
-    hidden : (sequences, length, hidden), the model's dtype; replaced by ``advance``.
-    arguments : batch size -> per layer, positional and keyword arguments.
-    batch : sequences per forward.
+    hidden : per batch (sequences, length, hidden), the model's dtype; changed by ``advance``.
+        Lengths may differ between batches.
+    arguments : per batch and layer, positional and keyword arguments.
+    sources : per batch, the source of its tokens in the calibration set.
+    additions : (batch, layer) -> what the model adds in front of the layer, where it does.
     """
 
-    hidden: Tensor
-    arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]]
-    batch: int
+    hidden: list[Tensor]
+    arguments: list[list[Arguments]]
+    sources: list[int]
+    additions: dict[tuple[int, int], Addition] = field(default_factory=dict)
 
-    def batches(self) -> Iterator[slice]:
-        """Slices of sequences, one forward each."""
-        for start in range(0, self.hidden.shape[0], self.batch):
-            yield slice(start, min(start + self.batch, self.hidden.shape[0]))
+    def token_sources(self, batch_tokens: Sequence[int]) -> Tensor:
+        """int64 [T], the source of each token, given the number of tokens of each batch."""
+        counts = torch.tensor(batch_tokens, dtype=torch.int64)
+        return torch.tensor(self.sources, dtype=torch.int64).repeat_interleave(counts)
 
-    def call(self, layer: nn.Module, index: int, rows: slice) -> Tensor:
-        """Output of ``layer`` (decoder layer ``index``) for some sequences."""
-        hidden = self.hidden[rows]
-        args, kwargs = self.arguments[hidden.shape[0]][index]
+    def batches(self) -> range:
+        """Numbers of the batches, one forward each."""
+        return range(len(self.hidden))
+
+    def call(self, layer: nn.Module, index: int, batch: int) -> Tensor:
+        """Output of ``layer`` (decoder layer ``index``) for one batch."""
+        args, kwargs = self.arguments[batch][index]
         with fast_linears():
-            output = layer(hidden, *args, **kwargs)
+            output = layer(self.hidden[batch], *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def advance(self, layer: nn.Module, index: int) -> None:
-        """Replace the hidden states by what ``layer`` makes of them."""
-        for rows in self.batches():
-            self.hidden[rows] = self.call(layer, index, rows)
+        """Replace the hidden states by what ``layer``, and the model behind it, make of them."""
+        for batch in self.batches():
+            hidden = self.hidden[batch]
+            hidden.copy_(self.call(layer, index, batch))
+            added = self.additions.get((batch, index + 1))
+            if added is not None:
+                added.add_to(hidden)
 
     def advance_with(self, layer: nn.Module, index: int, block: MoeBlock, outputs: Tensor) -> None:
         """As ``advance``, with the routed experts' outputs, [T, hidden], known already."""
-        rest = iter(outputs.split(self.batch * self.hidden.shape[1]))
-        experts = layer.get_submodule(block.experts)
-        with answering(experts, lambda hidden: next(rest).view_as(hidden)):
+        with answering(layer.get_submodule(block.experts), in_turn(outputs)):
             self.advance(layer, index)
 
 
-@torch.no_grad()
-def embed(source: SourceModel, tokens: Tensor) -> LayerInputs:
-    """Embed ``tokens`` and capture what each decoder layer is called with.
+def in_turn(outputs: Tensor) -> Callable[[Tensor], Tensor]:
+    """An answer that gives each batch of hidden states the next rows of ``outputs``, [T, hidden].
 
-    Parameters
-    ----------
-    tokens : (sequences, length) int64, no padding.
+    Batches may differ in size, and a batch may have fewer tokens than its sequences: some models
+    route those of images to experts of their own.
     """
-    batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
-    embedding = next(
-        name
-        for name, module in source.model.named_modules()
-        if module is source.model.get_input_embeddings()
-    )
-    source.load(f"{embedding}.")
-    hidden: list[Tensor] = []
-    arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-    with _recorders(source) as calls:
-        for part in tokens.split(batch):
-            calls.clear()
-            try:
-                source.model(input_ids=part.to(source.device), use_cache=False)
-            except _LayersDone:
-                hidden.append(calls[0][0])
-            arguments.setdefault(part.shape[0], [(args, kwargs) for _, args, kwargs in calls])
-    source.free(f"{embedding}.")
-    return LayerInputs(torch.cat(hidden), arguments, batch)
+    done = 0
 
+    def answer(hidden: Tensor) -> Tensor:
+        nonlocal done
+        start = done
+        done += hidden.numel() // outputs.shape[-1]
+        return outputs[start:done].view_as(hidden)
 
-@contextmanager
-def _recorders(source: SourceModel) -> Iterator[list[tuple[Tensor, tuple[Any, ...], Any]]]:
-    """Put recorders in place of the decoder layers, and stop the forward behind the last one."""
-    path = source.topology.layers_path
-    owner = source.model.get_submodule(path.rpartition(".")[0])
-    layers = owner.layers
-    calls: list[tuple[Tensor, tuple[Any, ...], Any]] = []
-    stubs = [_Recorder(layer, calls) for layer in layers]
-
-    def stop(*_: Any) -> None:
-        raise _LayersDone
-
-    owner.layers = nn.ModuleList(stubs)
-    handle = stubs[-1].register_forward_hook(stop)
-    try:
-        yield calls
-    finally:
-        handle.remove()
-        owner.layers = layers
+    return answer
 
 
 @dataclass
@@ -171,15 +142,22 @@ class StreamedLayer:
 @torch.no_grad()
 def stream_layers(
     source: SourceModel,
-    tokens: Tensor,
+    calibration: CalibrationSet,
     track: Callable[[range], Iterator[int]] = iter,  # type: ignore[assignment]
 ) -> Iterator[StreamedLayer]:
     """Yield each decoder layer, loaded, with the activations that reach it.
 
     The consumer may change the layer's weights: the hidden states move on through the layer as the
     consumer leaves it, and the layer is freed. Peak memory is one layer and the activations.
+
+    Raises
+    ------
+    InputError
+        If the model does more between its layers than adding.
     """
-    inputs = embed(source, tokens)
+    from mcsharp_sdk.models.embedding import embed
+
+    inputs = embed(source, calibration)
     for index in track(range(source.topology.num_layers)):
         path = f"{source.layer_path(index)}."
         source.load(path)

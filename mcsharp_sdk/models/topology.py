@@ -5,6 +5,7 @@ One generic reading of the module tree; what differs between families stands in 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +19,38 @@ ROUTER_NAMES = ("gate", "router")
 # Linear layers that steer the mixture instead of computing in it: tiny, and sensitive.
 STEERING_LINEARS = frozenset({"gate", "router", "shared_expert_gate"})
 
-TOP_K_SETTINGS = ("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token")
+KEPT_LINEARS: Mapping[str, str] = {
+    "x_proj": "Mamba: makes the step sizes and what enters and leaves the state",
+    "dt_proj": "Mamba: makes the step sizes; some kernels read its weight directly",
+    "mixer.in_proj": "Mamba-2 (nemotron_h): makes step sizes and states among others",
+    "mixer.out_proj": "Mamba-2 (nemotron_h): its fused kernel reads the weight directly",
+    "in_proj_ba": "gated delta net: makes decay and write strength",
+    "fc1_latent_proj": "nemotron_h: all experts of a layer get their tokens through it",
+    "fc2_latent_proj": "nemotron_h: all experts of a layer give their outputs through it",
+}
+"""End of a linear layer's path -> why it keeps its precision."""
+
+KEPT_EXPERTS: Mapping[str, str] = {
+    "vision_moe.experts": "ernie4_5_vl_moe: experts of image tokens, a second group in each layer",
+}
+"""End of an experts module's path -> which they are: they stay as they are."""
+
+TOP_K_SETTINGS = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "num_experts_per_token")
 
 
 @dataclass(frozen=True)
 class MoeBlock:
-    """Where one decoder layer keeps its mixture of experts (paths relative to the layer)."""
+    """Where one decoder layer keeps its mixture of experts (paths relative to the layer).
+
+    ``weighs_input``: routing weights multiply an expert's input instead of its output.
+    """
 
     layer: int
     experts: str
     router: str
     num_experts: int
     top_k: int
+    weighs_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,13 +63,17 @@ class Topology:
     num_layers : length of that list.
     moe : decoder layer index -> its mixture of experts; dense layers are absent.
     linears : decoder layer index -> paths, relative to the layer, of the linear layers outside the
-        routed experts (attention, shared experts, dense MLP).
+        routed experts that may be quantised (attention, shared experts, dense MLP).
+    kept_experts : routed experts that are never compressed, as said in ``KEPT_EXPERTS``.
+    kept_linears : linear layers that are never compressed, as named in ``KEPT_LINEARS``.
     """
 
     layers_path: str
     num_layers: int
     moe: dict[int, MoeBlock]
     linears: dict[int, tuple[str, ...]]
+    kept_experts: tuple[str, ...] = ()
+    kept_linears: tuple[str, ...] = ()
 
     def experts_per_layer(self) -> dict[int, int]:
         """Decoder layer index -> number of routed experts."""
@@ -61,38 +86,78 @@ def read_topology(model: nn.Module, config: Any) -> Topology:
     Raises
     ------
     InputError
-        If the model has no list of decoder layers, or none of them has fused routed experts.
+        If the model has no decoder layer with fused routed experts, or a layer has several groups
+        of them or no router beside them.
     """
-    layers_path, layers = _decoder_layers(model)
+    layers_path, layers = _decoder_layers(model, config.model_type)
     moe, linears = {}, {}
     for index, layer in enumerate(layers):
         block = _moe_block(index, layer, config)
         if block is not None:
             moe[index] = block
         linears[index] = _other_linears(layer)
-    if not moe:
-        raise InputError(
-            f"{config.model_type} has no mixture-of-experts layer that mcsharp_sdk knows: "
-            "there is nothing to allocate bits to"
+    return Topology(
+        layers_path, len(layers), moe, linears, _kept_experts(layers), _kept_linears(layers)
+    )
+
+
+def why_not_prunable(blocks: Iterable[MoeBlock]) -> str | None:
+    """Why tokens of a model with such MoE blocks cannot drop experts; None if they can."""
+    found = list(blocks)
+    if all(block.top_k < 2 for block in found):
+        return "each token uses one expert in this model: there is none to drop"
+    if any(block.weighs_input for block in found):
+        return (
+            "routing weights multiply the input of an expert in this model: growing those of the "
+            "other experts would not make up for a dropped one"
         )
-    return Topology(layers_path, len(layers), moe, linears)
+    return None
 
 
-def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and list of the decoder layers: the list called ``layers`` that holds most experts."""
+def router_weight(router: nn.Module) -> str:
+    """Name, within a router module, of its (experts, hidden) weight."""
+    named = router.named_parameters()
+    return next(name for name, p in named if name.endswith("weight") and p.ndim == 2)
+
+
+def _decoder_layers(model: nn.Module, model_type: str) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder layers: the list of modules that holds most experts."""
     candidates = [
         (sum(is_experts(m) for m in module.modules()), name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "layers"
+        if isinstance(module, nn.ModuleList)
     ]
-    if not candidates:
-        raise InputError(f"{type(model).__name__} has no list of decoder layers called 'layers'")
-    _, name, module = max(candidates, key=lambda c: c[0])
-    return name, module
+    count, name, layers = max(candidates, key=lambda c: c[0], default=(0, "", None))
+    if layers is None or not count:
+        raise InputError(
+            f"{model_type} has no mixture-of-experts layer that mcsharp_sdk knows: "
+            "there is nothing to allocate bits to"
+        )
+    return name, layers
+
+
+def _kept(path: str, table: Mapping[str, str]) -> list[str]:
+    """The entries of a table of what stays as it is that a module's path ends with."""
+    return [end for end in table if f".{path}".endswith(f".{end}")]
+
+
+def _kept_experts(layers: nn.ModuleList) -> tuple[str, ...]:
+    paths = [name for name, module in layers.named_modules() if is_experts(module)]
+    found = dict.fromkeys(end for path in paths for end in _kept(path, KEPT_EXPERTS))
+    return tuple(KEPT_EXPERTS[end] for end in found)
+
+
+def _kept_linears(layers: nn.ModuleList) -> tuple[str, ...]:
+    paths = [name for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
+    return tuple(dict.fromkeys(end for path in paths for end in _kept(path, KEPT_LINEARS)))
 
 
 def _moe_block(index: int, layer: nn.Module, config: Any) -> MoeBlock | None:
-    found = [(name, module) for name, module in layer.named_modules() if is_experts(module)]
+    found = [
+        (name, module)
+        for name, module in layer.named_modules()
+        if is_experts(module) and not _kept(name, KEPT_EXPERTS)
+    ]
     if not found:
         return None
     if len(found) > 1:
@@ -112,14 +177,17 @@ def _moe_block(index: int, layer: nn.Module, config: Any) -> MoeBlock | None:
         experts=path,
         router=f"{parent}.{router}" if parent else router,
         num_experts=int(experts.num_experts),
-        top_k=_top_k(config),
+        top_k=_top_k(block, router, config),
+        weighs_input=getattr(experts, "weighs_input", False),
     )
 
 
-def _top_k(config: Any) -> int:
-    text = config.get_text_config()
-    for name in TOP_K_SETTINGS:
-        value = getattr(text, name, None)
+def _top_k(block: nn.Module, router: str, config: Any) -> int:
+    """Experts that a token uses: as the modules say, since it may differ from layer to layer."""
+    places = [(getattr(block, router), "top_k"), (block, "top_k")]
+    places += [(config.get_text_config(), name) for name in TOP_K_SETTINGS]
+    for owner, name in places:
+        value = getattr(owner, name, None)
         if isinstance(value, int):
             return value
     raise InputError(
@@ -134,6 +202,7 @@ def _other_linears(layer: nn.Module) -> tuple[str, ...]:
         name
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear)
+        and not _kept(name, KEPT_LINEARS)
         and not STEERING_LINEARS.intersection(name.split("."))
         and not any(name.startswith(f"{path}.") for path in experts)
     )

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.artifacts import LayerStatistics
+from mcsharp_sdk.artifacts import LayerStatistics, SourceStatistics
 from mcsharp_sdk.models.bfloat16 import linear
 from mcsharp_sdk.models.capture import RoutedInputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
-from mcsharp_sdk.models.experts import MATRICES, Matrix, activate, finish, fused_weight
+from mcsharp_sdk.models.experts import MATRICES, Matrix, activate, finish, fused_weight, weigh
 from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.routing import router_scores
 from mcsharp_sdk.models.stream import StreamedLayer
@@ -50,6 +50,7 @@ class ExpertMeasurement:
     group_size : of the grid.
     error_tokens : most tokens per expert that errors are measured on.
     block_errors : whether to measure errors at the block's output at all.
+    sources : names of the calibration's sources; of several, each is counted by itself too.
     """
 
     widths: Sequence[int]
@@ -57,13 +58,15 @@ class ExpertMeasurement:
     group_size: int
     error_tokens: int
     block_errors: bool
+    sources: Sequence[str] = ()
 
     @torch.no_grad()
     def of_layer(self, layer: StreamedLayer) -> LayerStatistics:
         """Statistics of a loaded MoE layer.
 
         ``quant_error[b][e]`` = ‖σ_e(t)·(F_e(x_t) − F_e^b(x_t))‖_F over the tokens t that select
-        expert e: as only that expert changes, it is the change of the block's output.
+        expert e: as only that expert changes, it is the change of the block's output. Where σ_e(t)
+        weighs the expert's input, that stands inside.
         """
         runs = ExpertRuns.of_layer(layer)
         routed, experts = runs.routed, runs.experts
@@ -73,7 +76,7 @@ class ExpertMeasurement:
         errors = {width: np.zeros(count) for width in self.widths} if self.block_errors else {}
         dropped = np.zeros(count)
         for expert, variants in self.quantised_experts(runs):
-            tokens, routing = routed.of_expert(expert, self.error_tokens)
+            tokens, routing = weigh(experts, *routed.of_expert(expert, self.error_tokens))
             sampled = reached[expert] / max(1, tokens.shape[0])
             output = _run_expert(experts, expert, tokens)
             dropped[expert] = _norm(output, routing, sampled)
@@ -83,14 +86,32 @@ class ExpertMeasurement:
                 change = output - _run_expert(experts, expert, tokens, weights)
                 errors[width][expert] = _norm(change, routing, sampled)
         layer.expert_outputs = runs.outputs
+        scores = _selected_scores(layer, routed)
         return LayerStatistics(
             layer=layer.index,
             activation_count=np.array(reached, dtype=np.float64),
-            routing_weight_sum=_routing_weight_sums(layer, routed),
+            routing_weight_sum=_summed(routed.top_k_index, scores, count),
             quant_error=errors,
             tokens=routed.num_tokens,
             drop_error=dropped,
+            sources=self._of_sources(layer, routed, scores),
         )
+
+    def _of_sources(
+        self, layer: StreamedLayer, routed: RoutedInputs, scores: Tensor
+    ) -> tuple[SourceStatistics, ...]:
+        """Counts and sums of each source, if there are several."""
+        if len(self.sources) < 2:
+            return ()
+        found = []
+        owner = layer.inputs.token_sources(routed.batch_tokens).to(routed.top_k_index.device)
+        for number, name in enumerate(self.sources):
+            own = owner == number
+            index, count = routed.top_k_index[own], layer.moe.num_experts
+            counts = torch.bincount(index.reshape(-1), minlength=count).double().cpu().numpy()
+            sums = _summed(index, scores[own], count)
+            found.append(SourceStatistics(name, int(own.sum()), counts, sums))
+        return tuple(found)
 
     def quantised_experts(
         self, runs: ExpertRuns
@@ -164,10 +185,14 @@ def _norm(change: Tensor, routing: Tensor, sampled: float) -> float:
     return float(weighted.norm()) * sampled**0.5
 
 
-def _routing_weight_sums(layer: StreamedLayer, routed: RoutedInputs) -> Any:
-    """(experts,) router scores of the selected experts, before renormalisation, summed."""
+def _selected_scores(layer: StreamedLayer, routed: RoutedInputs) -> Tensor:
+    """[T, k] router scores of the selected experts, before renormalisation."""
     router = layer.source.router(layer.moe)
-    scores = router_scores(router, routed.hidden).gather(1, routed.top_k_index)
-    sums = torch.zeros(layer.moe.num_experts, dtype=torch.float64)
-    sums.index_add_(0, routed.top_k_index.reshape(-1), scores.reshape(-1).double())
-    return sums.numpy()
+    return router_scores(router, routed.router_hidden).gather(1, routed.top_k_index)
+
+
+def _summed(index: Tensor, scores: Tensor, experts: int) -> Any:
+    """(experts,) float64, scores [T, k] summed over the tokens that selected each expert."""
+    sums = torch.zeros(experts, dtype=torch.float64, device=index.device)
+    sums.index_add_(0, index.reshape(-1), scores.reshape(-1).double())
+    return sums.cpu().numpy()

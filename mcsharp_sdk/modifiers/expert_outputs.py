@@ -11,7 +11,7 @@ from torch import Tensor
 from mcsharp_sdk.models.bfloat16 import fast_linears
 from mcsharp_sdk.models.capture import RoutedInputs
 from mcsharp_sdk.models.experts import answering
-from mcsharp_sdk.models.stream import StreamedLayer
+from mcsharp_sdk.models.stream import StreamedLayer, in_turn
 
 CHUNK_BYTES = 128 * 2**20
 """Float32 outputs of all experts of some tokens that are held at a time."""
@@ -72,8 +72,6 @@ def squared_norms_behind(layer: StreamedLayer, outputs: Tensor) -> Tensor:
     outputs : (T, hidden), the summed outputs of its routed experts.
     """
     inputs = layer.inputs
-    rest = iter(outputs.split(inputs.batch * inputs.hidden.shape[1]))
-    experts = layer.module.get_submodule(layer.moe.experts)
-    with answering(experts, lambda hidden: next(rest).view_as(hidden)):
-        states = (inputs.call(layer.module, layer.index, rows) for rows in inputs.batches())
+    with answering(layer.module.get_submodule(layer.moe.experts), in_turn(outputs)):
+        states = (inputs.call(layer.module, layer.index, batch) for batch in inputs.batches())
         return torch.cat([state.float().square().sum(-1).flatten() for state in states])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -12,7 +12,12 @@ from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.quantization.grid import WIDTHS
 
 if TYPE_CHECKING:
+    from mcsharp_sdk.artifacts import DomainShift
     from mcsharp_sdk.engine.context import RunContext
+
+
+UNLIKE = 0.5
+"""Rank correlation below which two sources are said to use the experts differently."""
 
 
 class ExpertStats(Modifier):
@@ -71,7 +76,12 @@ class ExpertStats(Modifier):
         from mcsharp_sdk.modifiers.model_errors import measure_model_errors
 
         measurement = ExpertMeasurement(
-            self.bits, self.quantizer, self.group_size, self.error_tokens, self.scope == "block"
+            self.bits,
+            self.quantizer,
+            self.group_size,
+            self.error_tokens,
+            self.scope == "block",
+            context.calibration.sources,
         )
         layers = context.layers(self.writes)
         for layer in context.stream("measuring experts"):
@@ -87,19 +97,40 @@ class ExpertStats(Modifier):
         if self.scope == "model":
             measured = measure_model_errors(context, measurement, measured)
         self._name_starved(context, measured)
-        context.write(self._statistics(context, measured))
+        statistics = self._statistics(context, measured)
+        context.write(statistics)
+        self._report_shift(context, statistics.domain_shift())
 
     def _statistics(self, context: RunContext, measured: list[LayerStatistics]) -> ExpertStatistics:
         blocks = list(context.model.topology.moe.values())
         counts = {block.num_experts for block in blocks}
         return ExpertStatistics(
             model=context.model.path.name,
-            source=f"{context.tokens.shape[0]} x {context.tokens.shape[1]} calibration tokens, "
+            source=f"{context.calibration.describe()}, "
             f"error of {self.quantizer} at the {self.scope}'s output, group {self.group_size}",
             num_experts=counts.pop() if len(counts) == 1 else None,
             top_k=blocks[0].top_k,
             layers=tuple(measured),
         )
+
+    def _report_shift(self, context: RunContext, shifts: Sequence[DomainShift]) -> None:
+        """Tell how differently the sources use the experts, and warn where they do most."""
+        if not shifts:
+            return
+        context.report.stages[self.type] = {"domain_shift": [s.to_json() for s in shifts]}
+        pairs: dict[tuple[str, str], list[tuple[float, DomainShift]]] = {}
+        for shift in shifts:
+            if shift.rank_correlation is not None and shift.rank_correlation < UNLIKE:
+                pair = pairs.setdefault((shift.first, shift.second), [])
+                pair.append((shift.rank_correlation, shift))
+        for (first, second), found in pairs.items():
+            correlation, worst = min(found, key=lambda one: one[0])
+            context.report.warn(
+                f"{first} and {second} use the experts differently (rank correlation below "
+                f"{UNLIKE} in {len(found)} layers; {correlation:.2f} in layer {worst.layer}, where "
+                f"shares change most for {worst.describe()}): weigh the sources as the model is "
+                "used"
+            )
 
     def _name_starved(self, context: RunContext, measured: list[LayerStatistics]) -> None:
         for layer in measured:

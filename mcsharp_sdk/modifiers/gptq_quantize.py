@@ -182,6 +182,11 @@ class GPTQQuantize(Modifier):
         return PackedLayout(self.group_size, dict(bit_map.bits), linears)
 
     def _report(self, context: RunContext, layers: LayerStore) -> None:
+        for kept in context.model.topology.kept_experts:
+            context.report.warn(f"these experts are not compressed, but kept as they are: {kept}")
+        if self.other_bits is not None and context.model.topology.kept_linears:
+            names = ", ".join(context.model.topology.kept_linears)
+            context.report.warn(f"these linear layers keep their precision: {names}")
         notes = {index: layers.notes(index) for index in range(context.model.topology.num_layers)}
         for index, note in notes.items():
             for what, message in _WARNINGS.items():

@@ -19,6 +19,7 @@ from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import MATRICES, Matrix, fused_weight
 from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.stream import StreamedLayer
+from mcsharp_sdk.models.topology import router_weight
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.grid import (
     PackedWeight,
@@ -152,7 +153,8 @@ class LayerQuantiser:
                 yield name, pack_weight(part)
 
     def _router(self, layer: StreamedLayer, bits: int) -> dict[str, Tensor]:
-        path = f"{layer.moe.router}.weight"
+        router = layer.module.get_submodule(layer.moe.router)
+        path = f"{layer.moe.router}.{router_weight(router)}"
         weight = layer.module.get_parameter(path)
         batch = quantise_rtn(weight.float().unsqueeze(0), [bits], self.settings.grid)
         weight.copy_(dequantise(batch.expert(0), weight.dtype))
@@ -270,9 +272,7 @@ def _mean_hessian(runs: ExpertRuns, matrix: Matrix, expert: int) -> Tensor:
 
     For gate and up it is the same for all experts.
     """
-    hidden = runs.routed.hidden
-    tokens = hidden[torch.linspace(0, len(hidden) - 1, min(len(hidden), OVERALL_TOKENS)).long()]
-    inputs = runs.inputs(expert, matrix, tokens)
+    inputs = runs.inputs_from_all_tokens(expert, matrix, OVERALL_TOKENS)
     hessian = torch.zeros(inputs.shape[-1], inputs.shape[-1])
     accumulate(hessian, inputs)
-    return hessian.div_(len(tokens))
+    return hessian.div_(len(inputs))

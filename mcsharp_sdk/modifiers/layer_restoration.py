@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mcsharp_sdk.models.experts import MATRICES, fused_weight
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import StreamedLayer
-from mcsharp_sdk.models.topology import MoeBlock
+from mcsharp_sdk.models.topology import MoeBlock, router_weight
 from mcsharp_sdk.quantization.grid import PackedWeight, dequantise, unpack_weight
 from mcsharp_sdk.runtime.layout import (
     TENSORS,
@@ -74,7 +74,7 @@ def _restore_moe(
     layer: nn.Module, block: MoeBlock, tensors: Mapping[str, Tensor], layout: PackedLayout
 ) -> None:
     """The router, if it was rounded, and the experts; ``tensors`` by names within the layer."""
-    router = f"{block.router}.weight"
+    router = f"{block.router}.{router_weight(layer.get_submodule(block.router))}"
     if router in tensors:
         layer.get_parameter(router).copy_(tensors[router])
     experts: Any = layer.get_submodule(block.experts)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.artifacts import LayerStatistics
+from mcsharp_sdk.models.embedding import embed
 from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import MATRICES, fused_weight
-from mcsharp_sdk.models.stream import LayerInputs, StreamedLayer, embed
+from mcsharp_sdk.models.stream import LayerInputs, StreamedLayer
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
@@ -34,12 +35,12 @@ def measure_model_errors(
     F is taken before the final norm and head, over as many whole sequences as ``error_tokens``
     allows, at least one.
     """
-    source, tokens = context.model, context.tokens
-    few = tokens[: max(1, measurement.error_tokens // tokens.shape[1])]
+    source, calibration = context.model, context.calibration
+    few = calibration.first(measurement.error_tokens)
     last = source.topology.num_layers
-    inputs, probe = embed(source, tokens), embed(source, few)
+    inputs, probe = embed(source, calibration), embed(source, few)
     source.load(f"{source.topology.layers_path}.")
-    reference = _run_layers(context, probe.hidden, probe, 0, last)
+    reference = _run_layers(context, probe, 0, last)
     filled = []
     for index in context.track(range(last), "measuring model errors"):
         layer = StreamedLayer(source, index, source.layer(index), inputs)
@@ -51,7 +52,7 @@ def measure_model_errors(
             for expert, variants in measurement.quantised_experts(runs):
                 for width, weights in variants:
                     with _replaced(runs.experts, expert, weights):
-                        output = _run_layers(context, probe.hidden, probe, index, last)
+                        output = _run_layers(context, probe, index, last)
                     errors[width][expert] = float((output - reference).float().norm())
             filled.append(replace(statistics, quant_error=errors))
         inputs.advance(layer.module, index)
@@ -60,14 +61,12 @@ def measure_model_errors(
     return filled
 
 
-def _run_layers(
-    context: RunContext, hidden: Tensor, like: LayerInputs, start: int, stop: int
-) -> Tensor:
-    """Hidden states behind layer ``stop - 1``, from those in front of layer ``start``."""
-    passing = replace(like, hidden=hidden.clone())
+def _run_layers(context: RunContext, like: LayerInputs, start: int, stop: int) -> Tensor:
+    """[T, hidden] behind layer ``stop - 1``, from what is in front of layer ``start``."""
+    passing = replace(like, hidden=[batch.clone() for batch in like.hidden])
     for index in range(start, stop):
         passing.advance(context.model.layer(index), index)
-    return passing.hidden
+    return torch.cat([batch.flatten(0, 1) for batch in passing.hidden])
 
 
 @contextmanager

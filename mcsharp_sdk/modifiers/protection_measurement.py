@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.artifacts import LayerProtection
-from mcsharp_sdk.errors import RunError
+from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.capture import RoutedInputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns, run_experts
 from mcsharp_sdk.models.stream import StreamedLayer
@@ -75,13 +75,13 @@ class ProtectionMeasurement:
         """Run a layer that an earlier run has measured, with the same numbers."""
         layer.expert_outputs = run_experts(layer)
 
-    def _run(self, layer: StreamedLayer) -> tuple[ExpertRuns, Tensor | None]:
-        """The layer's experts, run; and the attention that each token received, [S, L]."""
-        attention: Tensor | None = None
+    def _run(self, layer: StreamedLayer) -> tuple[ExpertRuns, list[Tensor] | None]:
+        """The layer's experts, run; and per batch the attention that tokens received, [B, L]."""
+        attention: list[Tensor] | None = None
         if self.rule.importance == ATTENTION:
             with receiving(layer) as received:
                 runs = ExpertRuns.of_layer(layer)
-            attention = torch.cat(received)
+            attention = received
         else:
             runs = ExpertRuns.of_layer(layer)
         for expert in range(layer.moe.num_experts):
@@ -93,7 +93,7 @@ class ProtectionMeasurement:
         self,
         layer: StreamedLayer,
         routed: RoutedInputs,
-        received: Tensor | None,
+        received: list[Tensor] | None,
         thresholds: Sequence[float],
     ) -> Tensor:
         """bool (T, k): slots that the rule keeps."""
@@ -102,14 +102,28 @@ class ProtectionMeasurement:
         kept = weight_rule(weights, [0.0] * len(thresholds) if dropping else thresholds)
         if self.rule.importance is None:
             return kept
-        hidden = routed.hidden.view_as(layer.inputs.hidden)
-        valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        importance = token_importance(self.rule.importance, hidden, received, valid)
-        if dropping:
-            dropped = least_important(importance, valid, self.rule.drop_ratio)
-            return kept & ~dropped.view(-1, 1)
-        protected = most_important(importance, valid, self.rule.protect_ratio)
-        return kept | protected.view(-1, 1)
+        _check_whole_sequences(layer, routed)
+        chosen = []
+        for batch, hidden in enumerate(routed.hidden.split(routed.batch_tokens)):
+            hidden = hidden.view_as(layer.inputs.hidden[batch])
+            valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+            attention = None if received is None else received[batch]
+            importance = token_importance(self.rule.importance, hidden, attention, valid)
+            choose = least_important if dropping else most_important
+            share = self.rule.drop_ratio if dropping else self.rule.protect_ratio
+            chosen.append(choose(importance, valid, share).view(-1, 1))
+        return kept & ~torch.cat(chosen) if dropping else kept | torch.cat(chosen)
+
+
+def _check_whole_sequences(layer: StreamedLayer, routed: RoutedInputs) -> None:
+    """Refuse sequences of which other tokens than text do not reach the routed experts."""
+    for count, hidden in zip(routed.batch_tokens, layer.inputs.hidden, strict=True):
+        if count != hidden.shape[:2].numel():
+            raise InputError(
+                f"TokenProtection: decoder layer {layer.index} routes tokens of images elsewhere, "
+                "so importance within a sequence is not known: calibrate on text, or give "
+                "'metric: none'"
+            )
 
 
 @contextmanager

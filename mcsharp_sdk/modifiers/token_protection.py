@@ -81,11 +81,11 @@ class TokenProtection(Modifier):
 
     def check_blocks(self, blocks: Mapping[int, MoeBlock]) -> list[Problem]:
         """Whether there are experts to drop, and as many layers as are to prune."""
+        from mcsharp_sdk.models.topology import why_not_prunable
+
         problems = []
-        if all(block.top_k < 2 for block in blocks.values()):
-            problems.append(
-                Problem("", "each token uses one expert in this model: there is none to drop")
-            )
+        if (obstacle := why_not_prunable(blocks.values())) is not None:
+            problems.append(Problem("", obstacle))
         if isinstance(self.layers, CheapestLayers) and self.layers.cheapest > len(blocks):
             problems.append(
                 Problem(

@@ -9,7 +9,7 @@ and the training never needs an expert again.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,10 +126,10 @@ class BlockTask:
 def in_falling_order(routed: RoutedInputs) -> RoutedInputs:
     """The same with each token's slots in falling order of weight."""
     order = ranked(routed.top_k_weights)
-    return RoutedInputs(
-        routed.hidden,
-        routed.top_k_index.gather(1, order),
-        routed.top_k_weights.gather(1, order),
+    return replace(
+        routed,
+        top_k_index=routed.top_k_index.gather(1, order),
+        top_k_weights=routed.top_k_weights.gather(1, order),
     )
 
 

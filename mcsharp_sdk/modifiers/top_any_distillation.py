@@ -19,8 +19,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mcsharp_sdk.artifacts import TrainingCurve
+from mcsharp_sdk.data.calibration_set import CalibrationSet, SampleGroup
 from mcsharp_sdk.errors import RunError
 from mcsharp_sdk.models.bfloat16 import fast_linears
+from mcsharp_sdk.models.embedding import model_inputs
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.top_any_target import TOLERANCE, apply_shift, keep_ratio, shift_for
 from mcsharp_sdk.modifiers.top_any_training import (
@@ -93,44 +95,45 @@ class ModelTask:
     Attributes
     ----------
     model : the whole model, loaded.
-    tokens : (sequences, length) int64.
+    calibration : what it runs on.
+    batch_tokens : most tokens of a forward, of at least one sequence.
     pruning : attached to the model.
     device : of the model.
     """
 
     model: Any
-    tokens: Tensor
+    calibration: CalibrationSet
+    batch_tokens: int
     pruning: PrunedExperts
     device: str
 
-    def divergence(self, rows: Tensor, keep_of: KeepOf) -> Tensor:
+    def divergence(self, group: SampleGroup, keep_of: KeepOf) -> Tensor:
         """Mean KL(unpruned ‖ pruned) over the tokens of some sequences, scalar."""
-        tokens = self.tokens[rows].to(self.device)
         with torch.no_grad():
-            expected = self._predict(tokens, None)
-        predicted = self._predict(tokens, keep_of)
+            expected = self._predict(group, None)
+        predicted = self._predict(group, keep_of)
         terms = F.kl_div(predicted, expected, log_target=True, reduction="none")
         return terms.sum(-1).mean()
 
-    def step_losses(
-        self, sequences: int, temperature: float, generator: torch.Generator
-    ) -> StepLosses:
+    def step_losses(self, temperature: float, generator: torch.Generator) -> StepLosses:
         """Losses of one training step, on sequences drawn at random."""
-        rows = torch.randint(len(self.tokens), (sequences,), generator=generator)
+        group = self._drawn(generator)
         top_k = {layer: n.second.out_features for layer, n in self.pruning.networks.items()}
-        count = sequences * self.tokens.shape[1]
+        count = group.tokens.numel()
         # Drawn beforehand, so that layers that are computed again for gradients draw the same.
         noise = {k: noise_like(torch.empty(count, n), generator) for k, n in top_k.items()}
 
         def sampled(layer: int, logits: Tensor) -> Tensor:
-            return soft_keep(logits, temperature, noise=noise[layer].to(logits.device))
+            return soft_keep(
+                logits, temperature, noise=noise[layer][: len(logits)].to(logits.device)
+            )
 
-        error = self.divergence(rows, sampled)
+        error = self.divergence(group, sampled)
         kept = [self.pruning.kept[layer].to(error.device) for layer in self.pruning.networks]
         return StepLosses(error, torch.stack(kept).mean())
 
     @torch.no_grad()
-    def worst_error(self, sequences: int) -> float:
+    def worst_error(self) -> float:
         """Divergence of some sequences if every token kept its first expert alone."""
 
         def first_alone(_: int, logits: Tensor) -> Tensor:
@@ -138,23 +141,39 @@ class ModelTask:
             keep[:, 0] = 1.0
             return keep
 
-        return float(self.divergence(torch.arange(min(sequences, len(self.tokens))), first_alone))
+        return float(
+            self.divergence(next(self.calibration.batches(self.batch_tokens)), first_alone)
+        )
 
     @torch.no_grad()
-    def all_logits(self, sequences: int) -> dict[int, Tensor]:
+    def all_logits(self) -> dict[int, Tensor]:
         """Decoder layer -> (T, k), what the networks say in the model that they prune."""
         found: dict[int, list[Tensor]] = {layer: [] for layer in self.pruning.networks}
-        for rows in torch.arange(len(self.tokens)).split(sequences):
-            self._predict(self.tokens[rows].to(self.device), _hard)
+        for group in self.calibration.batches(self.batch_tokens):
+            self._predict(group, _hard)
             for layer, logits in self.pruning.logits.items():
                 found[layer].append(logits.cpu())
         return {layer: torch.cat(parts) for layer, parts in found.items()}
 
-    def _predict(self, tokens: Tensor, keep_of: KeepOf | None) -> Tensor:
+    def _drawn(self, generator: torch.Generator) -> SampleGroup:
+        """Sequences of one group; the longer a group, the more often it is drawn."""
+        groups = self.calibration.groups
+        group = groups[0]
+        if len(groups) > 1:
+            sizes = torch.tensor([float(group.tokens.numel()) for group in groups])
+            group = groups[int(torch.multinomial(sizes, 1, generator=generator))]
+        if group.has_images:
+            return group
+        sequences = max(1, self.batch_tokens // group.tokens.shape[1])
+        rows = torch.randint(len(group.tokens), (sequences,), generator=generator)
+        return SampleGroup({"input_ids": group.tokens[rows]}, group.source)
+
+    def _predict(self, group: SampleGroup, keep_of: KeepOf | None) -> Tensor:
         """(sequences, length, vocabulary) float32 log-probabilities."""
         self.pruning.keep_of = keep_of
+        inputs = model_inputs(group.inputs, self.device, self.model.dtype)
         with fast_linears():
-            logits = self.model(input_ids=tokens, use_cache=False).logits
+            logits = self.model(**inputs, use_cache=False).logits
         return F.log_softmax(logits.float(), dim=-1)
 
 
@@ -178,21 +197,21 @@ def train_on_model(
         layer: new_network(layer, hidden_size, block.top_k, settings, source.device)
         for layer, block in source.topology.moe.items()
     }
-    task = ModelTask(source.model, context.tokens, PrunedExperts(networks), source.device)
-    sequences = max(1, settings.batch_tokens // context.tokens.shape[1])
+    pruning = PrunedExperts(networks)
+    task = ModelTask(
+        source.model, context.calibration, settings.batch_tokens, pruning, source.device
+    )
     layers = source.model.get_submodule(source.topology.layers_path)
     with task.pruning.attached(source), checkpointed(layers):
-        training = Training(settings, "model", networks, task.worst_error(sequences), state)
-        curve = training.run(
-            lambda temperature, generator: task.step_losses(sequences, temperature, generator)
-        )
-        logits = task.all_logits(sequences)
+        training = Training(settings, "model", networks, task.worst_error(), state)
+        curve = training.run(task.step_losses)
+        logits = task.all_logits()
         for _ in range(SHIFTS):
             target = settings.target_activation
             if target is None or abs(keep_ratio(list(logits.values())) - target) < TOLERANCE / 2:
                 break
             apply_shift(networks, shift_for(list(logits.values()), target))
-            logits = task.all_logits(sequences)
+            logits = task.all_logits()
     return networks, {layer: keep_ratio([found]) for layer, found in logits.items()}, curve
 
 

@@ -101,9 +101,11 @@ class TopAnyRouter(Modifier):
 
     def check_blocks(self, blocks: Mapping[int, MoeBlock]) -> list[Problem]:
         """Whether there are experts to drop, and the target leaves each token one."""
-        most = max((block.top_k for block in blocks.values()), default=0)
-        if most < 2:
-            return [Problem("", "each token uses one expert in this model: there is none to drop")]
+        from mcsharp_sdk.models.topology import why_not_prunable
+
+        if (obstacle := why_not_prunable(blocks.values())) is not None:
+            return [Problem("", obstacle)]
+        most = max(block.top_k for block in blocks.values())
         if self.target_activation is not None and self.target_activation < 1 / most:
             return [
                 Problem(

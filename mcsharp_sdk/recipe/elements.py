@@ -6,10 +6,17 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, get_args
 
 from mcsharp_exporters.base import Exporter
-from pydantic import BaseModel, PlainValidator, SerializeAsAny, ValidationError, ValidationInfo
+from pydantic import (
+    BaseModel,
+    PlainValidator,
+    SerializeAsAny,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from mcsharp_sdk.data.calibration import Calibration
+from mcsharp_sdk.data.calibration import Calibration, share_sequences
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.recipe.document import Location, suggestion
 from mcsharp_sdk.recipe.registry import EXPORTERS, MODIFIERS, PluginError
@@ -74,28 +81,56 @@ def _picker(
 
 pick_stage = _picker("type", Modifier, MODIFIERS.load, MODIFIERS.names)
 pick_export = _picker("type", Exporter, EXPORTERS.load, EXPORTERS.names)
-pick_calibration = _picker("source", BaseModel, _calibration_class, calibration_kinds)
+pick_source = _picker("source", BaseModel, _calibration_class, calibration_kinds)
+
+_SOURCES: TypeAdapter[tuple[Any, ...]] = TypeAdapter(
+    tuple[Annotated[Any, PlainValidator(pick_source)], ...]
+)
+
+
+def pick_calibration(value: Any, info: ValidationInfo) -> Any:
+    """One source, or a list of them, in which each is given its number of sequences."""
+    if not isinstance(value, (list, tuple)):
+        source = pick_source(value, info)
+        if source.weight is not None:
+            raise errors_at((("weight",), "has a meaning only in a list of sources"))
+        return source
+    if not value:
+        raise errors_at(((), "the list is empty: give at least one source"))
+    sources = _SOURCES.validate_python(value, context=info.context)
+    twice = [
+        ((index, "weight"), "'sequences' says how many already: give one of the two")
+        for index, source in enumerate(sources)
+        if source.weight is not None and "sequences" in source.model_fields_set
+    ]
+    if twice:
+        raise errors_at(*twice)
+    return share_sequences(sources)
+
 
 Stage = Annotated[SerializeAsAny[Modifier], PlainValidator(pick_stage)]
 Export = Annotated[SerializeAsAny[Exporter], PlainValidator(pick_export)]
-CalibrationSettings = Annotated[SerializeAsAny[Calibration], PlainValidator(pick_calibration)]
+CalibrationSettings = Annotated[
+    SerializeAsAny[Calibration | tuple[Calibration, ...]], PlainValidator(pick_calibration)
+]
 
 
-_KINDS: dict[str | int, tuple[int, str, Callable[[str], type[BaseModel]]]] = {
-    "calibration": (1, "source", _calibration_class),
-    "stages": (2, "type", MODIFIERS.load),
-    "exports": (2, "type", EXPORTERS.load),
+_KINDS: dict[str | int, tuple[str, Callable[[str], type[BaseModel]]]] = {
+    "calibration": ("source", _calibration_class),
+    "stages": ("type", MODIFIERS.load),
+    "exports": ("type", EXPORTERS.load),
 }
-"""Key of a recipe -> depth of its parts in the data, the key that names their class, the class."""
+"""Key of a recipe -> the key that names the class of its part or parts, and the class."""
 
 
 def settings_class(location: Location, data: Any) -> type[BaseModel] | None:
     """The class that describes the entry at ``location`` of a recipe's data, where there is one."""
     if not location or location[0] not in _KINDS:
         return None
-    depth, key, load = _KINDS[location[0]]
+    key, load = _KINDS[location[0]]
     try:
         entry = data
+        depth = 2 if isinstance(data[location[0]], (list, tuple)) else 1
         for part in location[:depth]:
             entry = entry[part]
         found = type(entry) if isinstance(entry, BaseModel) else load(str(entry[key]))

@@ -47,7 +47,13 @@ def json_schema() -> dict[str, Any]:
 def _properties() -> dict[str, Any]:
     shapes: dict[str, dict[str, Any]] = {
         "version": {"const": 1},
-        "calibration": {"anyOf": [_reference("calibration"), {"type": "null"}]},
+        "calibration": {
+            "anyOf": [
+                _reference("calibration"),
+                {"type": "array", "items": _reference("calibration"), "minItems": 1},
+                {"type": "null"},
+            ]
+        },
         "stages": {"type": "array", "items": _reference("stage"), "minItems": 1},
         "exports": {"type": "array", "items": _reference("exporter")},
     }

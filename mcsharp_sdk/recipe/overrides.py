@@ -95,12 +95,14 @@ def _existing(data: Any, step: str, location: Location) -> str | int:
 
 
 def _item(items: list[Any], step: str, where: str) -> int:
-    """The index that a step means: a number, or the type of an item that no other item has."""
+    """The index that a step means: a number, or the type (or source) that no other item has."""
     if step.isdecimal() and step.isascii():
         if int(step) < len(items):
             return int(step)
         raise BadOverride(f"{where} has {len(items)} entries, counted from 0: there is no [{step}]")
-    types = [item.get("type") if isinstance(item, dict) else None for item in items]
+    types = [
+        item.get("type", item.get("source")) if isinstance(item, dict) else None for item in items
+    ]
     found = [index for index, kind in enumerate(types) if kind == step]
     if len(found) == 1:
         return found[0]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
+from mcsharp_sdk.data.calibration import Calibration
 from mcsharp_sdk.errors import InputProblems
 from mcsharp_sdk.recipe.consistency import misfits
 from mcsharp_sdk.recipe.document import Document, Finding, Location
@@ -32,7 +33,8 @@ class Recipe(BaseModel):
 
     version: Annotated[Literal[1], Field(description="Version of the recipe format.")]
     calibration: Annotated[
-        CalibrationSettings | None, Field(description="The text that the stages measure with.")
+        CalibrationSettings | None,
+        Field(description="What the stages measure with: a source, or a list of sources."),
     ] = None
     stages: Annotated[tuple[Stage, ...], Field(description="The work, in this order.")]
     exports: Annotated[
@@ -119,6 +121,17 @@ class Recipe(BaseModel):
         if document.text:
             recipe._as_run = dump(document.data) if document.changed else document.text
         return recipe
+
+    @property
+    def sources(self) -> tuple[Calibration, ...]:
+        """The sources of the calibration, each with its number of sequences."""
+        if self.calibration is None:
+            return ()
+        return self.calibration if isinstance(self.calibration, tuple) else (self.calibration,)
+
+    def source_location(self, index: int) -> Location:
+        """Where a source stands in the recipe."""
+        return ("calibration", index) if isinstance(self.calibration, tuple) else ("calibration",)
 
     @property
     def name(self) -> str:

@@ -17,6 +17,7 @@ from transformers.quantizers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.normal_form import normalise
 from mcsharp_sdk.models.topology import read_topology
 from mcsharp_sdk.runtime.layout import INDEX_FILE, METHOD, WEIGHTS_NAME, PackedLayout
 from mcsharp_sdk.runtime.modules import PackedLinear, pack_experts_module
@@ -89,6 +90,7 @@ def pack_modules(model: Any, layout: PackedLayout) -> None:
     InputError
         If the layout does not fit the model: other layers, experts or linears.
     """
+    normalise(model)
     topology = read_topology(model, model.config)
     if layout.pruning is not None:
         install_pruning(model, topology, layout.pruning)

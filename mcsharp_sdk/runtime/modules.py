@@ -21,6 +21,7 @@ from mcsharp_sdk.models.experts import (
     finish,
     fused_weight,
     parameter_name,
+    weigh,
 )
 from mcsharp_sdk.quantization.grid import PackedWeight
 from mcsharp_sdk.runtime.layout import TENSORS, bucket_name, empty_packed, members, tensor_name
@@ -142,14 +143,16 @@ class PackedExpertsMixin:
         k = top_k_index.shape[1]
         counts = torch.bincount(slots, minlength=self.num_experts + 1).tolist()
         places = order.split(counts)
-        weights = top_k_weights.reshape(-1, 1)
+        weights = top_k_weights.reshape(-1)
         for bucket in self._buckets():
             taken = [places[e] for e in bucket.experts]
-            tokens = [hidden[place // k] for place in taken]
+            tokens, factors = zip(
+                *(weigh(self, hidden[place // k], weights[place]) for place in taken), strict=True
+            )
             # Functions, not the module itself: offloading would move what it is handed.
             results = bucket(tokens, partial(activate, self), partial(finish, self))
-            for place, result in zip(taken, results, strict=True):
-                weighted = result * weights[place]
+            for place, result, factor in zip(taken, results, factors, strict=True):
+                weighted = result * factor.unsqueeze(-1)
                 out.index_add_(0, place // k, weighted.to(out.dtype))
         return out
 

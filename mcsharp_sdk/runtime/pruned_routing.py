@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.experts import fused_weight
-from mcsharp_sdk.models.topology import MoeBlock, Topology
+from mcsharp_sdk.models.topology import MoeBlock, Topology, why_not_prunable
 from mcsharp_sdk.pruning.importance import (
     ATTENTION,
     least_important,
@@ -253,6 +253,8 @@ def _check(topology: Topology, layout: PruningLayout) -> None:
             f"quantization_config.pruning is for decoder layers {unknown}, but the model has "
             f"experts in {sorted(topology.moe)}"
         )
+    if (obstacle := why_not_prunable(topology.moe.values())) is not None:
+        raise InputError(f"experts cannot be pruned: {obstacle}")
     for layer, thresholds in (layout.rule.thresholds if layout.rule else {}).items():
         top_k = topology.moe[layer].top_k
         if len(thresholds) != top_k - 1:

@@ -175,5 +175,5 @@ def test_an_exporter_needs_something_to_write(text: Path) -> None:
 
 def test_sizes_of_the_calibration_are_those_of_the_tests(text: Path) -> None:
     recipe = pruning_recipe(text, PROTECT)
-    assert recipe.calibration is not None
-    assert (recipe.calibration.sequences, recipe.calibration.length) == (SEQUENCES, LENGTH)
+    assert len(recipe.sources) == 1
+    assert (recipe.sources[0].sequences, recipe.sources[0].length) == (SEQUENCES, LENGTH)

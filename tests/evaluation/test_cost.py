@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, save_tiny_model
+from tiny_models import PLAIN_FAMILIES, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from mcsharp_sdk.errors import InputError, InputProblems
@@ -18,7 +18,7 @@ from mcsharp_sdk.models.experts import is_experts
 from mcsharp_sdk.models.shards import write_safetensors
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_an_uncompressed_model_is_counted_as_transformers_does(family: str, tmp_path: Path) -> None:
     save_tiny_model(tmp_path, family, dtype=torch.bfloat16)
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -241,7 +241,9 @@ ROLES_OF_KNOWN_NAMES = {
     "model.layers.3.self_attn.sinks": "attention",
     "model.layers.3.linear_attn.in_proj_qkvz.weight": "attention",
     "model.language_model.layers.3.self_attn.q_proj.weight": "attention",
-    "model.visual.blocks.3.attn.qkv.weight": "other",
+    "model.visual.blocks.3.attn.qkv.weight": "vision",
+    "projector.layers.0.weight": "vision",
+    "image_newline": "vision",
     "model.norm.weight": "other",
     "model.embed_tokens.weight": "embeddings",
     "lm_head.weight": "head",

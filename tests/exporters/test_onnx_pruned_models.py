@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mcsharp_sdk
 from mcsharp_sdk.artifacts import LayerProtection, TokenProtectionRule
+from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.engine.context import RunContext
 from mcsharp_sdk.engine.progress import ProgressBars
 from mcsharp_sdk.engine.run_directory import RunDirectory
@@ -268,7 +269,7 @@ def test_the_exporter_takes_what_the_stages_of_the_run_made(tmp_path: Path) -> N
     weights = route(routers[1], hidden).weights
     with RunDirectory(tmp_path / "run", {}) as directory, ProgressBars(False) as bars:
         recipe: Any = None
-        context = RunContext(source, recipe, torch.empty(0, 0), directory, bars)
+        context = RunContext(source, recipe, CalibrationSet((), ()), directory, bars)
         assert exported(context, tmp_path / "0").pruning == "off"
         with pytest.raises(InputError, match="neither a pruning rule"):
             exported(context, tmp_path / "no", pruning="rule")

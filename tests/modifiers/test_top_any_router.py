@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 import mcsharp_sdk
 from mcsharp_sdk.artifacts import TopAnyTraining
+from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.errors import RunError
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import stream_layers
@@ -90,7 +91,7 @@ def test_the_loss_is_the_change_of_the_blocks_output(
 ) -> None:
     tokens = calibration_tokens(text)
     source = SourceModel(models[family])
-    streamed = stream_layers(source, tokens, iter)
+    streamed = stream_layers(source, CalibrationSet.of_tokens(tokens), iter)
     tasks = {x.index: BlockTask.of_layer(x) for x in streamed if x.moe is not None}
     model = load(models[family])
     behind: list[torch.Tensor] = []
@@ -113,7 +114,7 @@ def test_the_loss_is_the_change_of_the_blocks_output(
 
 def test_what_streams_on_is_the_unpruned_output(models: dict[str, Path], text: Path) -> None:
     source, tokens = SourceModel(models["deepseek_v3"]), calibration_tokens(text)
-    for layer in stream_layers(source, tokens, iter):
+    for layer in stream_layers(source, CalibrationSet.of_tokens(tokens), iter):
         if layer.moe is not None:
             BlockTask.of_layer(layer)
         last = layer.inputs
@@ -122,7 +123,7 @@ def test_what_streams_on_is_the_unpruned_output(models: dict[str, Path], text: P
     model.model.norm.register_forward_pre_hook(lambda _, a: states.append(a[0]))
     with torch.no_grad():
         model(tokens, use_cache=False)
-    torch.testing.assert_close(last.hidden, states[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(last.hidden), states[0], rtol=1e-4, atol=1e-5)
 
 
 # The target
@@ -176,7 +177,7 @@ def test_training_beats_what_the_start_knows(
     """The trained choice costs less than any of 20 random ones that drop the same share."""
     train(models["mixtral"], text, tmp_path, steps=150, target_activation=0.75)
     source = SourceModel(models["mixtral"])
-    for layer in stream_layers(source, calibration_tokens(text), iter):
+    for layer in stream_layers(source, CalibrationSet.of_tokens(calibration_tokens(text)), iter):
         task = BlockTask.of_layer(layer)
         notes = tmp_path / "run" / "top_any_router" / f"layer_{layer.index:05d}.json"
         told = json.loads(notes.read_text())

@@ -43,8 +43,8 @@ def test_the_example_recipe_is_right_as_written(tmp_path: Path) -> None:
         "BitAllocation",
         "GPTQQuantize",
     ]
-    assert isinstance(recipe.calibration, TextSource)
-    assert recipe.calibration.path == tmp_path / "corpus.txt"
+    assert isinstance(recipe.sources[0], TextSource)
+    assert recipe.sources[0].path == tmp_path / "corpus.txt"
     assert recipe.as_run == EXAMPLE
 
 

@@ -45,8 +45,8 @@ def test_each_part_is_of_its_own_class() -> None:
     recipe = Recipe.from_text(VALID)
     assert [type(stage) for stage in recipe.stages] == [sample_plugin.Measure, sample_plugin.Decide]
     assert [type(exporter) for exporter in recipe.exports] == [sample_plugin.Listing]
-    assert recipe.calibration is not None
-    assert (recipe.calibration.source, recipe.calibration.sequences) == ("embedded", 4)
+    assert len(recipe.sources) == 1
+    assert (recipe.sources[0].source, recipe.sources[0].sequences) == ("embedded", 4)
 
 
 def test_a_recipe_that_nothing_changed_runs_as_its_exact_text() -> None:

@@ -54,8 +54,8 @@ def test_values_are_yaml_and_any_part_can_be_set() -> None:
             "exports.listing.order=descending",
         ],
     )
-    assert recipe.calibration is not None
-    assert recipe.calibration.sequences == 16
+    assert len(recipe.sources) == 1
+    assert recipe.sources[0].sequences == 16
     measure, listing = recipe.stages[0], recipe.exports[0]
     assert isinstance(measure, sample_plugin.Measure)
     assert (measure.widths, measure.options.rounds) == ((1, 3), 5)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, save_tiny_model
+from tiny_models import PLAIN_FAMILIES, save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -113,7 +113,7 @@ def dequantised(compressed: Any, original: Path) -> Any:
     return stock
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_logits_equal_those_of_the_stock_model_with_dequantised_weights(
     family: str, tmp_path: Path
 ) -> None:

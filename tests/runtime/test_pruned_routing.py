@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from pruned_models import SlowPruning, networks, pruning_layout, save_pruned, stock_model
-from tiny_models import FAMILIES
+from tiny_models import PLAIN_FAMILIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -121,7 +121,7 @@ def choices(model: Any) -> dict[int, list[Tensor]]:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_keeping_everything_leaves_the_logits_bit_for_bit(
     family: str, packed: bool, tmp_path: Path
 ) -> None:
@@ -185,7 +185,7 @@ def check_against_reference(made: Made, model: Any, layout: PruningLayout, mode:
 
 @pytest.mark.parametrize(
     ("family", "packed", "mode"),
-    [*((family, True, "both") for family in FAMILIES), ("olmoe", False, "rule")],
+    [*((family, True, "both") for family in PLAIN_FAMILIES), ("olmoe", False, "rule")],
 )
 def test_families_prune_as_the_reference_does(
     family: str, packed: bool, mode: str, tmp_path: Path
@@ -349,7 +349,7 @@ def eager_sums(model: Any, ids: Tensor, mask: Tensor, **settings: Any) -> list[T
 
 @pytest.mark.parametrize(
     ("family", "model"),
-    [*((family, {}) for family in FAMILIES), ("mixtral", {"sliding_window": 5})],
+    [*((family, {}) for family in PLAIN_FAMILIES), ("mixtral", {"sliding_window": 5})],
 )
 def test_received_attention_equals_that_of_eager_maps(
     family: str, model: dict[str, Any], tmp_path: Path, received: list[Tensor]
