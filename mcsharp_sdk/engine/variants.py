@@ -153,20 +153,34 @@ def variations_of(vary: Mapping[str, Sequence[Any]]) -> list[Variation]:
 
 
 def split_values(text: str) -> list[str]:
-    """The parts of a text between commas that stand outside of brackets and quotes."""
-    parts, depth, before, position = [""], 0, ",", 0
+    """The parts of a text between commas that stand outside of brackets and quotes.
+
+    As in YAML, brackets and quotes within plain text are text: ``don't`` and ``a{`` open nothing.
+    """
+    parts, depth, before, position = [""], 0, "", 0
     while position < len(text):
-        # A quote begins quoted text only where a value may begin, as in YAML.
-        quoted = _QUOTED.match(text, position) if before in ",:[{" else None
+        begins = _a_value_begins(parts[-1], before, depth)
+        quoted = _QUOTED.match(text, position) if begins else None
         piece = quoted[0] if quoted else text[position]
         position += len(piece)
-        depth += (piece in _OPENING) - (piece in _CLOSING)
         if piece == "," and depth == 0:
             parts.append("")
-        else:
-            parts[-1] += piece
+            before = ""
+            continue
+        if piece in _OPENING and (begins or depth):
+            depth += 1
+        elif piece in _CLOSING and depth:
+            depth -= 1
+        parts[-1] += piece
         before = before if piece.isspace() else piece[-1]
     return [part.strip() for part in parts]
+
+
+def _a_value_begins(part: str, before: str, depth: int) -> bool:
+    """Whether a value may begin behind ``part``, whose last character but spaces is ``before``."""
+    if depth:
+        return before in ",:[{"
+    return not before or (before == ":" and part[-1].isspace())
 
 
 def open_variants(
