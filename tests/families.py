@@ -129,7 +129,13 @@ FAMILIES: dict[str, Family] = {
         "transposed and interleaved experts with biases, clamped activation, attention sinks",
     ),
     "phimoe": Family(
-        {**_COMMON, **_LOCAL, "attention_bias": True, "lm_head_bias": True},
+        {
+            **_COMMON,
+            **_LOCAL,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "router_jitter_noise": 0.4,  # of 0.01, most routing weights of a random router are 1
+        },
         "sparsemixer, biases",
     ),
     "granitemoe": Family(
