@@ -16,7 +16,7 @@ from mcsharp_sdk.data.tokenise import load_tokenizer, token_stream
 from mcsharp_sdk.embedded.text import evaluation_text
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.activation import ExpertActivity, watch_experts
-from mcsharp_sdk.evaluation.cost import ModelCost, model_cost
+from mcsharp_sdk.evaluation.cost import ModelCost, cost_facts, model_cost
 from mcsharp_sdk.evaluation.loading import (
     check_pruning,
     choose_device,
@@ -53,6 +53,7 @@ class Evaluation:
     activated_expert_ratio : activated (token, expert) pairs over tokens·k.
     activated_expert_ratio_per_layer : the same per decoder layer that has experts.
     activated_bytes_per_token : mean bytes of stored weights that a token of this text reads.
+    activated_parameters_per_token : mean number of those weights.
     seconds : of the forward passes, loading excluded.
     device, dtype : where and in which dtype it was computed.
     """
@@ -76,6 +77,7 @@ class Evaluation:
     activated_expert_ratio: float
     activated_expert_ratio_per_layer: dict[int, float]
     activated_bytes_per_token: float
+    activated_parameters_per_token: float
     seconds: float
     device: str
     dtype: str
@@ -149,17 +151,20 @@ def evaluate(
 
 
 def _cost_fields(cost: ModelCost) -> dict[str, Any]:
-    experts = cost.expert_bits
-    return {
-        "compressed": cost.compressed,
-        "nominal_bits": cost.bits.nominal,
-        "stored_bits": cost.bits.stored,
-        "expert_nominal_bits": experts.nominal if experts else None,
-        "expert_stored_bits": experts.stored if experts else None,
-        "bytes": cost.weight_bytes,
-        "directory_bytes": cost.directory_bytes,
-        "parameters": cost.parameters,
-    }
+    facts = cost_facts(cost)
+    return {name: facts[name] for name in _COST_FIELDS}
+
+
+_COST_FIELDS = (
+    "compressed",
+    "nominal_bits",
+    "stored_bits",
+    "expert_nominal_bits",
+    "expert_stored_bits",
+    "bytes",
+    "directory_bytes",
+    "parameters",
+)
 
 
 def _activity_fields(activity: ExpertActivity, cost: ModelCost) -> dict[str, Any]:
@@ -168,6 +173,7 @@ def _activity_fields(activity: ExpertActivity, cost: ModelCost) -> dict[str, Any
         "activated_expert_ratio": activity.ratio,
         "activated_expert_ratio_per_layer": {k: s.ratio for k, s in activity.layers.items()},
         "activated_bytes_per_token": cost.activated_bytes(used),
+        "activated_parameters_per_token": cost.activated_parameters(used),
     }
 
 

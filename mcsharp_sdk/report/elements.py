@@ -1,0 +1,124 @@
+"""What a page is made of, before it is HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text or numbers; the first column names the row.
+
+    Attributes
+    ----------
+    caption : what the table shows.
+    columns : a heading for each column.
+    rows : cells in order of the columns.
+    """
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def cells(self) -> list[list[str]]:
+        """The rows as text."""
+        return [[cell_text(value) for value in row] for row in self.rows]
+
+    def numeric(self) -> list[bool]:
+        """Whether a column holds numbers, so that it is set to the right."""
+        columns = zip(*self.rows, strict=True) if self.rows else ()
+        return [all(isinstance(v, int | float | None) for v in column) for column in columns]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture and the numbers that it is drawn from.
+
+    Attributes
+    ----------
+    svg : a whole SVG document, with its texts escaped.
+    caption : what to see in it.
+    table : its numbers.
+    """
+
+    svg: str
+    caption: str
+    table: Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes
+    ----------
+    key : its anchor.
+    title : its heading.
+    paragraphs, tables, items, figures, code : its content, in this order; items are a list.
+    """
+
+    key: str
+    title: str
+    paragraphs: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    items: Sequence[str] = ()
+    figures: Sequence[Figure] = ()
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure that stands out: what it counts, the number, and a word beside it."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole page."""
+
+    title: str
+    summary: str
+    tiles: Sequence[Tile]
+    sections: Sequence[Section]
+    footer: str
+
+
+def cell_text(value: Any) -> str:
+    """A cell for people: four digits, a dash for what is not known."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return "infinite" if value > 0 else "–"
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def bytes_text(size: float) -> str:
+    """Bytes for people, in powers of ten: ``34.9 MB``."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return (
+                f"{size / factor:.3g} {unit}"
+                if size < 999.5 * factor
+                else f"{size / factor:,.0f} {unit}"
+            )
+    return f"{size:.0f} B"
+
+
+def count_text(count: float) -> str:
+    """A number of parameters for people: ``17.4 M``."""
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def percent_text(share: float) -> str:
+    return f"{share:.1%}"
