@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mcsharp_sdk.data.corpora import text_pieces
@@ -23,7 +24,7 @@ from mcsharp_sdk.evaluation.loading import (
     choose_dtype,
     load_model,
 )
-from mcsharp_sdk.evaluation.perplexity import perplexity
+from mcsharp_sdk.evaluation.perplexity import Observer, perplexity
 from mcsharp_sdk.models.source import read_config
 from mcsharp_sdk.runtime.pruned_routing import expert_pruning
 
@@ -120,6 +121,56 @@ def evaluate(
         If the folder, its tokenizer, the text, the window, the device, the dtype or the pruning
         cannot be used.
     """
+    conditions = prepare(
+        model_dir,
+        text,
+        window=window,
+        max_tokens=max_tokens,
+        device=device,
+        dtype=dtype,
+        pruning=pruning,
+    )
+    return measure(conditions, conditions.load(), track=track)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """One model and all that is needed to evaluate it, checked.
+
+    Attributes
+    ----------
+    directory, cost : the model's folder, and what it costs.
+    text, tokens : name of the text, and its tokens, (n,) int64.
+    window : tokens per window.
+    device, dtype : where and in which dtype to compute.
+    pruning : as asked for; None for as the model was made.
+    """
+
+    directory: Path
+    cost: ModelCost
+    text: str
+    tokens: Tensor
+    window: int
+    device: str
+    dtype: torch.dtype
+    pruning: str | None
+
+    def load(self) -> Any:
+        """The model, ready to run."""
+        return load_model(self.directory, self.device, self.dtype, self.pruning)
+
+
+def prepare(
+    model_dir: str | Path,
+    text: str | Path | None = None,
+    *,
+    window: int | None = None,
+    max_tokens: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    pruning: str | None = None,
+) -> Conditions:
+    """Check everything that :func:`evaluate` takes, and read the text; no weight is loaded."""
     directory = Path(model_dir)
     config = read_config(directory)
     cost = model_cost(directory)
@@ -129,24 +180,36 @@ def evaluate(
     computed_in = choose_dtype(dtype, config, place)
     name, pieces = _pieces(text)
     tokens = _read_tokens(pieces, directory, max_tokens, config)
-    model = load_model(directory, place, computed_in, pruning)
+    return Conditions(directory, cost, name, tokens, window, place, computed_in, pruning)
+
+
+def measure(
+    conditions: Conditions,
+    model: Any,
+    *,
+    track: Callable[[range], Iterable[int]] = iter,
+    observe: Observer | None = None,
+) -> Evaluation:
+    """Evaluate a loaded model; ``track`` and ``observe`` as in :func:`perplexity`."""
     start = time.perf_counter()
     with watch_experts(model) as activity:
-        result = perplexity(model, tokens, window, track=track)
+        result = perplexity(
+            model, conditions.tokens, conditions.window, track=track, observe=observe
+        )
     return Evaluation(
-        model=str(directory),
-        text=name,
+        model=str(conditions.directory),
+        text=conditions.text,
         perplexity=result.perplexity,
         nll=result.nll,
         tokens=result.tokens,
-        window=window,
+        window=conditions.window,
         windows=result.windows,
         pruning=expert_pruning(model),
         seconds=time.perf_counter() - start,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
-        **_cost_fields(cost),
-        **_activity_fields(activity, cost),
+        **_cost_fields(conditions.cost),
+        **_activity_fields(activity, conditions.cost),
     )
 
 

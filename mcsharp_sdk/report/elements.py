@@ -100,25 +100,36 @@ def cell_text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def short_text(value: float) -> str:
+    """Two digits for the cells of a map, without an exponent where that is short."""
+    if value == 0 or not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.2g}"
+    digits = max(0, 1 - math.floor(math.log10(abs(value))))
+    text = f"{float(f'{value:.2g}'):.{digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def bytes_text(size: float) -> str:
     """Bytes for people, in powers of ten: ``34.9 MB``."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return (
-                f"{size / factor:.3g} {unit}"
-                if size < 999.5 * factor
-                else f"{size / factor:,.0f} {unit}"
-            )
-    return f"{size:.0f} B"
+    return f"{_three_digits(size, _BYTE_UNITS)}B"
 
 
 def count_text(count: float) -> str:
     """A number of parameters for people: ``17.4 M``."""
-    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count:.0f}"
+    return _three_digits(count, _COUNT_UNITS).rstrip()
 
 
 def percent_text(share: float) -> str:
     return f"{share:.1%}"
+
+
+_BYTE_UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+_COUNT_UNITS = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+"""Factors from the largest, and what stands for them."""
+
+
+def _three_digits(value: float, units: Sequence[tuple[float, str]]) -> str:
+    factor, unit = next((u for u in units if value >= u[0]), units[-1])
+    number = value / factor
+    digits = 0 if factor == 1.0 else 2 if number < 10 else 1 if number < 100 else 0
+    return f"{number:,.{digits}f} {unit}"

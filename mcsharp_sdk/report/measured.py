@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
 from mcsharp_sdk.artifacts import DomainShift, ExpertStatistics, LayerStatistics
-from mcsharp_sdk.report.elements import Figure, Section, Table
+from mcsharp_sdk.report.elements import Figure, Section, Table, short_text
 from mcsharp_sdk.report.heat_map import Values, heat_map
 from mcsharp_sdk.report.plot import line_plot
 from mcsharp_sdk.report.run_folder import RunFolder
@@ -45,7 +45,7 @@ def _use_maps(statistics: ExpertStatistics) -> Iterator[Figure]:
         shading = Gradual.over(_every(maps))
         for source, values in maps.items():
             title = f"{name}, {source}" if source else name
-            yield map_figure(values, shading, title=title, unit=unit, shown=lambda v: f"{v:.2g}")
+            yield map_figure(values, shading, title=title, unit=unit, shown=short_text)
 
 
 def _frequencies(statistics: ExpertStatistics) -> dict[str, Values]:
@@ -88,7 +88,7 @@ def _error_maps(statistics: ExpertStatistics) -> Iterator[Figure]:
         maps["Error if the expert is dropped"] = dropped
     shading = Gradual.over(_every(maps))
     for title, values in maps.items():
-        yield map_figure(values, shading, title=title, unit=_ERROR, shown=lambda v: f"{v:.2g}")
+        yield map_figure(values, shading, title=title, unit=_ERROR, shown=short_text)
 
 
 _ERROR = "norm of the output's change"
@@ -171,13 +171,15 @@ def _coverage_figure(statistics: ExpertStatistics, limit: int) -> Figure:
         "least": min,
     }
     series = {name: [(n, of(row)) for n, row in counts.items()] for name, of in kinds.items()}
-    series[f"starved below {limit}"] = [(min(counts), limit), (max(counts), limit)]
+    limit_name = f"starved below {limit}"
+    series[limit_name] = [(min(counts), limit), (max(counts), limit)]
     svg = line_plot(
         {name: [(float(x), float(y)) for x, y in points] for name, points in series.items()},
         title="Calibration tokens per expert",
         x_label="decoder layer",
         y_label="tokens",
         log_y=min(map(min, counts.values())) > 0,
+        unmarked=[limit_name],
         description="Tokens of the expert with most, the median and the least, in each layer.",
     )
     rows = [[f"layer {n}", *(float(of(row)) for of in kinds.values())] for n, row in counts.items()]

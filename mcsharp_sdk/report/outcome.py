@@ -58,12 +58,12 @@ def before_and_after(run: RunFolder) -> Iterator[Section]:
         "Nominal bits are the mean width, as papers count; stored bits count scales, zero points "
         "and padding too. Of the original, they are those of the weights that could be quantised."
     )
-    code = "" if run.evaluations else _HOW_TO_EVALUATE.format(folder=run.path.name)
+    code = "" if run.evaluations else _HOW_TO_EVALUATE
     yield Section("before-after", "Before and after", [told], tables, code=code)
 
 
 _HOW_TO_EVALUATE = """# Adds perplexity and the distance to the original to this page:
-mcsharp evaluate --compare {folder} --reference ORIGINAL --save"""
+mcsharp evaluate DIR --reference ORIGINAL --save"""
 
 
 def _quality_table(evaluation: Mapping[str, Any]) -> Table:

@@ -7,7 +7,7 @@ Colours are attributes, so that a figure stands on its own; parts also carry a c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
@@ -70,6 +70,7 @@ def line_plot(
     log_y: bool = False,
     point_labels: Mapping[str, Sequence[str]] | None = None,
     description: str = "",
+    unmarked: Collection[str] = (),
 ) -> str:
     """Draw lines through points.
 
@@ -82,6 +83,7 @@ def line_plot(
     log_y : the y axis is logarithmic.
     point_labels : name of a line -> a short text beside each of its points.
     description : what the figure shows, for readers who do not see it.
+    unmarked : names of lines without a marker at each point, such as limits.
 
     Returns
     -------
@@ -99,7 +101,8 @@ def line_plot(
     parts += _axes(x_axis, y_axis, x_label, y_label)
     for number, (name, points) in enumerate(series.items()):
         labels = (point_labels or {}).get(name, ())
-        parts += _line(number, name, points, labels, x_axis, y_axis)
+        marked = name not in unmarked and len(points) <= MOST_MARKED_POINTS
+        parts += _line(number, name, points, labels, x_axis, y_axis, marked)
     parts += _legend(legend)
     return "\n".join([*parts, "</svg>", ""])
 
@@ -189,6 +192,7 @@ def _line(
     labels: Sequence[str],
     x_axis: Axis,
     y_axis: Axis,
+    marked: bool,
 ) -> Iterator[str]:
     colour = COLOURS[number % len(COLOURS)]
     yield (
@@ -198,7 +202,7 @@ def _line(
     for piece in _unbroken(points, y_axis.log):
         corners = " ".join(f"{x_axis.position(x):.2f},{y_axis.position(y):.2f}" for x, y in piece)
         yield f'<polyline points="{corners}" fill="none" stroke-width="2"{_dash(number)}/>'
-    if len(points) <= MOST_MARKED_POINTS:
+    if marked:
         for index, (x, y) in enumerate(points):
             if _can_show((x, y), y_axis.log):
                 label = labels[index] if index < len(labels) else ""
