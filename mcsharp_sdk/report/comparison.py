@@ -211,7 +211,7 @@ def _page(runs: Sequence[Run], figures: Sequence[Figure]) -> Page:
         summary=f"Evaluated on {_told(runs[0].evaluation)}.",
         tiles=(),
         sections=[
-            Section("pareto", "Quality against cost", figures=figures),
+            Section("pareto", "Quality against cost", figures=[[figure] for figure in figures]),
             Section("numbers", "All figures", tables=[table]),
         ],
         footer=f"Written by mcsharp_sdk {__version__}.",

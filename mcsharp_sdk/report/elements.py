@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+TALL, LONG = 24, 30
+"""Rows and characters of a cell from which a table needs care on a small screen."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -26,6 +29,19 @@ class Table:
     def cells(self) -> list[list[str]]:
         """The rows as text."""
         return [[cell_text(value) for value in row] for row in self.rows]
+
+    @property
+    def tall(self) -> bool:
+        """Whether there are too many rows to show all at once."""
+        return len(self.rows) > TALL
+
+    def kinds(self) -> list[str]:
+        """What each column holds: ``number``, ``long`` text, or nothing special."""
+        longest = (max(map(len, column), default=0) for column in zip(*self.cells(), strict=True))
+        return [
+            "number" if numeric else "long" if length > LONG else ""
+            for numeric, length in zip(self.numeric(), longest, strict=True)
+        ]
 
     def numeric(self) -> list[bool]:
         """Whether a column holds numbers, so that it is set to the right."""
@@ -57,7 +73,8 @@ class Section:
     ----------
     key : its anchor.
     title : its heading.
-    paragraphs, tables, items, figures, code : its content, in this order; items are a list.
+    paragraphs, tables, items, figures, code : its content, in this order; items are a list,
+        figures stand in rows.
     """
 
     key: str
@@ -65,7 +82,7 @@ class Section:
     paragraphs: Sequence[str] = ()
     tables: Sequence[Table] = ()
     items: Sequence[str] = ()
-    figures: Sequence[Figure] = ()
+    figures: Sequence[Sequence[Figure]] = ()
     code: str = ""
 
 
@@ -130,6 +147,6 @@ _COUNT_UNITS = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
 def _three_digits(value: float, units: Sequence[tuple[float, str]]) -> str:
     factor, unit = next((u for u in units if value >= u[0]), units[-1])
-    number = value / factor
+    number = float(f"{value / factor:.3g}")
     digits = 0 if factor == 1.0 else 2 if number < 10 else 1 if number < 100 else 0
     return f"{number:,.{digits}f} {unit}"

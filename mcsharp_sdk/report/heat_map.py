@@ -10,9 +10,9 @@ from mcsharp_sdk.report.plot import svg_head, svg_text
 from mcsharp_sdk.report.shading import Shading, ink_on
 
 WIDEST_MAP, HIGHEST_MAP = 560, 640
-CELL_WIDTH = (2.5, 40.0)
+CELL_WIDTH = (2.5, 36.0)
 CELL_HEIGHT = (6.0, 22.0)
-MARGIN_LEFT, MARGIN_TOP, MARGIN_RIGHT = 46, 62, 12
+MARGIN_LEFT, MARGIN_TOP, MARGIN_RIGHT = 42, 62, 4
 LEGEND_HEIGHT, LEGEND_WIDTH = 62, 240
 LEAST_LABEL = (26.0, 13.0)
 """Width and height of a cell or legend box from which text fits into it or beside it."""

@@ -17,25 +17,38 @@ COVERAGE = 128
 
 
 def experts_section(run: RunFolder) -> Iterator[Section]:
-    """Heat maps of frequency, routing weight and error."""
+    """Heat maps of frequency and routing weight, and of errors."""
     statistics = run.statistics
     if statistics is None:
         return
-    told = [
-        f"Measured on {statistics.source}." if statistics.source else "",
+    used = (
         "A row is a decoder layer, a column one of its experts. Frequency is the share of tokens "
         "that select the expert; the routing weight is its router probability, summed over those "
-        "tokens and divided by all tokens.",
-    ]
-    figures = [*_use_maps(statistics), *_error_maps(statistics)]
-    tables = [_shift_table(statistics.domain_shift())] if statistics.domain_shift() else []
-    yield Section(
-        "experts", "How the experts are used", list(filter(None, told)), tables, (), figures
+        "tokens and divided by all tokens."
     )
+    measured = [f"Measured on {statistics.source}."] if statistics.source else []
+    shifts = statistics.domain_shift()
+    tables = [_shift_table(shifts)] if shifts else []
+    maps = list(_use_maps(statistics))
+    yield Section("experts", "How the experts are used", [*measured, used], tables, figures=maps)
+    errors = list(_error_maps(statistics))
+    if errors:
+        told = (
+            "The change of the output when this one expert is quantised, or dropped, and all else "
+            "stays as it is. All maps have one scale."
+        )
+        yield Section("cost", "What quantising each expert costs", [told], figures=[errors])
 
 
-def _use_maps(statistics: ExpertStatistics) -> Iterator[Figure]:
-    """Frequency and routing weight, per source of calibration where there are several."""
+def _use_maps(statistics: ExpertStatistics) -> Iterator[list[Figure]]:
+    """Frequency and routing weight; where there are several sources, a row for each of both."""
+    rows = _use_rows(statistics)
+    several = any(layer.sources for layer in statistics.layers)
+    yield from rows if several else [[figure for row in rows for figure in row]]
+
+
+def _use_rows(statistics: ExpertStatistics) -> list[list[Figure]]:
+    rows = []
     kinds: tuple[tuple[str, str, Callable[[ExpertStatistics], dict[str, Values]]], ...] = (
         ("Frequency", "% of tokens", _frequencies),
         ("Routing weight", "mean router probability, %", _routing_weights),
@@ -43,9 +56,14 @@ def _use_maps(statistics: ExpertStatistics) -> Iterator[Figure]:
     for name, unit, read in kinds:
         maps = read(statistics)
         shading = Gradual.over(_every(maps))
-        for source, values in maps.items():
-            title = f"{name}, {source}" if source else name
-            yield map_figure(values, shading, title=title, unit=unit, shown=short_text)
+        titles = {source: f"{name}, {source}" if source else name for source in maps}
+        rows.append(
+            [
+                map_figure(values, shading, title=titles[source], unit=unit, shown=short_text)
+                for source, values in maps.items()
+            ]
+        )
+    return rows
 
 
 def _frequencies(statistics: ExpertStatistics) -> dict[str, Values]:
@@ -104,7 +122,7 @@ def map_figure(
     caption: str = "",
 ) -> Figure:
     """A heat map with its numbers as table; without a caption, its extremes are named."""
-    caption = caption or _extremes(values, shown)
+    caption = caption or _extremes(values, unit, shown)
     svg = heat_map(values, shading, title=title, unit=unit, shown=shown, description=caption)
     experts = max(map(len, values.values()))
     rows = [[f"layer {n}", *row, *[None] * (experts - len(row))] for n, row in values.items()]
@@ -112,12 +130,13 @@ def map_figure(
     return Figure(svg, caption, Table(f"{title}, {unit}", columns, rows))
 
 
-def _extremes(values: Values, shown: Callable[[float], str]) -> str:
+def _extremes(values: Values, unit: str, shown: Callable[[float], str]) -> str:
     cells = [(v, layer, expert) for layer, row in values.items() for expert, v in enumerate(row)]
     (least, low_layer, low_expert), (most, top_layer, top_expert) = min(cells), max(cells)
     return (
-        f"Most: {shown(most)} (layer {top_layer}, expert {top_expert}); "
-        f"least: {shown(least)} (layer {low_layer}, expert {low_expert})."
+        f"{unit[0].upper()}{unit[1:]}: "
+        f"most {shown(most)} (layer {top_layer}, expert {top_expert}), "
+        f"least {shown(least)} (layer {low_layer}, expert {low_expert})."
     )
 
 
@@ -160,7 +179,9 @@ def coverage_section(run: RunFolder) -> Iterator[Section]:
     tables = (
         [Table("Starved experts", ["", "tokens", "share of tokens"], starved)] if starved else []
     )
-    yield Section("coverage", "Coverage", [told], tables, (), [_coverage_figure(statistics, limit)])
+    yield Section(
+        "coverage", "Coverage", [told], tables, (), [[_coverage_figure(statistics, limit)]]
+    )
 
 
 def _coverage_figure(statistics: ExpertStatistics, limit: int) -> Figure:
@@ -174,11 +195,11 @@ def _coverage_figure(statistics: ExpertStatistics, limit: int) -> Figure:
     limit_name = f"starved below {limit}"
     series[limit_name] = [(min(counts), limit), (max(counts), limit)]
     svg = line_plot(
-        {name: [(float(x), float(y)) for x, y in points] for name, points in series.items()},
+        {name: [(float(x), max(1.0, y)) for x, y in points] for name, points in series.items()},
         title="Calibration tokens per expert",
         x_label="decoder layer",
-        y_label="tokens",
-        log_y=min(map(min, counts.values())) > 0,
+        y_label="tokens (none is drawn as 1)",
+        log_y=True,
         unmarked=[limit_name],
         description="Tokens of the expert with most, the median and the least, in each layer.",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mcsharp_sdk.report.bars import stacked_bars
@@ -74,7 +75,11 @@ def _quality_table(evaluation: Mapping[str, Any]) -> Table:
     ]
     rows = [row for row in rows if row[1:] != ["–", "–"]]
     amount = f"{evaluation['tokens']:,} tokens in windows of {evaluation['window']}"
-    return Table(f"Quality on {evaluation['text']}, {amount}", ["", "original", "compressed"], rows)
+    return Table(
+        f"Quality on {Path(evaluation['text']).name}, {amount}",
+        ["", "original", "compressed"],
+        rows,
+    )
 
 
 def _written(value: Any, shown: Any) -> str:
@@ -105,7 +110,7 @@ def size_section(run: RunFolder) -> Iterator[Section]:
     total = ["all", *(bytes_text(sum(bar.values())) for bar in bars.values())]
     table = Table("Weights on disk by role", ["", *bars], [*rows, total])
     caption = "What the weights on disk are for, on one scale."
-    yield Section("size", "Size by role", figures=[Figure(svg, caption, table)])
+    yield Section("size", "Size by role", figures=[[Figure(svg, caption, table)]])
 
 
 def _bytes(shares: Mapping[str, Any], role: str) -> float:
@@ -136,7 +141,7 @@ def bits_section(run: RunFolder) -> Iterator[Section]:
         shown=lambda v: f"{v:.0f}",
         caption="The width of each expert, in bits: the darker, the narrower.",
     )
-    yield Section("bits", "Bit map", paragraphs, figures=[figure])
+    yield Section("bits", "Bit map", paragraphs, figures=[[figure]])
 
 
 def error_section(run: RunFolder) -> Iterator[Section]:
@@ -167,7 +172,7 @@ def error_section(run: RunFolder) -> Iterator[Section]:
         "already quantised. This is how far it got: 0 is exact, 1 is as far off as zeros."
     )
     yield Section(
-        "error", "Quantisation error per layer", [told], figures=[Figure(svg, caption, table)]
+        "error", "Quantisation error per layer", [told], figures=[[Figure(svg, caption, table)]]
     )
 
 
@@ -183,9 +188,9 @@ def pruning_section(run: RunFolder) -> Iterator[Section]:
         kept["TopAnyRouter"] = dict(run.training.keep_ratio)
     if not kept:
         return
-    figures = [_kept_figure(kept)]
+    figures = [[_kept_figure(kept)]]
     if run.training is not None:
-        figures += _training_figures(run)
+        figures.append(list(_training_figures(run)))
     told = "; ".join(f"{k} keeps {sum(v.values()) / len(v):.1%}" for k, v in kept.items())
     paragraphs = [f"Of the experts that the router chooses, on the calibration text: {told}."]
     yield Section("pruning", "Experts kept at run time", paragraphs, figures=figures)

@@ -56,7 +56,7 @@ class Axis:
         """A tick as text, with as many digits as tell it from its neighbours."""
         steps = [b - a for a, b in zip(self.ticks, self.ticks[1:], strict=False)]
         if self.log or abs(tick) >= 1e6 or 0 < abs(tick) < 1e-4:
-            return f"{tick:.4g}"
+            return f"{tick:,.6g}"
         digits = max(0, -math.floor(math.log10(min(steps)) + 1e-9)) if steps else 3
         return f"{tick:,.{digits}f}"
 

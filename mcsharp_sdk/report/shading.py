@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from mcsharp_sdk.report.elements import short_text
+
 CIVIDIS = (
     "#00224e",
     "#123570",
@@ -84,8 +86,8 @@ class Gradual:
     def legend(self) -> list[tuple[str, str]]:
         named = {0, LEGEND_STEPS // 2, LEGEND_STEPS}
         steps = [(i, self._at(i / LEGEND_STEPS)) for i in range(LEGEND_STEPS + 1)]
-        zero = [(NOTHING, "0"), ("", "")] if self.zeros else []
-        return zero + [(self.colour(v), f"{v:.2g}" if i in named else "") for i, v in steps]
+        zero = [(NOTHING, "0"), *[("", "")] * 3] if self.zeros else []
+        return zero + [(self.colour(v), short_text(v) if i in named else "") for i, v in steps]
 
     def _at(self, share: float) -> float:
         if self.log:

@@ -75,8 +75,8 @@ def cost_axis(evaluations: Sequence[Mapping[str, Any]]) -> CostAxis | None:
     size, ratio, read = (differs(evaluations, axis.key) for axis in (BYTES, RATIO, READ))
     if size and ratio:
         return READ
-    for axis, differs in ((RATIO, ratio), (BYTES, size), (READ, read)):
-        if differs:
+    for axis, varies in ((RATIO, ratio), (BYTES, size), (READ, read)):
+        if varies:
             return axis
     return None
 
