@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -194,8 +194,8 @@ def _manager(harness: Any, include: str | Path | None, runs: Sequence[TaskRun]) 
     """lm-eval's index of tasks, with all that are wanted loaded once, so that data is at hand."""
     if include is not None and not Path(include).is_dir():
         raise InputError(f"{include} is no folder with task files")
-    manager = harness.tasks.TaskManager(include_path=None if include is None else str(include))
     names = dict.fromkeys(name for run in runs for name in run.tasks)
+    manager = _index(harness, include, names)
     known = set(manager.all_tasks)
     problems = [Problem(n, _unknown(n, known)) for n in names if n not in known]
     for name in (n for n in names if n in known):
@@ -206,6 +206,17 @@ def _manager(harness: Any, include: str | Path | None, runs: Sequence[TaskRun]) 
     if problems:
         raise InputProblems("the list of tasks", problems)
     return manager
+
+
+def _index(harness: Any, include: str | Path | None, names: Iterable[str]) -> Any:
+    """The user's own tasks if they have all the names, since lm-eval's thousands take long to read;
+    else all that there are."""
+    if include is None:
+        return harness.tasks.TaskManager()
+    own = harness.tasks.TaskManager(include_path=str(include), include_defaults=False)
+    if set(names) <= set(own.all_tasks):
+        return own
+    return harness.tasks.TaskManager(include_path=str(include))
 
 
 def _unknown(name: str, known: set[str]) -> str:
