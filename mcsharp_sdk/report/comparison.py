@@ -30,7 +30,7 @@ ORIGINAL = "original"
 
 STORED = CostAxis("stored_bits", "stored bits per quantised weight")
 COSTS = (STORED, BYTES, READ)
-QUALITIES = {"perplexity": "perplexity", "kl_divergence": "KL divergence from the original, nats"}
+QUALITIES = {"perplexity": "perplexity", "kl_divergence": "KL divergence (nats)"}
 """Key of an evaluation -> label. Less is better in each."""
 
 _COLUMNS = (
@@ -207,7 +207,7 @@ def _page(runs: Sequence[Run], figures: Sequence[Figure]) -> Page:
     ]
     table = Table("Quality and cost", ["", *(name for name, _, _ in _COLUMNS)], rows)
     return Page(
-        title=f"{len(runs)} runs compared",
+        title=f"{len(runs)} run{'' if len(runs) == 1 else 's'} compared",
         summary=f"Evaluated on {_told(runs[0].evaluation)}.",
         tiles=(),
         sections=[

@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 from mcsharp_sdk.report.plot import svg_head, svg_text
 from mcsharp_sdk.report.shading import Shading, ink_on
 
-WIDEST_MAP, HIGHEST_MAP = 560, 640
+WIDEST_MAP, HIGHEST_MAP = 500, 640
 CELL_WIDTH = (2.5, 36.0)
 CELL_HEIGHT = (6.0, 22.0)
 MARGIN_LEFT, MARGIN_TOP, MARGIN_RIGHT = 42, 62, 4

@@ -27,16 +27,18 @@ WINDOW, TOKENS = 40, 300
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``original``, ``two`` and ``out`` (3 bits and pruned) with a text beside them."""
+    """``original``, ``two`` (2 bits) and ``pruned`` (3 bits and pruned), with a text beside."""
     folder = tmp_path_factory.mktemp("models")
     text = write_text(folder)
     original = save_tiny_model(folder / "original", "mixtral", initializer_range=0.2)
     save_tiny_tokenizer(original)
-    protection = {"type": "TokenProtection"}
-    run(original, pruning_recipe(text, QUANTISE, protection), folder)
-    (folder / "out").rename(folder / "pruned")
-    run(original, pruning_recipe(text, {**QUANTISE, "bits": 2}), folder)
-    (folder / "out").rename(folder / "two")
+    stages = {
+        "pruned": [QUANTISE, {"type": "TokenProtection"}],
+        "two": [{**QUANTISE, "bits": 2}],
+    }
+    for name, chosen in stages.items():
+        run(original, pruning_recipe(text, *chosen), folder / f"{name}_work")
+        (folder / f"{name}_work" / "out").rename(folder / name)
     return folder
 
 

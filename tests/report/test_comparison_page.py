@@ -81,8 +81,8 @@ def test_the_page_draws_each_quality_against_each_cost_that_differs(
     assert captions == [
         "perplexity against stored bits per quantised weight",
         "perplexity against weights on disk, MB",
-        "KL divergence from the original, nats against stored bits per quantised weight",
-        "KL divergence from the original, nats against weights on disk, MB",
+        "KL divergence (nats) against stored bits per quantised weight",
+        "KL divergence (nats) against weights on disk, MB",
         "Quality and cost",
     ]
     rows = table_rows(table_called(page, captions[0]))
