@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
-from mcsharp_sdk.artifacts import DomainShift, ExpertStatistics, LayerStatistics
+from mcsharp_sdk.artifact_file import FloatArray
+from mcsharp_sdk.artifacts import (
+    DomainShift,
+    ExpertStatistics,
+    LayerStatistics,
+    SourceStatistics,
+)
 from mcsharp_sdk.report.elements import Figure, Section, Table, short_text
 from mcsharp_sdk.report.heat_map import Values, heat_map
 from mcsharp_sdk.report.plot import line_plot
@@ -74,11 +80,14 @@ def _routing_weights(statistics: ExpertStatistics) -> dict[str, Values]:
     return _by_source(statistics, lambda part: part.routing_weight_sum)
 
 
-def _by_source(statistics: ExpertStatistics, read: Callable) -> dict[str, Values]:
+def _by_source(
+    statistics: ExpertStatistics, read: Callable[[LayerStatistics | SourceStatistics], FloatArray]
+) -> dict[str, Values]:
     """Source -> layer -> values per 100 tokens; all sources together are called ""."""
     maps: dict[str, dict[int, list[float]]] = {}
     for layer in statistics.layers:
-        parts = {source.source: source for source in layer.sources} or {"": layer}
+        parts: dict[str, LayerStatistics | SourceStatistics] = {s.source: s for s in layer.sources}
+        parts = parts or {"": layer}
         for name, part in parts.items():
             tokens = part.tokens or _tokens(layer, statistics.top_k)
             maps.setdefault(name, {})[layer.layer] = (100 * read(part) / max(tokens, 1)).tolist()
