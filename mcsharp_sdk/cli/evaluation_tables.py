@@ -78,9 +78,10 @@ def show_tasks(results: Sequence[TaskEvaluation]) -> None:
         cells = [_metric(result, index) for result in results]
         shots = "" if found.num_fewshot is None else str(found.num_fewshot)
         rows.append([found.task, shots, found.metric, *cells])
-    means = [result.mean() for result in results]
-    if len({found.task for found in first.results}) > 1 and None not in means:
-        rows.append(["mean", "", "acc", *(f"{mean:.4f}" for mean in means)])
+    means = [result.means() for result in results]
+    for shots in means[0]:
+        name = "" if shots is None else str(shots)
+        rows.append(["mean", name, "acc", *(f"{mean[shots]:.4f}" for mean in means)])
     limit = f", at most {first.limit} samples each" if first.limit else ""
     columns = ["task", "shots", "metric", *(result.model for result in results)]
     print_table(f"lm-eval {first.harness}{limit}", columns, rows)

@@ -92,10 +92,13 @@ class TaskEvaluation:
     harness: str
     limit: int | None = None
 
-    def mean(self, metric: str = "acc") -> float | None:
-        """Mean of a metric over the results that have it; None if none has."""
-        values = [result.value for result in self.results if result.metric == metric]
-        return sum(values) / len(values) if values else None
+    def means(self, metric: str = "acc") -> dict[int | None, float]:
+        """Examples in the prompt -> mean of a metric over the tasks with so many that have it."""
+        values: dict[int | None, list[float]] = {}
+        for result in self.results:
+            if result.metric == metric:
+                values.setdefault(result.num_fewshot, []).append(result.value)
+        return {shots: sum(found) / len(found) for shots, found in values.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -271,10 +274,13 @@ def _run(
     named = [name for name in run.tasks if name in every]
     # A tag has no row of its own: then the rows of all its tasks are told.
     for name in every if len(named) < len(run.tasks) else named:
-        yield from _metrics(name, every[name], found)
+        shots = found.get("n-shot", {}).get(name) if run.num_fewshot is None else run.num_fewshot
+        yield from _metrics(name, shots, every[name], found)
 
 
-def _metrics(name: str, row: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[TaskResult]:
+def _metrics(
+    name: str, shots: int | None, row: Mapping[str, Any], found: Mapping[str, Any]
+) -> Iterator[TaskResult]:
     better = found.get("higher_is_better", {}).get(name, {})
     samples = found.get("n-samples", {}).get(name, {}).get("effective")
     for key, value in row.items():
@@ -284,7 +290,7 @@ def _metrics(name: str, row: Mapping[str, Any], found: Mapping[str, Any]) -> Ite
         error = row.get(f"{metric}_stderr,{kind}")
         yield TaskResult(
             task=name,
-            num_fewshot=found.get("n-shot", {}).get(name),
+            num_fewshot=shots,
             metric=metric if kind == "none" else key,
             value=float(value),
             stderr=float(error) if isinstance(error, int | float) else None,

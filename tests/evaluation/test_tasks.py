@@ -66,7 +66,7 @@ def test_the_example_task_on_a_compressed_model_is_scored_as_by_hand(model: Path
     assert (accuracy.task, accuracy.samples) == ("python_words", len(ITEMS))
     assert accuracy.higher_is_better is True
     assert accuracy.stderr is not None
-    assert found.mean("acc") == accuracy.value
+    assert found.means("acc") == {0: accuracy.value}
     assert found.pruning == "off"
     assert json.loads(json.dumps(found.to_json()))["results"][0]["value"] == accuracy.value
 
