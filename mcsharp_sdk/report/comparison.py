@@ -118,7 +118,7 @@ def _sweep(folder: Path) -> dict[str, list[SavedEvaluation]]:
     """Variant -> its evaluation; variants that failed are left out."""
     path = folder / SWEEP_FILE
     try:
-        results = read_json_object(path).get("results", [])
+        results = read_json_object(path)["variants"]
         return {f"{folder}: {r['name']}": [r["evaluation"]] for r in results if r["evaluation"]}
     except (InputError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not what a sweep writes: {error}") from None

@@ -123,7 +123,7 @@ def test_variants_of_a_sweep_are_runs(tmp_path: Path) -> None:
         {"name": "2", "evaluation": evaluation(stored_bits=2.0)},
         {"name": "3", "evaluation": {}},
     ]
-    (sweep / "sweep.json").write_text(json.dumps({"results": results}))
+    (sweep / "sweep.json").write_text(json.dumps({"variants": results}))
     page = read_page(write_comparison([sweep], tmp_path / "page.html").read_text())
     assert list(table_rows(table_called(page, "Quality and cost"))) == [f"{sweep}: 2"]
 
