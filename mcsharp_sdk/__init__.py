@@ -18,17 +18,32 @@ if TYPE_CHECKING:
     from mcsharp_sdk.engine.plan import plan
     from mcsharp_sdk.engine.run import compress
     from mcsharp_sdk.engine.sweep import sweep
+    from mcsharp_sdk.evaluation.comparison import compare
     from mcsharp_sdk.evaluation.evaluate import evaluate
+    from mcsharp_sdk.evaluation.tasks import evaluate_tasks
     from mcsharp_sdk.modifiers.bit_allocation import allocate
     from mcsharp_sdk.recipe.schema import Recipe
 
-__all__ = ["Recipe", "__version__", "allocate", "compress", "evaluate", "export", "plan", "sweep"]
+__all__ = [
+    "Recipe",
+    "__version__",
+    "allocate",
+    "compare",
+    "compress",
+    "evaluate",
+    "evaluate_tasks",
+    "export",
+    "plan",
+    "sweep",
+]
 
 _HOMES = {
     "Recipe": "mcsharp_sdk.recipe.schema",
     "allocate": "mcsharp_sdk.modifiers.bit_allocation",
+    "compare": "mcsharp_sdk.evaluation.comparison",
     "compress": "mcsharp_sdk.engine.run",
     "evaluate": "mcsharp_sdk.evaluation.evaluate",
+    "evaluate_tasks": "mcsharp_sdk.evaluation.tasks",
     "export": "mcsharp_sdk.engine.export",
     "plan": "mcsharp_sdk.engine.plan",
     "sweep": "mcsharp_sdk.engine.sweep",

@@ -8,10 +8,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 
-def save_tiny_tokenizer(folder: Path, vocabulary: int = 128) -> None:
-    """Save it beside a model of that vocabulary."""
+def save_tiny_tokenizer(folder: Path, vocabulary: int = 128, **special: str) -> None:
+    """Save it beside a model of that vocabulary; ``special`` are tokens such as ``eos_token``."""
     words = {chr(code): code for code in range(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)

@@ -25,7 +25,7 @@ model = {model_class}.from_pretrained("path/to/this/folder")
 ```
 
 The licence is that of `{name}`. What was noticed on the way ({warnings}) stands in
-`mcsharp_report.json`. The recipe:
+`mcsharp_report.json`; `mcsharp_report.html` shows the run in pictures. The recipe:
 
 ```yaml
 {recipe}

@@ -17,6 +17,7 @@ from mcsharp_exporters.model_card import model_card
 from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, TokenProtectionRule, TopAnyTraining
 from mcsharp_sdk.modifiers.gptq_quantize import QUANTIZED_WEIGHTS
 from mcsharp_sdk.modifiers.top_any_router import TOP_ANY_ROUTER
+from mcsharp_sdk.report.page import write_report
 from mcsharp_sdk.report.training import training_plot
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class SafetensorsExporter(Exporter):
         model_class = auto_class(context.model.config).__name__
         card = model_card(context.model.path.name, report, context.recipe.as_run, model_class)
         (output / "README.md").write_text(card, encoding="utf-8")
+        _write_page(context, output)
 
     def _write_weights(self, context: RunContext, layout: PackedLayout, output: Path) -> None:
         from mcsharp_sdk.runtime.layout import WEIGHTS_NAME
@@ -156,6 +158,17 @@ def _write_artifacts(context: RunContext, output: Path) -> None:
         (output / TRAINING_PLOT).write_text(plot, encoding="utf-8")
 
 
+def _write_page(context: RunContext, output: Path) -> None:
+    """The report as a page. A picture that cannot be drawn must not cost hours of work."""
+    try:
+        write_report(output)
+    except Exception as error:
+        context.report.warn(
+            f"the page of the report could not be written ({type(error).__name__}: {error}); the "
+            "model is complete, and 'mcsharp report' tries again"
+        )
+
+
 def _write_config(model: SourceModel, layout: PackedLayout, output: Path) -> None:
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = layout.to_dict()
@@ -171,7 +184,7 @@ def _copy_files(source: Path, output: Path) -> None:
 
 def _report(context: RunContext, layout: PackedLayout, output: Path) -> dict[str, Any]:
     from mcsharp_sdk import __version__
-    from mcsharp_sdk.evaluation.cost import model_cost
+    from mcsharp_sdk.evaluation.cost import cost_facts, model_cost
 
     before, after = model_cost(context.model.path), model_cost(output)
     bits = (
@@ -185,6 +198,8 @@ def _report(context: RunContext, layout: PackedLayout, output: Path) -> dict[str
         "model": context.model.path.name,
         "bytes_before": before.weight_bytes,
         "bytes_after": after.weight_bytes,
+        "before": cost_facts(before),
+        "after": cost_facts(after),
         **bits,
         **pruning,
         **context.report.to_dict(),

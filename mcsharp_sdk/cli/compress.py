@@ -77,6 +77,7 @@ def _show(result: Compression) -> None:
     from rich.filesize import decimal
 
     from mcsharp_sdk.evaluation.cost import model_cost
+    from mcsharp_sdk.report.page import PAGE_FILE
 
     for warning in result.warnings:
         print_note(f"warning: {warning}")
@@ -89,4 +90,6 @@ def _show(result: Compression) -> None:
         ("stored bits", f"{cost.bits.stored:.3f}"),
         ("written to", str(result.output)),
     ]
+    if (result.output / PAGE_FILE).is_file():
+        rows.append(("report", str(result.output / PAGE_FILE)))
     print_table("Done", ["", ""], rows)

@@ -1,22 +1,23 @@
-"""mcsharp evaluate: perplexity and cost of a model folder."""
+"""mcsharp evaluate: perplexity and cost of model folders, their distance to the original, tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
+from mcsharp_sdk.cli.evaluation_tables import show_comparison, show_evaluation, show_tasks
 from mcsharp_sdk.cli.options import JsonOption, MaxTokensOption, TextOption, WindowOption
-from mcsharp_sdk.cli.output import console, print_json, print_table
-
-if TYPE_CHECKING:
-    from mcsharp_sdk.evaluation.evaluate import Evaluation
+from mcsharp_sdk.cli.output import console, print_json, print_note
+from mcsharp_sdk.errors import InputError
 
 
 def evaluate(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the model.")],
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR…", help="Folder of the model; several to compare.")
+    ],
     text: TextOption = None,
     window: WindowOption = None,
     max_tokens: MaxTokensOption = None,
@@ -29,49 +30,131 @@ def evaluate(
             help="How to prune experts: off, rule, learned or both. Default: as it was made.",
         ),
     ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="One table of all folders, on the same text.")
+    ] = False,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The original: also measure KL divergence from it and top-1 agreement with it.",
+        ),
+    ] = None,
+    save: Annotated[
+        bool,
+        typer.Option("--save", help="Keep the figures in each folder, for `mcsharp report`."),
+    ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME", help="Run tasks of lm-eval in place of a text."),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Run a set of tasks: papers.")
+    ] = None,
+    include: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with task files of your own.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples in the prompt of --tasks. Default: the task's.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Most samples per task.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Requests of tasks that run together. Default: 4.")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Let lm-eval fetch the data of tasks.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Measure perplexity, bits, bytes and activated experts of a model, compressed or not."""
+    """Measure perplexity, bits, bytes and activated experts of models, or run tasks on them."""
+    of_text: dict[str, Any] = {"text": text, "window": window, "max_tokens": max_tokens}
+    of_tasks: dict[str, Any] = {
+        "include": include,
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "batch_size": batch_size,
+        "download": download or None,
+    }
+    shared: dict[str, Any] = {"device": device, "dtype": dtype, "pruning": pruning}
+    if len(directories) > 1 and not compare:
+        raise InputError("several folders go into one table with --compare")
+    if tasks is not None or suite is not None:
+        _refuse({**of_text, "reference": reference, "save": save or None}, "does not go with tasks")
+        _tasks(directories, tasks, suite, {**_given(of_tasks), **shared}, json)
+        return
+    _refuse(of_tasks, "goes with --tasks or --suite")
+    if compare or reference is not None or save:
+        _compare(directories, reference, save, {**of_text, **shared}, json)
+    else:
+        _evaluate(directories[0], {**of_text, **shared}, json)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    for name in _given(options):
+        raise InputError(f"--{name.replace('_', '-')} {why}")
+
+
+def _evaluate(directory: Path, settings: dict[str, Any], json: bool) -> None:
     from mcsharp_sdk.evaluation.evaluate import evaluate as measure
 
-    result = measure(
-        directory,
-        text,
-        window=window,
-        max_tokens=max_tokens,
-        device=device,
-        dtype=dtype,
-        pruning=pruning,
-        track=_progress,
-    )
+    result = measure(directory, track=_progress, **settings)
     if json:
         print_json(result.to_json())
     else:
         show_evaluation(result)
 
 
-def show_evaluation(result: Evaluation) -> None:
-    """Print an evaluation for people."""
-    from rich.filesize import decimal
+def _compare(
+    directories: list[Path],
+    reference: Path | None,
+    save: bool,
+    settings: dict[str, Any],
+    json: bool,
+) -> None:
+    from mcsharp_sdk.evaluation.comparison import compare
 
-    bits = f"{result.nominal_bits:.3f} nominal, {result.stored_bits:.3f} stored"
-    computed = f"in {result.dtype} on {result.device} in {result.seconds:.1f} s"
-    facts = [
-        ("text", result.text),
-        ("tokens", f"{result.tokens:,} in {result.windows} windows of {result.window}"),
-        ("perplexity", f"{result.perplexity:.4g}"),
-        ("bits per weight", bits if result.compressed else f"{bits}; not compressed"),
-        ("weights on disk", decimal(result.bytes)),
-        ("expert pruning", result.pruning),
-        ("activated experts", f"{result.activated_expert_ratio:.1%}"),
-        ("weights read per token", decimal(round(result.activated_bytes_per_token))),
-        ("computed", computed),
-    ]
-    print_table(result.model, ["", ""], facts)
-    if result.pruning != "off":
-        shares = result.activated_expert_ratio_per_layer.items()
-        rows = [(str(layer), f"{share:.1%}") for layer, share in shares]
-        print_table("Activated experts", ["layer", "share"], rows)
+    result = compare(
+        directories, reference=reference, track=_progress, on_model=print_note, **settings
+    )
+    written = result.save() if save else []
+    for file in written:
+        _renew_page(file.parent)
+    if json:
+        print_json(result.to_json())
+    else:
+        show_comparison(result)
+    for file in written:
+        print_note(f"kept in {file}")
+
+
+def _renew_page(folder: Path) -> None:
+    """Write the report of a folder again, if it has one, so that it shows what was measured."""
+    from mcsharp_sdk.report.page import PAGE_FILE, write_report
+
+    if (folder / PAGE_FILE).is_file():
+        write_report(folder)
+
+
+def _tasks(
+    directories: list[Path],
+    tasks: str | None,
+    suite: str | None,
+    settings: dict[str, Any],
+    json: bool,
+) -> None:
+    from mcsharp_sdk.evaluation.tasks import evaluate_tasks
+
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    results = [evaluate_tasks(d, names, suite=suite, **settings) for d in directories]
+    if json:
+        documents = [result.to_json() for result in results]
+        print_json(documents if len(documents) > 1 else documents[0])
+    else:
+        show_tasks(results)
 
 
 def _progress(windows: range) -> Iterable[int]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from mcsharp_sdk.evaluation.stored import (
     Role,
     StoredTensor,
     classify,
-    expert_bytes,
+    expert_sizes,
     read_config_json,
     read_layout,
 )
@@ -59,10 +59,11 @@ class ModelCost:
         (experts and linears).
     expert_bits : the same of the routed experts alone; None without any.
     group_size : columns per scale, None if uncompressed.
-    expert_bytes : decoder layer -> bytes of each routed expert.
+    expert_bytes, expert_parameters : decoder layer -> bytes and weights of each routed expert.
     top_k : experts per token, in the layer where they are most; 0 without any.
     always_read_bytes : bytes of weights that every token reads: all but the routed experts and
         what only images go through, and of an embedding table that is not also the head one row.
+    always_read_parameters : how many weights those are.
     """
 
     compressed: bool
@@ -73,8 +74,10 @@ class ModelCost:
     expert_bits: Bits | None
     group_size: int | None
     expert_bytes: Mapping[int, tuple[float, ...]]
+    expert_parameters: Mapping[int, tuple[float, ...]]
     top_k: int
     always_read_bytes: int
+    always_read_parameters: int
 
     @property
     def parameters(self) -> int:
@@ -90,13 +93,43 @@ class ModelCost:
             that it lacks were not run. Without it, each expert is taken to be used by k/E of the
             tokens.
         """
+        return self.always_read_bytes + self._routed(self.expert_bytes, frequency)
+
+    def activated_parameters(self, frequency: Mapping[int, Sequence[float]] | None = None) -> float:
+        """Weights that a token is computed with; ``frequency`` as in :meth:`activated_bytes`."""
+        return self.always_read_parameters + self._routed(self.expert_parameters, frequency)
+
+    def _routed(
+        self,
+        sizes: Mapping[int, Sequence[float]],
+        frequency: Mapping[int, Sequence[float]] | None,
+    ) -> float:
         routed = 0.0
-        for layer, sizes in self.expert_bytes.items():
+        for layer, of_layer in sizes.items():
             if frequency is None:
-                routed += self.top_k * sum(sizes) / len(sizes)
+                routed += self.top_k * sum(of_layer) / len(of_layer)
             elif layer in frequency:
-                routed += sum(f * size for f, size in zip(frequency[layer], sizes, strict=True))
-        return self.always_read_bytes + routed
+                routed += sum(f * size for f, size in zip(frequency[layer], of_layer, strict=True))
+        return routed
+
+
+def cost_facts(cost: ModelCost) -> dict[str, Any]:
+    """Costs as plain data for JSON, under the names that all verbs use."""
+    experts = cost.expert_bits
+    return {
+        "compressed": cost.compressed,
+        "parameters": cost.parameters,
+        "bytes": cost.weight_bytes,
+        "directory_bytes": cost.directory_bytes,
+        "nominal_bits": cost.bits.nominal,
+        "stored_bits": cost.bits.stored,
+        "expert_nominal_bits": experts.nominal if experts else None,
+        "expert_stored_bits": experts.stored if experts else None,
+        "group_size": cost.group_size,
+        "activated_bytes_per_token": cost.activated_bytes(),
+        "activated_parameters_per_token": cost.activated_parameters(),
+        "roles": {role: asdict(share) for role, share in cost.roles.items()},
+    }
 
 
 def model_cost(directory: str | Path) -> ModelCost:
@@ -113,7 +146,7 @@ def model_cost(directory: str | Path) -> ModelCost:
     layout = read_layout(config, directory)
     checkpoint = Checkpoint.open(directory)
     tensors = classify(checkpoint.tensors, layout, str(directory))
-    experts = expert_bytes(tensors, layout)
+    experts = expert_sizes(tensors, layout, lambda tensor: tensor.info.nbytes)
     quantised = [tensor for tensor in tensors if tensor.quantised]
     return ModelCost(
         compressed=layout is not None and layout.packs,
@@ -124,8 +157,10 @@ def model_cost(directory: str | Path) -> ModelCost:
         expert_bits=_bits(t for t in quantised if t.role == "experts") if experts else None,
         group_size=layout.group_size if layout and layout.packs else None,
         expert_bytes=experts,
+        expert_parameters=expert_sizes(tensors, layout, lambda tensor: tensor.parameters),
         top_k=_top_k(config, directory) if experts else 0,
-        always_read_bytes=_always_read(tensors),
+        always_read_bytes=_always_read(tensors, lambda tensor: tensor.info.nbytes),
+        always_read_parameters=_always_read(tensors, lambda tensor: tensor.parameters),
     )
 
 
@@ -148,13 +183,13 @@ def _bits(tensors: Iterable[StoredTensor]) -> Bits:
     return Bits(weights, nominal / weights, stored / weights)
 
 
-def _always_read(tensors: Sequence[StoredTensor]) -> int:
-    """Bytes that every token reads; see :class:`ModelCost`."""
+def _always_read(tensors: Sequence[StoredTensor], size: Callable[[StoredTensor], int]) -> int:
+    """Sizes of what every token reads; see :class:`ModelCost`."""
     has_head = any(tensor.role == "head" for tensor in tensors)
 
     def read(tensor: StoredTensor) -> int:
         one_row = tensor.role == "embeddings" and has_head
-        return tensor.info.nbytes // tensor.info.shape[0] if one_row else tensor.info.nbytes
+        return size(tensor) // tensor.info.shape[0] if one_row else size(tensor)
 
     return sum(read(tensor) for tensor in tensors if tensor.role not in ("experts", "vision"))
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mcsharp_sdk.data.corpora import text_pieces
@@ -16,14 +17,14 @@ from mcsharp_sdk.data.tokenise import load_tokenizer, token_stream
 from mcsharp_sdk.embedded.text import evaluation_text
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.activation import ExpertActivity, watch_experts
-from mcsharp_sdk.evaluation.cost import ModelCost, model_cost
+from mcsharp_sdk.evaluation.cost import ModelCost, cost_facts, model_cost
 from mcsharp_sdk.evaluation.loading import (
     check_pruning,
     choose_device,
     choose_dtype,
     load_model,
 )
-from mcsharp_sdk.evaluation.perplexity import perplexity
+from mcsharp_sdk.evaluation.perplexity import Observer, perplexity
 from mcsharp_sdk.models.source import read_config
 from mcsharp_sdk.runtime.pruned_routing import expert_pruning
 
@@ -53,6 +54,7 @@ class Evaluation:
     activated_expert_ratio : activated (token, expert) pairs over tokens·k.
     activated_expert_ratio_per_layer : the same per decoder layer that has experts.
     activated_bytes_per_token : mean bytes of stored weights that a token of this text reads.
+    activated_parameters_per_token : mean number of those weights.
     seconds : of the forward passes, loading excluded.
     device, dtype : where and in which dtype it was computed.
     """
@@ -76,6 +78,7 @@ class Evaluation:
     activated_expert_ratio: float
     activated_expert_ratio_per_layer: dict[int, float]
     activated_bytes_per_token: float
+    activated_parameters_per_token: float
     seconds: float
     device: str
     dtype: str
@@ -118,6 +121,56 @@ def evaluate(
         If the folder, its tokenizer, the text, the window, the device, the dtype or the pruning
         cannot be used.
     """
+    conditions = prepare(
+        model_dir,
+        text,
+        window=window,
+        max_tokens=max_tokens,
+        device=device,
+        dtype=dtype,
+        pruning=pruning,
+    )
+    return measure(conditions, conditions.load(), track=track)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """One model and all that is needed to evaluate it, checked.
+
+    Attributes
+    ----------
+    directory, cost : the model's folder, and what it costs.
+    text, tokens : name of the text, and its tokens, (n,) int64.
+    window : tokens per window.
+    device, dtype : where and in which dtype to compute.
+    pruning : as asked for; None for as the model was made.
+    """
+
+    directory: Path
+    cost: ModelCost
+    text: str
+    tokens: Tensor
+    window: int
+    device: str
+    dtype: torch.dtype
+    pruning: str | None
+
+    def load(self) -> Any:
+        """The model, ready to run."""
+        return load_model(self.directory, self.device, self.dtype, self.pruning)
+
+
+def prepare(
+    model_dir: str | Path,
+    text: str | Path | None = None,
+    *,
+    window: int | None = None,
+    max_tokens: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    pruning: str | None = None,
+) -> Conditions:
+    """Check everything that :func:`evaluate` takes, and read the text; no weight is loaded."""
     directory = Path(model_dir)
     config = read_config(directory)
     cost = model_cost(directory)
@@ -127,39 +180,54 @@ def evaluate(
     computed_in = choose_dtype(dtype, config, place)
     name, pieces = _pieces(text)
     tokens = _read_tokens(pieces, directory, max_tokens, config)
-    model = load_model(directory, place, computed_in, pruning)
+    return Conditions(directory, cost, name, tokens, window, place, computed_in, pruning)
+
+
+def measure(
+    conditions: Conditions,
+    model: Any,
+    *,
+    track: Callable[[range], Iterable[int]] = iter,
+    observe: Observer | None = None,
+) -> Evaluation:
+    """Evaluate a loaded model; ``track`` and ``observe`` as in :func:`perplexity`."""
     start = time.perf_counter()
     with watch_experts(model) as activity:
-        result = perplexity(model, tokens, window, track=track)
+        result = perplexity(
+            model, conditions.tokens, conditions.window, track=track, observe=observe
+        )
     return Evaluation(
-        model=str(directory),
-        text=name,
+        model=str(conditions.directory),
+        text=conditions.text,
         perplexity=result.perplexity,
         nll=result.nll,
         tokens=result.tokens,
-        window=window,
+        window=conditions.window,
         windows=result.windows,
         pruning=expert_pruning(model),
         seconds=time.perf_counter() - start,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
-        **_cost_fields(cost),
-        **_activity_fields(activity, cost),
+        **_cost_fields(conditions.cost),
+        **_activity_fields(activity, conditions.cost),
     )
 
 
 def _cost_fields(cost: ModelCost) -> dict[str, Any]:
-    experts = cost.expert_bits
-    return {
-        "compressed": cost.compressed,
-        "nominal_bits": cost.bits.nominal,
-        "stored_bits": cost.bits.stored,
-        "expert_nominal_bits": experts.nominal if experts else None,
-        "expert_stored_bits": experts.stored if experts else None,
-        "bytes": cost.weight_bytes,
-        "directory_bytes": cost.directory_bytes,
-        "parameters": cost.parameters,
-    }
+    facts = cost_facts(cost)
+    return {name: facts[name] for name in _COST_FIELDS}
+
+
+_COST_FIELDS = (
+    "compressed",
+    "nominal_bits",
+    "stored_bits",
+    "expert_nominal_bits",
+    "expert_stored_bits",
+    "bytes",
+    "directory_bytes",
+    "parameters",
+)
 
 
 def _activity_fields(activity: ExpertActivity, cost: ModelCost) -> dict[str, Any]:
@@ -168,6 +236,7 @@ def _activity_fields(activity: ExpertActivity, cost: ModelCost) -> dict[str, Any
         "activated_expert_ratio": activity.ratio,
         "activated_expert_ratio_per_layer": {k: s.ratio for k, s in activity.layers.items()},
         "activated_bytes_per_token": cost.activated_bytes(used),
+        "activated_parameters_per_token": cost.activated_parameters(used),
     }
 
 

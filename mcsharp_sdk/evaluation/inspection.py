@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.evaluation.cost import ModelCost, model_cost
+from mcsharp_sdk.evaluation.cost import ModelCost, cost_facts, model_cost
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
 from mcsharp_sdk.models.architecture import empty_model
 from mcsharp_sdk.models.routing import RouterSettings, router_settings
@@ -52,24 +52,10 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON; what ``mcsharp evaluate`` also tells has the same name there."""
-        fields = asdict(self)
+        fields = {**vars(self), "router": self.router and asdict(self.router)}
         fields["pruning"] = self.pruning.to_dict() if self.pruning else None
-        cost = self.cost
-        fields["cost"] = {
-            "supported": not self.unsupported,
-            "compressed": cost.compressed,
-            "parameters": cost.parameters,
-            "bytes": cost.weight_bytes,
-            "directory_bytes": cost.directory_bytes,
-            "nominal_bits": cost.bits.nominal,
-            "stored_bits": cost.bits.stored,
-            "expert_nominal_bits": cost.expert_bits.nominal if cost.expert_bits else None,
-            "expert_stored_bits": cost.expert_bits.stored if cost.expert_bits else None,
-            "group_size": cost.group_size,
-            "activated_bytes_per_token": cost.activated_bytes(),
-            "roles": {role: asdict(share) for role, share in cost.roles.items()},
-        }
-        return {**fields, **fields.pop("cost")}
+        facts = {"supported": not self.unsupported, **cost_facts(fields.pop("cost"))}
+        return {**fields, **facts}
 
 
 def inspect_model(model_dir: str | Path) -> Inspection:

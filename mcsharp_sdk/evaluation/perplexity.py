@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,6 +19,9 @@ from mcsharp_sdk.models.bfloat16 import fast_linears
 
 LOGITS_AT_ONCE = 2**24
 """Logits held at once, in elements: 64 MiB of float32."""
+
+Observer = Callable[[int, Tensor, Tensor], None]
+"""Gets the index of a batch of windows, positions (p,) and the logits (b, p, vocabulary) there."""
 
 TOKENS_PER_FORWARD = 4096
 """Short windows go through the model together, up to so many tokens: a packed expert is then
@@ -52,6 +55,7 @@ def perplexity(
     window: int = 2048,
     *,
     track: Callable[[range], Iterable[int]] = iter,
+    observe: Observer | None = None,
 ) -> Perplexity:
     """Measure perplexity over non-overlapping windows, each read with an empty context.
 
@@ -64,6 +68,7 @@ def perplexity(
     tokens : (n,) int64, n >= 2: the stream, on any device.
     window : tokens per window, at least 2.
     track : wraps the range of forwards, e.g. to show progress.
+    observe : is given all logits that predict a token, a few positions at a time.
 
     Raises
     ------
@@ -76,34 +81,39 @@ def perplexity(
         raise InputError(f"perplexity needs two tokens or more, got {list(tokens.shape)}")
     if window < 2:
         raise InputError(f"a window of {window} predicts nothing: use 2 tokens or more")
-    windows = [part for part in tokens.split(window) if part.numel() >= 2]
+    batches = window_batches(tokens, window)
     device = model.get_input_embeddings().weight.device
     total = 0.0
-    batches = _batches(windows, max(1, TOKENS_PER_FORWARD // window))
     for index in track(range(len(batches))):
         with fast_linears():
-            losses = _window_nlls(model, batches[index].to(device))
+            losses = _window_nlls(model, batches[index].to(device), index, observe)
         if losses.isnan().any():
             raise RunError("the loss of a window is not a number: the model is broken")
         total += losses.sum().item()
-    used = sum(part.numel() for part in windows)
-    predicted = used - len(windows)
-    mean = total / predicted
-    return Perplexity(_exp(mean), mean, used, predicted, len(windows))
+    used, windows = sum(batch.numel() for batch in batches), sum(map(len, batches))
+    mean = total / (used - windows)
+    return Perplexity(_exp(mean), mean, used, used - windows, windows)
 
 
-def _batches(windows: Sequence[Tensor], most: int) -> list[Tensor]:
-    """Windows of equal length stacked, at most ``most`` together, in order."""
+def window_batches(tokens: Tensor, window: int) -> list[Tensor]:
+    """Windows of a stream that go through a model together, [b, n] each, in order.
+
+    Windows of equal length are stacked; what is left over and has a single token is not in any.
+    """
+    windows = [part for part in tokens.split(window) if part.numel() >= 2]
+    most = max(1, TOKENS_PER_FORWARD // window)
     batches: list[Tensor] = []
     for _, equal in groupby(windows, key=len):
         batches += torch.stack(list(equal)).split(most)
     return batches
 
 
-def _window_nlls(model: Any, windows: Tensor) -> Tensor:
+def _window_nlls(model: Any, windows: Tensor, index: int, observe: Observer | None) -> Tensor:
     """Summed negative log-likelihood of each window (b, n) behind its first token: (b,) float64."""
     totals = torch.zeros(len(windows), dtype=torch.float64)
     for positions, logits in _logits(model, windows):
+        if observe is not None:
+            observe(index, positions, logits)
         targets = windows[:, positions + 1].to(logits.device)
         losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
         totals += losses.double().sum(1).cpu()
@@ -117,16 +127,25 @@ def _logits(model: Any, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     behind it, answered with the body's stored output.
     """
     positions = torch.arange(ids.shape[1] - 1, device=ids.device)
-    body = model.base_model
-    if body is model or "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
+    if not has_separate_head(model):
         yield positions, model(input_ids=ids, use_cache=False).logits[:, :-1]
         return
-    output = body(input_ids=ids, use_cache=False)
+    output = model.base_model(input_ids=ids, use_cache=False)
     vocabulary = model.config.get_text_config().vocab_size
-    with _answered_with(body, output):
-        for chunk in positions.split(max(1, LOGITS_AT_ONCE // (vocabulary * len(ids)))):
-            answer = model(input_ids=ids, use_cache=False, logits_to_keep=chunk)
-            yield chunk, answer.logits
+    for chunk in positions.split(max(1, LOGITS_AT_ONCE // (vocabulary * len(ids)))):
+        yield chunk, head_logits(model, ids, output, chunk)
+
+
+def has_separate_head(model: Any) -> bool:
+    """Whether the model's body and its head can run one after the other."""
+    takes_positions = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    return model.base_model is not model and takes_positions
+
+
+def head_logits(model: Any, ids: Tensor, output: Any, positions: Tensor) -> Tensor:
+    """Logits (b, p, vocabulary) at positions (p,) from what the body returned for ids (b, n)."""
+    with _answered_with(model.base_model, output):
+        return model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -147,16 +147,21 @@ def classify(
     ]
 
 
-def expert_bytes(
-    tensors: Iterable[StoredTensor], layout: PackedLayout | None
+def expert_sizes(
+    tensors: Iterable[StoredTensor],
+    layout: PackedLayout | None,
+    size: Callable[[StoredTensor], int],
 ) -> dict[int, tuple[float, ...]]:
-    """Decoder layer -> stored bytes of each routed expert, in order of expert."""
+    """Decoder layer -> size of each routed expert, in order of expert.
+
+    ``size`` is what of a tensor is added up, e.g. its bytes; experts share a stack equally.
+    """
     sizes: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for tensor in tensors:
         if tensor.role == "experts":
             owners = _owners(tensor, layout)
             for expert in owners:
-                sizes[tensor.layer][expert] += tensor.info.nbytes / len(owners)
+                sizes[tensor.layer][expert] += size(tensor) / len(owners)
     return {
         layer: tuple(found[expert] for expert in sorted(found))
         for layer, found in sorted(sizes.items())

@@ -33,6 +33,7 @@ from mcsharp_sdk.quantization.hessian import (
     diagonal_importance,
     factorise,
     shrink,
+    squared_output_error,
 )
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
@@ -78,11 +79,21 @@ class LayerNotes:
     raised_damping : matrices whose Hessian needed more damping.
     fallbacks : matrices that were rounded to nearest because no damping helped.
     starved : experts that fewer tokens reached than their input has columns -> tokens.
+    squared_error, squared_output : part of the layer (``experts``, ``self_attn`` …) -> what
+        quantising changed of the outputs of its matrices on the calibration inputs, and those
+        outputs themselves, squared and summed up to a common factor.
     """
 
     raised_damping: list[str] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     starved: dict[str, int] = field(default_factory=dict)
+    squared_error: dict[str, float] = field(default_factory=dict)
+    squared_output: dict[str, float] = field(default_factory=dict)
+
+    def add_error(self, part: str, error: float, output: float) -> None:
+        """Count a matrix to its part of the layer."""
+        self.squared_error[part] = self.squared_error.get(part, 0.0) + error
+        self.squared_output[part] = self.squared_output.get(part, 0.0) + output
 
 
 @dataclass(frozen=True)
@@ -220,7 +231,22 @@ class LayerQuantiser:
         names: Sequence[str],
         notes: LayerNotes,
     ) -> QuantizedBatch:
-        """Quantise matrices [n, R, K] with their Hessians [n, K, K]."""
+        """Quantise matrices [n, R, K] with their Hessians [n, K, K], and note their errors."""
+        batch = self._quantised(weights, hessians, bits, names, notes)
+        for position, name in enumerate(names):
+            changed = dequantise(batch.expert(position), torch.float32)
+            found = squared_output_error(weights[position], changed, hessians[position])
+            notes.add_error(name.split(".")[0], *found)
+        return batch
+
+    def _quantised(
+        self,
+        weights: Tensor,
+        hessians: Tensor,
+        bits: Sequence[int],
+        names: Sequence[str],
+        notes: LayerNotes,
+    ) -> QuantizedBatch:
         s = self.settings
         if s.quantizer == "rtn":
             importance = diagonal_importance(hessians)

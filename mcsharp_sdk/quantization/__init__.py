@@ -20,6 +20,7 @@ from mcsharp_sdk.quantization.hessian import (
     diagonal_importance,
     factorise,
     shrink,
+    squared_output_error,
 )
 from mcsharp_sdk.quantization.packing import pack, packed_bytes, unpack
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
@@ -45,6 +46,7 @@ __all__ = [
     "quantise_gptq",
     "quantise_rtn",
     "shrink",
+    "squared_output_error",
     "stored_bytes",
     "unpack",
     "unpack_weight",

@@ -192,3 +192,21 @@ def _invert_upper(upper: Tensor, leaf: int = 128) -> Tensor:
 def _diagonal_only(diagonal: Tensor, mean: Tensor) -> Tensor:
     usable = torch.isfinite(diagonal) & (diagonal > 0)
     return torch.where(usable, diagonal, mean).rsqrt()
+
+
+def squared_output_error(weight: Tensor, quantised: Tensor, hessian: Tensor) -> tuple[float, float]:
+    """What GPTQ minimises, tr(Δ H Δᵀ), and the same of the weights themselves, tr(W H Wᵀ).
+
+    The root of their ratio is the relative error of the matrix's outputs, ‖ΔX‖ / ‖WX‖, on the
+    inputs X that the Hessian is of.
+
+    Parameters
+    ----------
+    weight, quantised : [R, K], of any float dtype; Δ is their difference.
+    hessian : fp32 [K, K].
+    """
+    weight = weight.float()
+    change = quantised.float() - weight
+    squares = (((m @ hessian) * m).sum(dtype=torch.float64) for m in (change, weight))
+    error, output = (max(0.0, float(square)) for square in squares)
+    return error, output

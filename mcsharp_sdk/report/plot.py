@@ -1,11 +1,15 @@
-"""Line plots as SVG text, without a plotting library."""
+"""Line plots as SVG text, without a plotting library.
+
+Colours are attributes, so that a figure stands on its own; parts also carry a class (``paper``,
+``ink``, ``grid``, ``axis``, ``s0`` to ``s7``), by which a page gives them colours of its theme.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, quoteattr
 
 Point = tuple[float, float]
 
@@ -52,7 +56,7 @@ class Axis:
         """A tick as text, with as many digits as tell it from its neighbours."""
         steps = [b - a for a, b in zip(self.ticks, self.ticks[1:], strict=False)]
         if self.log or abs(tick) >= 1e6 or 0 < abs(tick) < 1e-4:
-            return f"{tick:.4g}"
+            return f"{tick:,.6g}"
         digits = max(0, -math.floor(math.log10(min(steps)) + 1e-9)) if steps else 3
         return f"{tick:,.{digits}f}"
 
@@ -65,6 +69,8 @@ def line_plot(
     y_label: str,
     log_y: bool = False,
     point_labels: Mapping[str, Sequence[str]] | None = None,
+    description: str = "",
+    unmarked: Collection[str] = (),
 ) -> str:
     """Draw lines through points.
 
@@ -76,6 +82,8 @@ def line_plot(
     title, x_label, y_label : text of the figure and of its axes.
     log_y : the y axis is logarithmic.
     point_labels : name of a line -> a short text beside each of its points.
+    description : what the figure shows, for readers who do not see it.
+    unmarked : names of lines without a marker at each point, such as limits.
 
     Returns
     -------
@@ -89,10 +97,12 @@ def line_plot(
     y_axis = make_axis([y for _, y in every], bottom, MARGIN_TOP, log=log_y)
     legend = list(series) if len(series) > 1 else []
     width = WIDTH + _legend_width(legend)
-    parts = [*_head(width, title, left_out), *_axes(x_axis, y_axis, x_label, y_label)]
+    parts = [svg_head(width, HEIGHT, title, description), *_heading(title, left_out)]
+    parts += _axes(x_axis, y_axis, x_label, y_label)
     for number, (name, points) in enumerate(series.items()):
         labels = (point_labels or {}).get(name, ())
-        parts += _line(number, name, points, labels, x_axis, y_axis)
+        marked = name not in unmarked and len(points) <= MOST_MARKED_POINTS
+        parts += _line(number, name, points, labels, x_axis, y_axis, marked)
     parts += _legend(legend)
     return "\n".join([*parts, "</svg>", ""])
 
@@ -134,20 +144,25 @@ def _can_show(point: Point, log_y: bool) -> bool:
     return math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y)
 
 
-def _head(width: float, title: str, left_out: int) -> Iterator[str]:
-    yield (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{HEIGHT}" '
-        f'viewBox="0 0 {width:g} {HEIGHT}" font-family="sans-serif" font-size="{FONT_SIZE}" '
-        'role="img">'
+def svg_head(width: float, height: float, title: str, description: str = "") -> str:
+    """Opening of an SVG document with what a screen reader says of it."""
+    about = f"<desc>{escape(description)}</desc>" if description else ""
+    label = quoteattr(f"{title}. {description}" if description else title)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
+        f'viewBox="0 0 {width:g} {height:g}" font-family="sans-serif" font-size="{FONT_SIZE}" '
+        f'role="img" aria-label={label}>\n<title>{escape(title)}</title>{about}\n'
+        '<rect class="paper" width="100%" height="100%" fill="#ffffff"/>'
     )
-    yield f"<title>{escape(title)}</title>"
-    yield '<rect width="100%" height="100%" fill="#ffffff"/>'
+
+
+def _heading(title: str, left_out: int) -> Iterator[str]:
     middle = (MARGIN_LEFT + WIDTH - MARGIN_RIGHT) / 2
-    yield _text(middle, 20, title, 'text-anchor="middle" font-size="15" font-weight="bold"')
+    yield svg_text(middle, 20, title, 'text-anchor="middle" font-size="15" font-weight="bold"')
     if left_out:
         plural = "" if left_out == 1 else "s"
         note = f"{left_out} point{plural} cannot be shown"
-        yield _text(middle, 36, note, 'text-anchor="middle" fill="#b00000"')
+        yield svg_text(middle, 36, note, 'text-anchor="middle" fill="#b00000"', "alarm")
 
 
 def _axes(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> Iterator[str]:
@@ -155,17 +170,19 @@ def _axes(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> Iterator[st
     bottom, top = y_axis.start, y_axis.end
     for tick in y_axis.ticks:
         y = y_axis.position(tick)
-        yield _stroke(left, y, right, y, "#e4e4e4")
-        yield _text(left - 8, y + 4, y_axis.label(tick), 'text-anchor="end" fill="#333333"')
+        yield _stroke(left, y, right, y, "#e4e4e4", "grid")
+        yield svg_text(left - 8, y + 4, y_axis.label(tick), 'text-anchor="end" fill="#333333"')
     for tick in x_axis.ticks:
         x = x_axis.position(tick)
-        yield _stroke(x, top, x, bottom, "#e4e4e4")
-        yield _text(x, bottom + 18, x_axis.label(tick), 'text-anchor="middle" fill="#333333"')
-    yield _stroke(left, bottom, right, bottom, "#333333")
-    yield _stroke(left, top, left, bottom, "#333333")
-    yield _text((left + right) / 2, HEIGHT - 16, x_label, 'text-anchor="middle"')
+        yield _stroke(x, top, x, bottom, "#e4e4e4", "grid")
+        yield svg_text(x, bottom + 18, x_axis.label(tick), 'text-anchor="middle" fill="#333333"')
+    yield _stroke(left, bottom, right, bottom, "#333333", "axis")
+    yield _stroke(left, top, left, bottom, "#333333", "axis")
+    yield svg_text((left + right) / 2, HEIGHT - 16, x_label, 'text-anchor="middle"')
     middle = (top + bottom) / 2
-    yield _text(18, middle, y_label, f'text-anchor="middle" transform="rotate(-90 18 {middle:g})"')
+    yield svg_text(
+        18, middle, y_label, f'text-anchor="middle" transform="rotate(-90 18 {middle:g})"'
+    )
 
 
 def _line(
@@ -175,12 +192,17 @@ def _line(
     labels: Sequence[str],
     x_axis: Axis,
     y_axis: Axis,
+    marked: bool,
 ) -> Iterator[str]:
-    yield f'<g stroke="{_colour(number)}" fill="{_colour(number)}"><title>{escape(name)}</title>'
+    colour = COLOURS[number % len(COLOURS)]
+    yield (
+        f'<g class="{_series(number)}" stroke="{colour}" fill="{colour}">'
+        f"<title>{escape(name)}</title>"
+    )
     for piece in _unbroken(points, y_axis.log):
         corners = " ".join(f"{x_axis.position(x):.2f},{y_axis.position(y):.2f}" for x, y in piece)
         yield f'<polyline points="{corners}" fill="none" stroke-width="2"{_dash(number)}/>'
-    if len(points) <= MOST_MARKED_POINTS:
+    if marked:
         for index, (x, y) in enumerate(points):
             if _can_show((x, y), y_axis.log):
                 label = labels[index] if index < len(labels) else ""
@@ -206,7 +228,7 @@ def _marker(x: float, y: float, label: str, values: str) -> Iterator[str]:
     if label:
         inwards = (6, "start") if x < 0.75 * WIDTH else (-6, "end")
         more = f'text-anchor="{inwards[1]}" stroke="none" font-size="10"'
-        yield _text(x + inwards[0], y - 6, label, more)
+        yield svg_text(x + inwards[0], y - 6, label, more, "label")
 
 
 def _legend_width(names: Sequence[str]) -> float:
@@ -219,13 +241,15 @@ def _legend(names: Sequence[str]) -> Iterator[str]:
     height = min(20.0, room / max(1, len(names)))
     for number, name in enumerate(names):
         y = MARGIN_TOP + 8 + number * height
-        yield _stroke(WIDTH, y, WIDTH + 26, y, _colour(number), f' stroke-width="2"{_dash(number)}')
-        yield f'<circle cx="{WIDTH + 13}" cy="{y:g}" r="3.5" fill="{_colour(number)}"/>'
-        yield _text(WIDTH + 33, y + 4, name)
+        colour, series = COLOURS[number % len(COLOURS)], _series(number)
+        line = f' stroke-width="2"{_dash(number)}'
+        yield _stroke(WIDTH, y, WIDTH + 26, y, colour, series, line)
+        yield f'<circle class="{series}" cx="{WIDTH + 13}" cy="{y:g}" r="3.5" fill="{colour}"/>'
+        yield svg_text(WIDTH + 33, y + 4, name)
 
 
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
+def _series(number: int) -> str:
+    return f"s{number % len(COLOURS)}"
 
 
 def _dash(number: int) -> str:
@@ -233,10 +257,14 @@ def _dash(number: int) -> str:
     return f' stroke-dasharray="{dash}"' if dash else ""
 
 
-def _stroke(x1: float, y1: float, x2: float, y2: float, colour: str, more: str = "") -> str:
+def _stroke(
+    x1: float, y1: float, x2: float, y2: float, colour: str, kind: str, more: str = ""
+) -> str:
     ends = f'x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}"'
-    return f'<line {ends} stroke="{colour}"{more}/>'
+    return f'<line class="{kind}" {ends} stroke="{colour}"{more}/>'
 
 
-def _text(x: float, y: float, text: str, more: str = "") -> str:
-    return f'<text x="{x:.2f}" y="{y:.2f}"{f" {more}" if more else ""}>{escape(text)}</text>'
+def svg_text(x: float, y: float, text: str, more: str = "", kind: str = "ink") -> str:
+    """A text element; ``more`` are further attributes, ``kind`` is its class."""
+    attributes = f" {more}" if more else ""
+    return f'<text class="{kind}" x="{x:.2f}" y="{y:.2f}"{attributes}>{escape(text)}</text>'

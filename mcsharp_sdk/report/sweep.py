@@ -72,16 +72,17 @@ def cost_axis(evaluations: Sequence[Mapping[str, Any]]) -> CostAxis | None:
     Where both the size and the share of activated experts differ, it is what both change: the
     weights that a token reads.
     """
-    size, ratio, read = (_differs(evaluations, axis.key) for axis in (BYTES, RATIO, READ))
+    size, ratio, read = (differs(evaluations, axis.key) for axis in (BYTES, RATIO, READ))
     if size and ratio:
         return READ
-    for axis, differs in ((RATIO, ratio), (BYTES, size), (READ, read)):
-        if differs:
+    for axis, varies in ((RATIO, ratio), (BYTES, size), (READ, read)):
+        if varies:
             return axis
     return None
 
 
-def _differs(evaluations: Sequence[Mapping[str, Any]], key: str) -> bool:
+def differs(evaluations: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Whether a cost is not the same for all evaluations."""
     values = [float(evaluation[key]) for evaluation in evaluations]
     return bool(values) and max(values) - min(values) > LEAST_CHANGE * max(values)
 

@@ -13,22 +13,35 @@ MOST_POINTS = 200
 
 def training_plot(training: TopAnyTraining) -> str:
     """SVG text: the share of kept experts over the steps, and the distillation loss below it."""
-    names = {n: n if n == WHOLE_MODEL else f"layer {n}" for n in training.curves}
-    title = f"Training of the top-any networks, scope {training.scope}"
-    kept = line_plot(
-        {names[n]: _points(c, c.keep_ratio) for n, c in training.curves.items()},
-        title=title,
+    return _stacked([kept_plot(training), loss_plot(training)])
+
+
+def kept_plot(training: TopAnyTraining) -> str:
+    """SVG text: the share of kept experts over the steps."""
+    return line_plot(
+        {name: _points(c, c.keep_ratio) for name, c in named_curves(training).items()},
+        title=f"Training of the top-any networks, scope {training.scope}",
         x_label="step",
         y_label="share of kept experts",
+        description="Mean share of the chosen experts that the sampled masks kept, per step.",
     )
-    error = line_plot(
-        {names[n]: _points(c, c.error) for n, c in training.curves.items()},
+
+
+def loss_plot(training: TopAnyTraining) -> str:
+    """SVG text: the distillation loss over the steps."""
+    return line_plot(
+        {name: _points(c, c.error) for name, c in named_curves(training).items()},
         title="Distillation loss",
         x_label="step",
         y_label="loss without penalty",
         log_y=True,
+        description="Distance to the unpruned model without the penalty, per step, logarithmic.",
     )
-    return _stacked([kept, error])
+
+
+def named_curves(training: TopAnyTraining) -> dict[str, TrainingCurve]:
+    """Name for people -> curve."""
+    return {n if n == WHOLE_MODEL else f"layer {n}": c for n, c in training.curves.items()}
 
 
 def _points(curve: TrainingCurve, values: Sequence[float]) -> list[tuple[float, float]]:

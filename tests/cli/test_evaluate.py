@@ -70,3 +70,33 @@ def test_bad_input_is_exit_code_two_and_one_message(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "longer than the model's 128 positions" in captured.err
+
+
+def test_several_models_make_one_table_with_their_distance_to_the_original(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--text", model / "text.txt", "--window", "32", "--device", "cpu")
+    assert run("evaluate", "--compare", model, model, "--reference", model, *options) == 0
+    table = capsys.readouterr().out
+    assert table.count(str(model)) == 4  # the text's name, the original, and both models
+    assert "100.0%" in table
+    assert run("evaluate", "--compare", model, "--reference", model, *options, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["models"][0]["top1_agreement"] == 1.0
+    assert printed["reference"]["perplexity"] == printed["models"][0]["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("one", "two"), "several folders go into one table with --compare"),
+        (("one", "--limit", "3"), "--limit goes with --tasks or --suite"),
+        (("one", "--tasks", "piqa", "--window", "3"), "--window does not go with tasks"),
+        (("one", "--tasks", "piqa", "--save"), "--save does not go with tasks"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("evaluate", *arguments) == 2
+    assert message in capsys.readouterr().err

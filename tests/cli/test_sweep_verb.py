@@ -66,6 +66,8 @@ def test_json_is_one_document(
     ]
     for variant in printed["variants"]:
         assert (tmp_path / "out" / variant["model"] / "config.json").is_file()
+    assert run("report", "--compare", tmp_path / "out", "--output", tmp_path / "page.html") == 0
+    assert "2 runs compared" in (tmp_path / "page.html").read_text()
 
 
 def test_bad_input_is_exit_code_two_and_all_problems(

@@ -11,6 +11,7 @@ from mcsharp_sdk.quantization import (
     diagonal_importance,
     factorise,
     shrink,
+    squared_output_error,
 )
 
 
@@ -111,3 +112,17 @@ def test_experts_with_few_tokens_are_completed_from_all_tokens() -> None:
 def test_importance_is_the_diagonal() -> None:
     hessians = random_hessians(2, 6, 10)
     assert torch.equal(diagonal_importance(hessians)[1], hessians[1].diagonal())
+
+
+def test_squared_output_errors_are_those_of_the_outputs() -> None:
+    generator = torch.Generator().manual_seed(3)
+    inputs, weight, change = (
+        torch.randn(shape, generator=generator) for shape in ((50, 12), (7, 12), (7, 12))
+    )
+    hessian = torch.zeros(12, 12)
+    accumulate(hessian, inputs)
+    found = squared_output_error(weight, weight + 0.1 * change, hessian)
+    true = [float((m.double() @ inputs.double().T).square().sum()) for m in (0.1 * change, weight)]
+    factor = float(hessian.trace()) / float(inputs.square().sum())
+    assert found == pytest.approx([factor * square for square in true], rel=1e-4)
+    assert squared_output_error(weight, weight, hessian)[0] == 0

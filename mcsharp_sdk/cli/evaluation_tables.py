@@ -1,0 +1,93 @@
+"""Tables of evaluations, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mcsharp_sdk.cli.output import print_table
+
+if TYPE_CHECKING:
+    from mcsharp_sdk.evaluation.comparison import Compared, Comparison
+    from mcsharp_sdk.evaluation.evaluate import Evaluation
+    from mcsharp_sdk.evaluation.tasks import TaskEvaluation
+
+
+def show_evaluation(result: Evaluation) -> None:
+    """Print an evaluation."""
+    from rich.filesize import decimal
+
+    bits = f"{result.nominal_bits:.3f} nominal, {result.stored_bits:.3f} stored"
+    computed = f"in {result.dtype} on {result.device} in {result.seconds:.1f} s"
+    facts = [
+        ("text", result.text),
+        ("tokens", f"{result.tokens:,} in {result.windows} windows of {result.window}"),
+        ("perplexity", f"{result.perplexity:.4g}"),
+        ("bits per weight", bits if result.compressed else f"{bits}; not compressed"),
+        ("weights on disk", decimal(result.bytes)),
+        ("expert pruning", result.pruning),
+        ("activated experts", f"{result.activated_expert_ratio:.1%}"),
+        ("weights read per token", decimal(round(result.activated_bytes_per_token))),
+        ("parameters used per token", f"{round(result.activated_parameters_per_token):,}"),
+        ("computed", computed),
+    ]
+    print_table(result.model, ["", ""], facts)
+    if result.pruning != "off":
+        shares = result.activated_expert_ratio_per_layer.items()
+        rows = [(str(layer), f"{share:.1%}") for layer, share in shares]
+        print_table("Activated experts", ["layer", "share"], rows)
+
+
+def show_comparison(result: Comparison) -> None:
+    """Print a comparison as one table, the original first."""
+    from mcsharp_sdk.evaluation.comparison import Compared
+
+    first = result.models[0].evaluation
+    text = f"{first.text}: {first.tokens:,} tokens in {first.windows} windows of {first.window}"
+    rows = [_compared_row(compared) for compared in result.models]
+    if result.reference is not None:
+        rows.insert(0, _compared_row(Compared(result.reference)))
+    columns = ["model", "perplexity", "KL (nats)", "top-1", "nominal bits", "stored bits"]
+    columns += ["weights", "parameters per token", "read per token", "experts"]
+    print_table(text, columns, rows)
+
+
+def _compared_row(compared: Compared) -> list[Any]:
+    from rich.filesize import decimal
+
+    found, agreement = compared.evaluation, compared.top1_agreement
+    return [
+        found.model,
+        f"{found.perplexity:.4g}",
+        compared.kl_divergence,
+        None if agreement is None else f"{agreement:.1%}",
+        f"{found.nominal_bits:.3f}",
+        f"{found.stored_bits:.3f}",
+        decimal(found.bytes),
+        f"{found.activated_parameters_per_token / 1e6:,.2f} M",
+        decimal(round(found.activated_bytes_per_token)),
+        f"{found.activated_expert_ratio:.1%}",
+    ]
+
+
+def show_tasks(results: Sequence[TaskEvaluation]) -> None:
+    """Print metrics of tasks, a column for each model."""
+    first = results[0]
+    rows = []
+    for index, found in enumerate(first.results):
+        cells = [_metric(result, index) for result in results]
+        shots = "" if found.num_fewshot is None else str(found.num_fewshot)
+        rows.append([found.task, shots, found.metric, *cells])
+    means = [result.means() for result in results]
+    for shots in means[0]:
+        name = "" if shots is None else str(shots)
+        rows.append(["mean", name, "acc", *(f"{mean[shots]:.4f}" for mean in means)])
+    limit = f", at most {first.limit} samples each" if first.limit else ""
+    columns = ["task", "shots", "metric", *(result.model for result in results)]
+    print_table(f"lm-eval {first.harness}{limit}", columns, rows)
+
+
+def _metric(result: TaskEvaluation, index: int) -> str:
+    found = result.results[index]
+    error = "" if found.stderr is None else f" ± {found.stderr:.4f}"
+    return f"{found.value:.4f}{error}"

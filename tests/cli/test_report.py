@@ -1,0 +1,62 @@
+"""mcsharp report, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import save_tiny_model
+from tiny_tokenizer import save_tiny_tokenizer
+
+from mcsharp_sdk.cli import main
+
+
+def run(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as end:
+        main.run([str(argument) for argument in arguments])
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_tiny_model(tmp_path_factory.mktemp("model"), "mixtral")
+    save_tiny_tokenizer(folder)
+    (folder / "text.txt").write_text("abc, it is easy as one, two, three. " * 4)
+    return folder
+
+
+def test_a_page_lies_in_the_folder_or_where_it_is_wanted(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("report", model) == 0
+    assert str(model / "mcsharp_report.html") in capsys.readouterr().out
+    assert run("report", model, "--output", tmp_path / "page.html", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"output": str(tmp_path / "page.html")}
+    assert (tmp_path / "page.html").read_text() == (model / "mcsharp_report.html").read_text()
+
+
+def test_what_evaluate_saves_appears_on_the_page_and_can_be_compared(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("report", model) == 0
+    options = ("--text", model / "text.txt", "--window", "32", "--device", "cpu", "--save")
+    assert run("evaluate", model, *options) == 0
+    assert "kept in" in capsys.readouterr().err
+    assert "Quality on text.txt" in (model / "mcsharp_report.html").read_text()
+    assert run("report", "--compare", model, "--output", tmp_path / "runs.html") == 0
+    assert "1 run compared" in (tmp_path / "runs.html").read_text()
+
+
+def test_wrong_use_is_exit_code_two_and_one_message(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("report", model, model) == 2
+    assert "several folders go on one page with --compare" in capsys.readouterr().err
+    assert run("report", "--compare", model) == 2
+    assert "--compare needs --output FILE" in capsys.readouterr().err
+    assert run("report", "--compare", tmp_path, "--output", tmp_path / "x.html") == 2
+    assert "mcsharp evaluate --compare" in capsys.readouterr().err
+    assert run("report", tmp_path / "absent") == 2
+    assert list(tmp_path.iterdir()) == []
