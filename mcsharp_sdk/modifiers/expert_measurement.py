@@ -37,6 +37,7 @@ from mcsharp_sdk.modifiers.layer_quantisation import (
 )
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.hessian import DAMPING, InverseFactor, factorise
+from mcsharp_sdk.quantization.hqq import quantise_hqq
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
 
@@ -57,7 +58,7 @@ class ExpertMeasurement:
     Attributes
     ----------
     widths : candidate bit widths.
-    quantizer : ``gptq`` or ``rtn``.
+    quantizer : ``gptq``, ``rtn`` or ``hqq``.
     group_size : of the grid.
     error_tokens : most tokens per expert that errors are measured on.
     block_errors : whether to measure errors at the block's output at all.
@@ -67,7 +68,7 @@ class ExpertMeasurement:
     """
 
     widths: Sequence[int]
-    quantizer: Literal["gptq", "rtn"]
+    quantizer: Literal["gptq", "rtn", "hqq"]
     group_size: int
     error_tokens: int
     block_errors: bool
@@ -181,7 +182,7 @@ class ExpertMeasurement:
             for width in self.widths:
                 widths = [width] * len(chunk)
                 batch = (
-                    quantise_rtn(weights, widths, self._grid)
+                    _UNCALIBRATED[self.quantizer](weights, widths, self._grid)
                     if factor is None
                     else quantise_gptq(weights, factor, widths, self._grid)
                 )
@@ -195,7 +196,7 @@ class ExpertMeasurement:
     def _factor(
         self, runs: ExpertRuns, matrix: Matrix, chunk: Sequence[int]
     ) -> InverseFactor | None:
-        if self.quantizer == "rtn":
+        if self.quantizer in _UNCALIBRATED:
             return None
         settings = QuantizerSettings("gptq", self._grid, DAMPING, False, True)
         quantiser = LayerQuantiser(settings, None, None)
@@ -205,6 +206,10 @@ class ExpertMeasurement:
     @property
     def _grid(self) -> GridSettings:
         return GridSettings(group_size=self.group_size, **QUICK_SEARCH)
+
+
+_UNCALIBRATED = {"rtn": quantise_rtn, "hqq": quantise_hqq}
+"""Quantisers that take no Hessian."""
 
 
 def _variants_of(

@@ -39,7 +39,7 @@ class ExpertStats(Modifier):
         tuple[int, ...], Field(min_length=1, description="Widths whose error is measured.")
     ] = (1, 2, 3)
     quantizer: Annotated[
-        Literal["gptq", "rtn"], Field(description="Quantiser whose error is measured.")
+        Literal["gptq", "rtn", "hqq"], Field(description="Quantiser whose error is measured.")
     ] = "gptq"
     scope: Annotated[
         Literal["block", "model"],

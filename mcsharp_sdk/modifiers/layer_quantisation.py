@@ -34,6 +34,8 @@ from mcsharp_sdk.quantization.hessian import (
     factorise,
     shrink,
 )
+from mcsharp_sdk.quantization.hqq import quantise_hqq
+from mcsharp_sdk.quantization.lwc import quantise_lwc
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
 from mcsharp_sdk.runtime.layout import (
@@ -41,7 +43,7 @@ from mcsharp_sdk.runtime.layout import (
     linear_tensors,
 )
 
-QuantizerName = Literal["gptq", "rtn"]
+QuantizerName = Literal["gptq", "rtn", "hqq", "lwc"]
 WORKING_SET_BYTES = 256 * 2**20
 """Memory for the float32 weights and Hessians of the experts that are quantised together."""
 
@@ -55,7 +57,8 @@ class QuantizerSettings:
 
     Attributes
     ----------
-    quantizer : ``gptq``, or ``rtn`` (round to nearest, no compensation).
+    quantizer : ``gptq``, or one without compensation: ``rtn`` (round to nearest), ``hqq``
+        (half-quadratic) or ``lwc`` (learned clipping).
     grid : group size and clip search.
     damping : share of the Hessian's mean diagonal that is added to it.
     routing_weighted : weigh each token's part of an expert's Hessian by its routing weight squared.
@@ -225,6 +228,10 @@ class LayerQuantiser:
         if s.quantizer == "rtn":
             importance = diagonal_importance(hessians)
             return quantise_rtn(weights, bits, s.grid, importance=importance)
+        if s.quantizer == "hqq":
+            return quantise_hqq(weights, bits, s.grid)
+        if s.quantizer == "lwc":
+            return quantise_lwc(weights, hessians, bits, s.grid)
         factor = factorise(hessians, damping=s.damping)
         notes.raised_damping += [names[e] for e in factor.raised]
         notes.fallbacks += [names[e] for e in factor.failed]

@@ -179,6 +179,7 @@ def block_calls(model: Any, text: Path) -> dict[int, tuple[Any, ...]]:
     return calls
 
 
+@torch.no_grad()
 def changes_of_weights(experts: Any, width: int) -> dict[str, torch.Tensor]:
     """Matrix -> (E,) squared norms of what rounding to nearest changes."""
     found = {}
