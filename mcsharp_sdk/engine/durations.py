@@ -52,6 +52,9 @@ def _seconds(
         return 2 * PASS * forward + _fitting_work(stage, sizes, tokens) / exact
     elif not isinstance(stage, (ExpertStats, GPTQQuantize, TokenProtection)):
         return 0.0
+    if isinstance(stage, ExpertStats) and tokens:
+        # Gradients: a forward pass, another for the backward pass, and that at twice the work.
+        forward *= 1 + 4 / PASS * min(stage.loss_tokens, tokens) / tokens
     return PASS * forward + work / exact
 
 

@@ -16,6 +16,7 @@ from mcsharp_sdk.models.architecture import reads_images
 from mcsharp_sdk.models.routing import router_settings
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
+from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
 from mcsharp_sdk.modifiers.router_calibration import RouterCalibration
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
@@ -140,6 +141,11 @@ def _calibration_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit
         if isinstance(settings, ImageTextSource) and not reads_images(source.config):
             message = f"{source.config.model_type} reads no images: calibrate it on text"
             yield (*location, "source"), message
+    if any(isinstance(settings, ImageTextSource) for settings in recipe.sources):
+        for position, stage in enumerate(recipe.stages):
+            if isinstance(stage, ExpertStats) and stage.loss_tokens:
+                message = "gradients of the loss are measured on text alone: give 'loss_tokens: 0'"
+                yield ("stages", position, "loss_tokens"), message
 
 
 def make_plan(recipe: Recipe, source: SourceModel) -> Plan:
@@ -213,6 +219,12 @@ def _peak_memory(recipe: Recipe, sizes: ModelSizes) -> int:
     # where routers are calibrated, the original's hidden states as well.
     states = 4 if any(isinstance(s, RouterCalibration) for s in recipe.stages) else 3
     activations = states * _most_tokens(recipe) * sizes.hidden_size * sizes.dtype_bytes
+    loss_tokens = max(
+        (s.loss_tokens for s in recipe.stages if isinstance(s, ExpertStats)), default=0
+    )
+    # Gradients of the loss need what is in front of every layer.
+    kept = min(loss_tokens, _most_tokens(recipe)) * len(sizes.layers)
+    activations = max(activations, kept * sizes.hidden_size * sizes.dtype_bytes)
     layer = max(sizes.layers, key=lambda s: s.bytes)
     working = max(WORKING_SET_BYTES, layer.expert_working_set)
     loading = int(layer.bytes * LOADING_OVERHEAD)

@@ -51,8 +51,8 @@ def measure_loss_gradients(context: RunContext, tokens: int) -> None:
         return
     if context.calibration.has_images:
         raise InputError(
-            "ExpertStats: gradients of the loss are measured on text alone; leave 'loss_tokens' "
-            "out, or calibrate on text"
+            "ExpertStats: gradients of the loss are measured on text alone; give 'loss_tokens: 0', "
+            "or calibrate on text"
         )
     source = context.model
     few = context.calibration.first(tokens)
