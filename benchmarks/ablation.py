@@ -115,7 +115,7 @@ EXPERIMENTS: Mapping[str, Callable[[Sequence[float]], Iterator[Row]]] = {
 def table(name: str, bits: Sequence[float], seeds: Sequence[int], runs: Runs) -> str:
     """Markdown table of one experiment."""
     texts = [text.stem for text in runs.evaluations]
-    rows = []
+    rows: list[list[str]] = []
     for row in EXPERIMENTS[name](bits):
         found = []
         for seed in seeds:

@@ -196,23 +196,31 @@ class LayerQuantiser:
     ) -> Tensor:
         """Hessians of one matrix of some experts, [n, K, K], from the tokens routed to each.
 
-        Experts with few tokens are completed by tokens of the whole layer, and noted. Of more
-        than ``most`` tokens, so many are taken.
+        Experts with few tokens are completed by tokens of the whole layer, and noted. Tokens that
+        are weighed by their routing weight squared, v, count as (Σ v)²/Σ v² (Kish's effective
+        sample size), and those that complete them get the expert's mean v. Of more than ``most``
+        tokens, so many are taken.
         """
         columns = fused_weight(runs.experts, matrix).shape[-1]
         hessians = torch.zeros(len(chunk), columns, columns)
         shared: Tensor | None = None
         for hessian, expert in zip(hessians, chunk, strict=True):
-            tokens = 0
+            tokens, weights, squares = 0, 0.0, 0.0
             for piece in runs.pieces(expert, matrix, most):
                 routing = piece.routing if self.settings.routing_weighted else None
                 accumulate(hessian, piece.inputs, routing)
                 tokens += len(piece.token)
-            if tokens < columns:
+                if routing is not None:
+                    weights += float(routing.double().square().sum())
+                    squares += float(routing.double().pow(4).sum())
+            weighed = squares > 0
+            counted = weights**2 / squares if weighed else tokens
+            if counted < columns:
                 notes.starved[str(expert)] = tokens
                 if shared is None or matrix == "down":
                     shared = _mean_hessian(runs, matrix, expert)
-                hessian.copy_(shrink(hessian[None], [tokens], shared, 1)[0])
+                completion = shared * (weights / tokens) if weighed else shared
+                hessian.copy_(shrink(hessian[None], [counted], completion, 1)[0])
         return hessians
 
     def _quantise(

@@ -130,7 +130,8 @@ def _target(router: Router, hidden: Tensor) -> Target:
 
 def _split(count: int, most: int) -> tuple[Tensor, Tensor]:
     """Tokens to fit on and tokens to judge on, ``most`` in all, evenly spaced."""
-    chosen = torch.linspace(0, count - 1, min(count, most)).long()
+    step = max(1.0, count / most)
+    chosen = (torch.arange(min(count, most), dtype=torch.float64) * step).long()
     place = torch.arange(len(chosen))
     held = place % HELD_OUT == HELD_OUT - 1
     if not held.any():  # fewer tokens than one in so many: nothing to hold out

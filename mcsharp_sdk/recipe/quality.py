@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 Quality = Literal["fast", "balanced", "best"]
 
-DEFAULTS: Mapping[Quality, Mapping[str, Mapping[str, Any]]] = {
+DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "fast": {
         "ExpertStats": {"quantizer": "rtn", "error_tokens": 128},
         "GPTQQuantize": {"clip_search": "narrow"},
@@ -35,7 +35,7 @@ def with_quality(recipe: Mapping[str, Any]) -> dict[str, Any]:
     quality, stages = recipe.get("quality"), recipe.get("stages")
     if quality not in get_args(Quality) or not isinstance(stages, (list, tuple)):
         return dict(recipe)
-    defaults = DEFAULTS[quality]
+    defaults = DEFAULTS[str(quality)]
     return {**recipe, "stages": [_completed(stage, defaults) for stage in stages]}
 
 

@@ -72,7 +72,8 @@ def test_rankings_give_the_wider_widths_to_the_more_important(name: str, source:
     values = [np.ones(6), np.ones(6)]
     values[source] = importance
     allocator = ALLOCATORS[name]  # type: ignore[index]
-    cost = allocator.cost(Factors((1, 2, 3), *values), PMQ, np.random.default_rng(0))
+    given = Factors((1, 2, 3), values[0], values[1])
+    cost = allocator.cost(given, PMQ, np.random.default_rng(0))
     found = allocator.spend(cost, (1, 2, 3), 12)
     assert (np.diff(found[np.argsort(importance, kind="stable")]) >= 0).all()
     assert set(found.tolist()) == {1, 2, 3}
