@@ -56,9 +56,13 @@ def loss_curvature(
         output = inner @ second.T
         output.retain_grad()
         finish(experts, output, expert).backward(gradients.float())
+    inputs: dict[Matrix, tuple[Tensor, Tensor | None]] = {
+        "gate_up": (tokens, pre.grad),
+        "down": (inner.detach(), output.grad),
+    }
     found: dict[Matrix, float] = {}
-    for matrix, x, at in (("gate_up", tokens, pre.grad), ("down", inner.detach(), output.grad)):
-        rows = torch.zeros_like(x) if at is None else at
+    for matrix, (x, gradient) in inputs.items():
+        rows = torch.zeros_like(x) if gradient is None else gradient
         trace = (rows.double().square().sum(-1) * x.double().square().sum(-1)).sum()
         found[matrix] = sampled * float(trace) / (rows.shape[-1] * x.shape[-1])
     return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,12 +103,16 @@ def _behind_layers(
     for batch, group in enumerate(calibration.batches(TOKENS_PER_BATCH)):
         hidden = inputs.hidden[batch].clone().requires_grad_()
         given = model_inputs(group.inputs, source.device, source.dtype)
-        with layers_answered(source, lambda hidden=hidden: hidden), torch.enable_grad():
+        with layers_answered(source, partial(_same, hidden)), torch.enable_grad():
             for logits in _logits(source.model, given):
                 _drawn_loss(logits, generator).backward()
         gradients.append(_gradient(hidden))
     source.free(*outside)
     return gradients
+
+
+def _same(hidden: Tensor) -> Tensor:
+    return hidden
 
 
 def _logits(model: Any, given: dict[str, Tensor]) -> Iterator[Tensor]:

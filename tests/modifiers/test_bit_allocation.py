@@ -228,16 +228,18 @@ def test_layers_are_weighed_by_how_much_the_loss_feels_them() -> None:
 @pytest.mark.parametrize("allocator", ["block_score_predictor", "block_score_oracle"])
 def test_block_scores_have_one_budget_for_all_layers(allocator: str) -> None:
     plain = measured(4, 4, 4)
-    name = "block_cosine" if allocator.endswith("oracle") else "predicted_block_cosine"
+    true, predicted = (0.9, 0.4, 0.8), (0.4, 0.9, 0.8)
     told = replace(
         plain,
         layers=tuple(
-            replace(layer, **{name: value})
-            for layer, value in zip(plain.layers, (0.9, 0.4, 0.8), strict=True)
+            replace(layer, block_cosine=one, predicted_block_cosine=other)
+            for layer, one, other in zip(plain.layers, true, predicted, strict=True)
         ),
     )
+    wide = 1 if allocator.endswith("oracle") else 0
     settings = BitAllocation.model_validate({"target_bits": 2.34, "allocator": allocator})
-    assert allocate(told, settings).bits == {0: (2,) * 4, 1: (3,) * 4, 2: (2,) * 4}
+    given = {layer: (3 if layer == wide else 2,) * 4 for layer in range(3)}
+    assert allocate(told, settings).bits == given
     with pytest.raises(InputError, match="layer 0: no .*block cosine was measured: give ExpertSt"):
         allocate(plain, settings)
 

@@ -182,7 +182,7 @@ def block_calls(model: Any, text: Path) -> dict[int, tuple[Any, ...]]:
 @torch.no_grad()
 def changes_of_weights(experts: Any, width: int) -> dict[str, torch.Tensor]:
     """Matrix -> (E,) squared norms of what rounding to nearest changes."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for matrix in MATRICES:
         weights = fused_weight(experts, matrix)
         rounded = quantise_rtn(weights, [width] * len(weights), GRID).dequantise()

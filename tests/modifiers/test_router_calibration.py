@@ -163,7 +163,8 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
 ) -> None:
     recipe = pruning_recipe(text, COARSE, CALIBRATE)
     whole = run(models["mixtral"], recipe, tmp_path / "whole").output
-    write, done = LayerStore.write, []
+    write = LayerStore.write
+    done: list[int] = []
 
     def cut_off(self: LayerStore, *arguments: Any) -> None:
         if len(done) == writes_until_the_cut:

@@ -11,7 +11,7 @@ from mcsharp_sdk.quantization.grid import QuantizedBatch, unpack_weight
 from mcsharp_sdk.quantization.hqq import NORM, _shrunk, quantise_hqq
 from mcsharp_sdk.quantization.lwc import quantise_lwc
 
-FULL_RANGE = {"clip_ratios": (1.0,), "refinements": 0}
+FULL_RANGE = GridSettings(group_size=64, clip_ratios=(1.0,), refinements=0)
 
 
 def heavy_tailed(seed: int = 0) -> torch.Tensor:
@@ -27,7 +27,7 @@ def distance(weights: torch.Tensor, quantised: QuantizedBatch, power: float) -> 
 def test_hqq_lowers_the_norm_that_it_is_about(bits: int) -> None:
     weights = heavy_tailed()
     found = quantise_hqq(weights, [bits] * 2, GridSettings(group_size=64))
-    rounded = quantise_rtn(weights, [bits] * 2, GridSettings(group_size=64, **FULL_RANGE))
+    rounded = quantise_rtn(weights, [bits] * 2, FULL_RANGE)
     assert distance(weights, found, NORM) < distance(weights, rounded, NORM)
 
 
@@ -48,7 +48,7 @@ def test_shrinkage_is_near_the_minimum_of_its_problem(change: float) -> None:
 def test_learned_clipping_is_better_than_the_range_it_starts_from(bits: int) -> None:
     weights, hessians = layer(2, 12, 150)
     found = quantise_lwc(weights, hessians, [bits] * 2, GridSettings(group_size=64))
-    rounded = quantise_rtn(weights, [bits] * 2, GridSettings(group_size=64, **FULL_RANGE))
+    rounded = quantise_rtn(weights, [bits] * 2, FULL_RANGE)
     better = output_error(weights, found, hessians) / output_error(weights, rounded, hessians)
     assert (better < (0.9 if bits < 4 else 1.0)).all()
 
@@ -59,7 +59,7 @@ def test_learned_clipping_sees_which_inputs_matter() -> None:
     hessian = torch.zeros(1, 64, 64)
     hessian[0, 5, 5] = 1.0
     found = quantise_lwc(weights, hessian, [2], GridSettings(group_size=64))
-    rounded = quantise_rtn(weights, [2], GridSettings(group_size=64, **FULL_RANGE))
+    rounded = quantise_rtn(weights, [2], FULL_RANGE)
     errors = [(weights - q.dequantise())[0, :, 5].square().sum() for q in (found, rounded)]
     assert errors[0] < 0.2 * errors[1]
 

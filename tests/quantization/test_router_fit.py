@@ -82,8 +82,8 @@ def test_divergence_is_that_of_the_distributions() -> None:
     found = torch.distributions.Categorical(logits=logits)
     expected = torch.distributions.kl_divergence(known, found).mean()
     torch.testing.assert_close(divergence(target, logits, "softmax"), expected)
-    known, found = (torch.distributions.Bernoulli(logits=z) for z in (target, logits))
-    expected = torch.distributions.kl_divergence(known, found).sum(-1).mean()
+    alone, also = (torch.distributions.Bernoulli(logits=z) for z in (target, logits))
+    expected = torch.distributions.kl_divergence(alone, also).sum(-1).mean()
     torch.testing.assert_close(divergence(target, logits, "sigmoid"), expected)
 
 
