@@ -17,10 +17,7 @@ DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "GPTQQuantize": {"clip_search": "narrow"},
     },
     "balanced": {},
-    "best": {
-        "ExpertStats": {"loss_tokens": 4096, "error_tokens": 1024},
-        "BitAllocation": {"budget_scope": "global"},
-    },
+    "best": {"ExpertStats": {"error_tokens": 2048}},
 }
 """Quality -> stage -> settings in place of its defaults; ``balanced`` is the defaults."""
 

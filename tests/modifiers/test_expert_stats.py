@@ -206,7 +206,10 @@ def test_hessian_errors_are_mean_curvature_times_change_of_the_weights(
             x = hidden[(index == expert).any(-1)]
             inner = experts._apply_gate(x @ experts.gate_up_proj[expert].T)
             expected = sum(
-                float(change[m][expert]) * 2 * float(rows.double().square().sum()) / rows.shape[1]
+                float(change[m][expert])
+                * 2
+                * float(rows.detach().double().square().sum())
+                / rows.shape[1]
                 for m, rows in (("gate_up", x), ("down", inner))
             )
             assert statistics.hessian_error[2][expert] == pytest.approx(expected, rel=1e-3)

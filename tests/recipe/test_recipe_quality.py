@@ -49,9 +49,9 @@ def test_an_override_wins_over_it() -> None:
     text = "version: 1\nquality: best\ncalibration: {source: embedded}\nstages:\n"
     text += "  - {type: ExpertStats}\n  - {type: BitAllocation, target_bits: 2}\n"
     found = Recipe.from_text(
-        text + "  - {type: GPTQQuantize}\n", overrides=["stages.BitAllocation.budget_scope=layer"]
+        text + "  - {type: GPTQQuantize}\n", overrides=["stages.ExpertStats.error_tokens=77"]
     )
-    assert found.stages[1].budget_scope == "layer"  # type: ignore[attr-defined]
+    assert found.stages[0].error_tokens == 77  # type: ignore[attr-defined]
     assert found.quality == "best"
 
 
