@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from torch import Tensor
+
 from mcsharp_sdk.artifact_file import Artifact
 from mcsharp_sdk.artifacts import TokenProtectionRule
 from mcsharp_sdk.data.calibration_set import CalibrationSet
@@ -15,8 +17,10 @@ from mcsharp_sdk.engine.run_directory import AnyArtifact, LayerStore, RunDirecto
 from mcsharp_sdk.models.routing import Router
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import StreamedLayer, stream_layers
+from mcsharp_sdk.models.topology import router_weight
 from mcsharp_sdk.modifiers.gptq_quantize import QUANTIZED_WEIGHTS
 from mcsharp_sdk.modifiers.layer_restoration import restore_packed
+from mcsharp_sdk.modifiers.router_calibration import CALIBRATED_ROUTERS
 from mcsharp_sdk.modifiers.top_any_router import TOP_ANY_ROUTER
 from mcsharp_sdk.recipe.schema import Recipe
 from mcsharp_sdk.runtime.layout import PackedLayout
@@ -96,17 +100,29 @@ class RunContext:
         """Give a loaded decoder layer the weights that an earlier stage quantised it to, if any."""
         layout = self.quantised_layout()
         if layout is not None:
-            tensors = self.layers(QUANTIZED_WEIGHTS).tensors(layer)
-            restore_packed(source, layer, tensors, layout)
+            restore_packed(source, layer, self.quantised_tensors(layer), layout)
+
+    def quantised_tensors(self, layer: int) -> dict[str, Tensor]:
+        """What stages made of a decoder layer's weights, by full names; empty if nothing.
+
+        Its packed weights, and its router where that was rounded or calibrated.
+        """
+        stored = self.layers(QUANTIZED_WEIGHTS)
+        tensors = stored.tensors(layer) if stored.has(layer) else {}
+        calibrated = self.layers(CALIBRATED_ROUTERS)
+        if calibrated.is_complete() and calibrated.has(layer):
+            tensors |= calibrated.tensors(layer)
+        return tensors
 
     def routers(self) -> Iterator[Router]:
         """The routers of all MoE layers as the stages left them, one at a time."""
-        stored = self.layers(QUANTIZED_WEIGHTS)
         for router in self.model.routers():
             block = self.model.topology.moe[router.layer]
-            name = f"{self.model.layer_path(router.layer)}.{block.router}.weight"
-            tensors = stored.tensors(router.layer) if stored.has(router.layer) else {}
-            yield replace(router, weight=tensors.get(name, router.weight))
+            module = self.model.layer(router.layer).get_submodule(block.router)
+            path = f"{self.model.layer_path(router.layer)}.{block.router}"
+            name = f"{path}.{router_weight(module)}"
+            weight = self.quantised_tensors(router.layer).get(name, router.weight)
+            yield replace(router, weight=weight)
 
     def track(self, items: Iterable[Item], description: str) -> Iterator[Item]:
         """Iterate with a progress bar."""

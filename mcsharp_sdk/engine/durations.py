@@ -12,6 +12,7 @@ from mcsharp_sdk.models.bfloat16 import linear
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
+from mcsharp_sdk.modifiers.router_calibration import RouterCalibration
 from mcsharp_sdk.modifiers.token_protection import TokenProtection
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
 
@@ -46,8 +47,14 @@ def _seconds(
         work += sum(_linear_hessians(layer, tokens) + _update_work(layer) for layer in sizes.layers)
     elif isinstance(stage, TopAnyRouter):
         work = _training_work(stage, sizes, tokens)
+    elif isinstance(stage, RouterCalibration):
+        # The original runs beside the quantised model.
+        return 2 * PASS * forward + _fitting_work(stage, sizes, tokens) / exact
     elif not isinstance(stage, (ExpertStats, GPTQQuantize, TokenProtection)):
         return 0.0
+    if isinstance(stage, ExpertStats) and tokens:
+        # Gradients: a forward pass, another for the backward pass, and that at twice the work.
+        forward *= 1 + 4 / PASS * min(stage.loss_tokens, tokens) / tokens
     return PASS * forward + work / exact
 
 
@@ -85,6 +92,20 @@ def _training_work(stage: TopAnyRouter, sizes: ModelSizes, tokens: int) -> float
     active = sum(layer.active_weights for layer in sizes.layers)
     # Per step the model unpruned, pruned, pruned again for the gradients, and those of its inputs.
     return float(4 * active * seen)
+
+
+def _fitting_work(stage: RouterCalibration, sizes: ModelSizes, tokens: int) -> float:
+    """Multiplications for fitting routers to the last step."""
+    seen = min(tokens, stage.tokens)
+    width = sizes.hidden_size
+    # Per step a product with the weight, its gradient, and the change of coordinates.
+    return float(
+        sum(
+            seen * width**2 + width**3 + stage.steps * 3 * layer.experts * width * (seen + width)
+            for layer in sizes.layers
+            if layer.experts
+        )
+    )
 
 
 def _multiplications_per_second(dtype: torch.dtype, size: int = 768) -> float:

@@ -16,7 +16,9 @@ from mcsharp_sdk.models.architecture import reads_images
 from mcsharp_sdk.models.routing import router_settings
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
+from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
+from mcsharp_sdk.modifiers.router_calibration import RouterCalibration
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
 from mcsharp_sdk.recipe.document import Location
 from mcsharp_sdk.recipe.schema import Recipe
@@ -113,8 +115,7 @@ def _stage_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
 
 def _routing_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
     try:
-        for layer in source.topology.moe:
-            router_settings(source.config, layer)
+        routers = {layer: router_settings(source.config, layer) for layer in source.topology.moe}
     except InputError as error:
         for position, stage in enumerate(recipe.stages):
             if stage.reads_routing:
@@ -122,6 +123,12 @@ def _routing_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
         for position, exporter in enumerate(recipe.exports):
             if exporter.reads_routing:
                 yield ("exports", position), str(error)
+        return
+    for position, stage in enumerate(recipe.stages):
+        if stage.reads_routing:
+            for problem in stage.check_routers(routers):
+                setting = (problem.where,) if problem.where else ()
+                yield ("stages", position, *setting), problem.message
 
 
 def _calibration_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
@@ -134,6 +141,11 @@ def _calibration_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit
         if isinstance(settings, ImageTextSource) and not reads_images(source.config):
             message = f"{source.config.model_type} reads no images: calibrate it on text"
             yield (*location, "source"), message
+    if any(isinstance(settings, ImageTextSource) for settings in recipe.sources):
+        for position, stage in enumerate(recipe.stages):
+            if isinstance(stage, ExpertStats) and stage.loss_tokens:
+                message = "gradients of the loss are measured on text alone: give 'loss_tokens: 0'"
+                yield ("stages", position, "loss_tokens"), message
 
 
 def make_plan(recipe: Recipe, source: SourceModel) -> Plan:
@@ -203,8 +215,16 @@ def _peak_memory(recipe: Recipe, sizes: ModelSizes) -> int:
     """Interpreter, one layer while it loads, the quantiser's working set, and activations."""
     from mcsharp_sdk.modifiers.layer_quantisation import WORKING_SET_BYTES
 
-    # Hidden states before a layer, those in front of its experts, and the experts' outputs.
-    activations = 3 * _most_tokens(recipe) * sizes.hidden_size * sizes.dtype_bytes
+    # Hidden states before a layer, those in front of its experts, and the experts' outputs;
+    # where routers are calibrated, the original's hidden states as well.
+    states = 4 if any(isinstance(s, RouterCalibration) for s in recipe.stages) else 3
+    activations = states * _most_tokens(recipe) * sizes.hidden_size * sizes.dtype_bytes
+    loss_tokens = max(
+        (s.loss_tokens for s in recipe.stages if isinstance(s, ExpertStats)), default=0
+    )
+    # Gradients of the loss need what is in front of every layer.
+    kept = min(loss_tokens, _most_tokens(recipe)) * len(sizes.layers)
+    activations = max(activations, kept * sizes.hidden_size * sizes.dtype_bytes)
     layer = max(sizes.layers, key=lambda s: s.bytes)
     working = max(WORKING_SET_BYTES, layer.expert_working_set)
     loading = int(layer.bytes * LOADING_OVERHEAD)

@@ -53,6 +53,12 @@ class RoutedInputs:
             token, slot = token[chosen], slot[chosen]
         return self.hidden[token], self.top_k_weights[token, slot]
 
+    def first(self, tokens: int) -> RoutedInputs:
+        """What reaches them of the first so many tokens, in one batch."""
+        parts = (self.hidden, self.router_hidden, self.top_k_index, self.top_k_weights)
+        hidden, router_hidden, index, weights = (part[:tokens] for part in parts)
+        return RoutedInputs(hidden, router_hidden, index, weights, (len(hidden),))
+
     def counts(self, num_experts: int) -> list[int]:
         """Tokens per expert."""
         return torch.bincount(self.top_k_index.reshape(-1), minlength=num_experts).tolist()

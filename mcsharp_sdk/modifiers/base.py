@@ -13,6 +13,7 @@ from mcsharp_sdk.errors import Problem
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
+    from mcsharp_sdk.models.router_settings import RouterSettings
     from mcsharp_sdk.models.topology import MoeBlock
 
 
@@ -73,6 +74,14 @@ class Modifier(BaseModel, ABC):
         ``where`` of each problem is the name of the setting that it is about.
         """
         return self.check_experts({layer: block.num_experts for layer, block in blocks.items()})
+
+    def check_routers(self, routers: Mapping[int, RouterSettings]) -> list[Problem]:
+        """What does not fit a model that routes so (decoder layer -> settings of its router).
+
+        Asked only of stages with ``reads_routing``. ``where`` of each problem is the name of the
+        setting that it is about.
+        """
+        return []
 
     @abstractmethod
     def run(self, context: RunContext) -> None:

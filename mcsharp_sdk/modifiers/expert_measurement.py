@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,10 +15,20 @@ from mcsharp_sdk.artifacts import LayerStatistics, SourceStatistics
 from mcsharp_sdk.models.bfloat16 import linear
 from mcsharp_sdk.models.capture import RoutedInputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
-from mcsharp_sdk.models.experts import MATRICES, Matrix, activate, finish, fused_weight, weigh
+from mcsharp_sdk.models.experts import (
+    MATRICES,
+    Matrix,
+    activate,
+    finish,
+    fused_weight,
+    tokens_of_expert,
+    weigh,
+)
 from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.routing import router_scores
 from mcsharp_sdk.models.stream import StreamedLayer
+from mcsharp_sdk.modifiers.block_scores import block_cosines
+from mcsharp_sdk.modifiers.expert_curvature import HessianName, gram_curvature, loss_curvature
 from mcsharp_sdk.modifiers.layer_quantisation import (
     LayerNotes,
     LayerQuantiser,
@@ -26,6 +37,7 @@ from mcsharp_sdk.modifiers.layer_quantisation import (
 )
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.hessian import DAMPING, InverseFactor, factorise
+from mcsharp_sdk.quantization.hqq import quantise_hqq
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
 
@@ -46,23 +58,31 @@ class ExpertMeasurement:
     Attributes
     ----------
     widths : candidate bit widths.
-    quantizer : ``gptq`` or ``rtn``.
+    quantizer : ``gptq``, ``rtn`` or ``hqq``.
     group_size : of the grid.
     error_tokens : most tokens per expert that errors are measured on.
     block_errors : whether to measure errors at the block's output at all.
     sources : names of the calibration's sources; of several, each is counted by itself too.
+    hessian : of which Hessian the curvature is taken.
+    block_scores : whether to measure how much each layer changes its input.
     """
 
     widths: Sequence[int]
-    quantizer: Literal["gptq", "rtn"]
+    quantizer: Literal["gptq", "rtn", "hqq"]
     group_size: int
     error_tokens: int
     block_errors: bool
     sources: Sequence[str] = ()
+    hessian: HessianName = "input_gram"
+    block_scores: bool = False
 
     @torch.no_grad()
-    def of_layer(self, layer: StreamedLayer) -> LayerStatistics:
+    def of_layer(self, layer: StreamedLayer, gradients: Tensor | None = None) -> LayerStatistics:
         """Statistics of a loaded MoE layer.
+
+        Parameters
+        ----------
+        gradients : [T', hidden], of the loss by the block's output on the first T' tokens.
 
         ``quant_error[b][e]`` = ‖σ_e(t)·(F_e(x_t) − F_e^b(x_t))‖_F over the tokens t that select
         expert e: as only that expert changes, it is the change of the block's output. Where σ_e(t)
@@ -74,18 +94,21 @@ class ExpertMeasurement:
         count = layer.moe.num_experts
         reached = routed.counts(count)
         errors = {width: np.zeros(count) for width in self.widths} if self.block_errors else {}
+        hessian_errors = {width: np.zeros(count) for width in self.widths}
         dropped = np.zeros(count)
         for expert, variants in self.quantised_experts(runs):
             tokens, routing = weigh(experts, *routed.of_expert(expert, self.error_tokens))
             sampled = reached[expert] / max(1, tokens.shape[0])
             output = _run_expert(experts, expert, tokens)
             dropped[expert] = _norm(output, routing, sampled)
-            if not self.block_errors:
-                continue
+            curvature = self._curvature(runs, expert, gradients)
             for width, weights in variants:
-                change = output - _run_expert(experts, expert, tokens, weights)
-                errors[width][expert] = _norm(change, routing, sampled)
+                hessian_errors[width][expert] = _moved(experts, expert, weights, curvature)
+                if self.block_errors:
+                    change = output - _run_expert(experts, expert, tokens, weights)
+                    errors[width][expert] = _norm(change, routing, sampled)
         layer.expert_outputs = runs.outputs
+        cosines = block_cosines(layer, runs.outputs) if self.block_scores else (None, None)
         scores = _selected_scores(layer, routed)
         return LayerStatistics(
             layer=layer.index,
@@ -95,7 +118,30 @@ class ExpertMeasurement:
             tokens=routed.num_tokens,
             drop_error=dropped,
             sources=self._of_sources(layer, routed, scores),
+            hessian_error=hessian_errors,
+            block_cosine=cosines[0],
+            predicted_block_cosine=cosines[1],
+            loss_sensitivity=None
+            if gradients is None
+            else float(gradients.double().square().mean()),
         )
+
+    def _curvature(
+        self, runs: ExpertRuns, expert: int, gradients: Tensor | None
+    ) -> dict[Matrix, float]:
+        """Mean curvature of an expert's matrices, on as many of its tokens as errors are."""
+        experts, routed = runs.experts, runs.routed
+        if gradients is None or self.hessian == "input_gram":
+            hidden, routing = routed.of_expert(expert, self.error_tokens)
+            reached = int((routed.top_k_index == expert).sum())
+            tokens, _ = weigh(experts, hidden, routing)
+            return gram_curvature(experts, expert, tokens, reached / max(1, len(tokens)))
+        known = routed.first(len(gradients))
+        token, slot = tokens_of_expert(known.top_k_index, expert)
+        tokens, routing = weigh(experts, known.hidden[token], known.top_k_weights[token, slot])
+        of_output = gradients[token] * routing.unsqueeze(-1)
+        share = routed.num_tokens / max(1, known.num_tokens)
+        return loss_curvature(experts, expert, tokens, of_output, share)
 
     def _of_sources(
         self, layer: StreamedLayer, routed: RoutedInputs, scores: Tensor
@@ -136,7 +182,7 @@ class ExpertMeasurement:
             for width in self.widths:
                 widths = [width] * len(chunk)
                 batch = (
-                    quantise_rtn(weights, widths, self._grid)
+                    _UNCALIBRATED[self.quantizer](weights, widths, self._grid)
                     if factor is None
                     else quantise_gptq(weights, factor, widths, self._grid)
                 )
@@ -150,7 +196,7 @@ class ExpertMeasurement:
     def _factor(
         self, runs: ExpertRuns, matrix: Matrix, chunk: Sequence[int]
     ) -> InverseFactor | None:
-        if self.quantizer == "rtn":
+        if self.quantizer in _UNCALIBRATED:
             return None
         settings = QuantizerSettings("gptq", self._grid, DAMPING, False, True)
         quantiser = LayerQuantiser(settings, None, None)
@@ -160,6 +206,10 @@ class ExpertMeasurement:
     @property
     def _grid(self) -> GridSettings:
         return GridSettings(group_size=self.group_size, **QUICK_SEARCH)
+
+
+_UNCALIBRATED = {"rtn": quantise_rtn, "hqq": quantise_hqq}
+"""Quantisers that take no Hessian."""
 
 
 def _variants_of(
@@ -177,6 +227,18 @@ def _run_expert(
         weights = {matrix: fused_weight(experts, matrix)[expert] for matrix in MATRICES}
     inner = activate(experts, linear(tokens, weights["gate_up"]), expert)
     return finish(experts, linear(inner, weights["down"]), expert)
+
+
+def _moved(
+    experts: Any, expert: int, weights: ExpertWeights, curvature: Mapping[Matrix, float]
+) -> float:
+    """Ω = Σ over matrices of curvature · ‖Q(W) − W‖² (HAWQ-V2)."""
+    return math.fsum(
+        curvature[matrix]
+        * float((weights[matrix].float() - fused_weight(experts, matrix)[expert].float()).norm())
+        ** 2
+        for matrix in MATRICES
+    )
 
 
 def _norm(change: Tensor, routing: Tensor, sampled: float) -> float:

@@ -76,7 +76,7 @@ def _gram(rows: Tensor) -> Tensor:
 
 def shrink(
     hessians: Tensor,
-    tokens: Sequence[int],
+    tokens: Sequence[float],
     overall: Tensor,
     overall_tokens: int,
     *,
@@ -90,7 +90,7 @@ def shrink(
     Parameters
     ----------
     hessians : fp32 [E, K, K], sums over each expert's tokens.
-    tokens : number of tokens in each, length E.
+    tokens : number of tokens in each, length E; an effective one where they are weighed.
     overall : fp32 [K, K], sum over all tokens.
     overall_tokens : number of tokens in it, > 0.
     enough : tokens that need no completion; K if left out.
