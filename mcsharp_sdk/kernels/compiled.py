@@ -22,8 +22,10 @@ import numpy as np
 from mcsharp_sdk.kernels.simd import (
     add_product,
     add_scaled,
+    bfloat16_levels,
     dot,
     field,
+    float16_levels,
     joined,
     load_byte,
     load_byte_quad,
@@ -40,6 +42,7 @@ from mcsharp_sdk.kernels.simd import (
     store_bytes,
     store_float16,
     store_float32,
+    store_levels,
     store_quad,
     sum_lanes,
     transpose_halves,
@@ -378,13 +381,47 @@ def integer_dot(
 
 
 @_inlined
-def store_row(store, size, codes, vectors, scales, zero_codes, middle, group_vectors, out):
-    for vector in range(vectors):
-        group = vector // group_vectors
-        code = np.float32(load_byte(zero_codes + BLOCK * group))
-        zero = code * np.float32(0.25) + middle
-        scale = load_half(scales + 2 * group)
-        store(out + size * VECTOR * vector, load_bytes(codes + VECTOR * vector), scale, zero)
+def store_by_table(table, row):
+    """One row in 16 bits, of codes below 16: by a table for each group."""
+    codes, columns, scales, zero_codes, middle, group_size, out = row
+    for start in range(0, columns, group_size):
+        levels = table(load_half(scales), zero_point(zero_codes, middle))
+        for column in range(start, min(columns, start + group_size), VECTOR):
+            store_levels(out + 2 * column, load_bytes(codes + column), levels)
+        scales, zero_codes = scales + 2, zero_codes + BLOCK
+
+
+@_inlined
+def store_by_arithmetic(store, size, row):
+    """One row, of any codes and dtype."""
+    codes, columns, scales, zero_codes, middle, group_size, out = row
+    for start in range(0, columns, group_size):
+        scale, zero = load_half(scales), zero_point(zero_codes, middle)
+        for column in range(start, min(columns, start + group_size), VECTOR):
+            store(out + size * column, load_bytes(codes + column), scale, zero)
+        scales, zero_codes = scales + 2, zero_codes + BLOCK
+
+
+@_inlined
+def zero_point(code, middle):
+    return np.float32(load_byte(code)) * np.float32(0.25) + middle
+
+
+@_compiled
+def store_row(kind, bits, codes, columns, scales, zero_codes, group_size, out):
+    """One row as numbers, from unpacked codes; padded to a multiple of 32 columns."""
+    middle = np.float32((2**bits - 1) / 2)
+    row = (codes, columns, scales, zero_codes, middle, group_size, out)
+    if kind == FLOAT32:
+        store_by_arithmetic(store_float32, 4, row)
+    elif kind == FLOAT16 and bits <= 4:
+        store_by_table(float16_levels, row)
+    elif kind == FLOAT16:
+        store_by_arithmetic(store_float16, 2, row)
+    elif bits <= 4:
+        store_by_table(bfloat16_levels, row)
+    else:
+        store_by_arithmetic(store_bfloat16, 2, row)
 
 
 @_compiled
@@ -401,11 +438,9 @@ def dequantise_rows(qweight, scales, zeros, form, first, last, kind, out, share,
     rows, columns, bits, group_size = form
     blocks = (columns + BLOCK - 1) // BLOCK
     groups = (columns + group_size - 1) // group_size
-    vectors = (columns + VECTOR - 1) // VECTOR
-    middle = np.float32((2**bits - 1) / 2)
+    line = (columns + VECTOR - 1) // VECTOR * VECTOR * (4 if kind == FLOAT32 else 2)
     codes = np.empty(BLOCK * blocks, np.uint8)
     zero_codes = np.empty(groups * BLOCK, np.uint8)
-    size = 4 if kind == FLOAT32 else 2
     count, known = last - first, -1
     for row in range(first + count * share // shares, first + count * (share + 1) // shares):
         top = row // BLOCK * BLOCK
@@ -413,15 +448,7 @@ def dequantise_rows(qweight, scales, zeros, form, first, last, kind, out, share,
             unpack_zeros(zeros, bits, rows, top, groups, zero_codes.ctypes.data)
             known = top
         # numba frees an array after its last use: addresses are taken where they are needed.
-        here = codes.ctypes.data
+        here, there = codes.ctypes.data, zero_codes.ctypes.data + row - top
         unpack(qweight + row * packed_row(columns, bits), bits, columns, here, VECTOR)
-        grid = scales + 2 * groups * row
-        codes_at = zero_codes.ctypes.data + row - top
-        to = out + (row - first) * vectors * VECTOR * size
-        step = group_size // VECTOR
-        if kind == FLOAT32:
-            store_row(store_float32, 4, here, vectors, grid, codes_at, middle, step, to)
-        elif kind == FLOAT16:
-            store_row(store_float16, 2, here, vectors, grid, codes_at, middle, step, to)
-        else:
-            store_row(store_bfloat16, 2, here, vectors, grid, codes_at, middle, step, to)
+        to = out + (row - first) * line
+        store_row(kind, bits, here, columns, scales + 2 * groups * row, there, group_size, to)

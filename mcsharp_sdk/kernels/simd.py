@@ -70,6 +70,7 @@ Bytes = Vector("Bytes", _I8, BYTES_PER_VECTOR)
 Ints = Vector("Ints", _I32, 8)
 Floats = Vector("Floats", _FLOAT, 8)
 Quad = Vector("Quad", _FLOAT, 4)
+Levels = Vector("Levels", _I16, 16)
 
 
 
@@ -301,22 +302,61 @@ def _to_bfloat16(builder: Any, values: Any, lanes: int) -> Any:
     return builder.trunc(builder.lshr(rounded, sixteen), ir.VectorType(_I16, lanes))
 
 
-def _store_weights(convert: Callable[[Any, Any, int], Any]) -> Any:
-    """The operation that writes 32 weights in some dtype."""
+def _to_float16(builder: Any, values: Any, lanes: int) -> Any:
+    return builder.fptrunc(values, ir.VectorType(_HALF, lanes))
+
+
+@_operation(types.void, types.int64, Bytes, types.float32, types.float32)
+def store_float32(builder: Any, address: Any, codes: Any, scale: Any, zero: Any) -> None:
+    """Write 32 weights ``scale * (code - zero)``."""
+    levels = builder.uitofp(codes, ir.VectorType(_FLOAT, BYTES_PER_VECTOR))
+    _store(builder, address, _weights(builder, levels, scale, zero, BYTES_PER_VECTOR))
+
+
+def _weights(builder: Any, levels: Any, scale: Any, zero: Any, lanes: int) -> Any:
+    """``scale * (level - zero)`` in fp32, like the torch code that defines the grid."""
+    shifted = builder.fsub(levels, _splat(builder, zero, lanes))
+    return builder.fmul(shifted, _splat(builder, scale, lanes))
+
+
+def _level_table(convert: Callable[[Any, Any, int], Any]) -> Any:
+    """The operation that makes a table of all weights of a group in some 16-bit dtype."""
+
+    def emit(builder: Any, scale: Any, zero: Any) -> Any:
+        levels = _constant(_FLOAT, [float(level) for level in range(16)])
+        values = convert(builder, _weights(builder, levels, scale, zero, 16), 16)
+        return builder.bitcast(values, Levels.llvm)
+
+    emit.__doc__ = "Weights of the codes 0 to 15, computed in fp32 and rounded once."
+    return _operation(Levels, types.float32, types.float32)(emit)
+
+
+bfloat16_levels = _level_table(_to_bfloat16)
+float16_levels = _level_table(_to_float16)
+
+
+@_operation(types.void, types.int64, Bytes, Levels)
+def store_levels(builder: Any, address: Any, codes: Any, levels: Any) -> None:
+    """Write what a table has for 32 codes, each below 16."""
+    halves = []
+    for part in (levels, builder.lshr(levels, _constant(_I16, [8] * 16))):
+        table = _pick(builder, builder.trunc(part, ir.VectorType(_I8, 16)), list(range(16)) * 2)
+        halves.append(_call(builder, "llvm.x86.avx2.pshuf.b", Bytes.llvm, table, codes))
+    order = [lane + half for lane in range(BYTES_PER_VECTOR) for half in (0, BYTES_PER_VECTOR)]
+    _store(builder, address, builder.shuffle_vector(*halves, _constant(_I32, order)))
+
+
+def _store_rounded(convert: Callable[[Any, Any, int], Any]) -> Any:
+    """The operation that writes 32 weights of any code in some 16-bit dtype."""
 
     def emit(builder: Any, address: Any, codes: Any, scale: Any, zero: Any) -> None:
-        floats = ir.VectorType(_FLOAT, BYTES_PER_VECTOR)
-        levels = builder.uitofp(codes, floats)
-        levels = builder.fsub(levels, _splat(builder, zero, BYTES_PER_VECTOR))
-        values = builder.fmul(levels, _splat(builder, scale, BYTES_PER_VECTOR))
-        _store(builder, address, convert(builder, values, BYTES_PER_VECTOR))
+        levels = builder.uitofp(codes, ir.VectorType(_FLOAT, BYTES_PER_VECTOR))
+        weights = _weights(builder, levels, scale, zero, BYTES_PER_VECTOR)
+        _store(builder, address, convert(builder, weights, BYTES_PER_VECTOR))
 
-    emit.__doc__ = "Write ``scale * (code - zero)``, in fp32 arithmetic, rounded once."
+    emit.__doc__ = "Write 32 weights ``scale * (code - zero)``, rounded once."
     return _operation(types.void, types.int64, Bytes, types.float32, types.float32)(emit)
 
 
-store_float32 = _store_weights(lambda builder, values, lanes: values)
-store_float16 = _store_weights(
-    lambda builder, values, lanes: builder.fptrunc(values, ir.VectorType(_HALF, lanes))
-)
-store_bfloat16 = _store_weights(_to_bfloat16)
+store_bfloat16 = _store_rounded(_to_bfloat16)
+store_float16 = _store_rounded(_to_float16)
