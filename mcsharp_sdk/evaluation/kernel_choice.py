@@ -106,7 +106,10 @@ def _shape(name: str, info: TensorInfo, layout: PackedLayout) -> tuple[int, int,
 
 def _linear_bits(name: str, linears: Mapping[str, int]) -> int:
     path = name.removesuffix(".qweight")
-    return next(bits for linear, bits in linears.items() if path.endswith(f".{linear}"))
+    for linear, bits in linears.items():
+        if path.endswith(f".{linear}"):
+            return bits
+    raise InputError(f"{name} is stored packed, but config.json does not name it")
 
 
 def _stacked(info: TensorInfo) -> int:

@@ -132,6 +132,8 @@ def packed_linears(x: Tensor, stack: PackedStack, counts: Sequence[int]) -> Tens
     [N, R] in x's dtype.
     """
     used = [slot for slot, count in enumerate(counts) if count]
+    if not used:
+        return x.new_empty(0, stack.rows)
     chosen = {count: _choose(x, stack, count) for count in {counts[slot] for slot in used}}
     kernels = [chosen[counts[slot]] for slot in used]
     if len(set(kernels)) == 1:
