@@ -72,9 +72,9 @@ def packed_model(options: argparse.Namespace) -> Any:
         model: Any = MixtralForCausalLM(configuration(options)).to(torch.bfloat16)
         layers = range(options.layers)
         topology = read_topology(model, model.config)
-        bits = {layer: (options.bits,) * EXPERTS for layer in layers}
+        bits = dict.fromkeys(layers, (options.bits,) * EXPERTS)
         linears = dict.fromkeys(topology.linears[0], LINEAR_BITS)
-        rule = RulePruning("none", 0.0, 0.0, {layer: (0.5,) for layer in layers})
+        rule = RulePruning("none", 0.0, 0.0, dict.fromkeys(layers, (0.5,)))
         layout = PackedLayout(options.group_size, bits, linears, PruningLayout("off", rule, None))
         pack_modules(model, layout)
     return materialised(model)

@@ -1,9 +1,9 @@
 """How long does loading a compressed model with many experts take, against reading its bytes?
 
 Makes a compressed model of random codes on disk (by default 48 layers of 128 small experts, whose
-widths are mixed), then in turns reads the bytes of its weight files and loads it, each time in a new
-process. The files are in the page cache. Printed are medians over the rounds, and the memory that
-the loaded model takes against its size on disk; imports count in neither.
+widths are mixed), then in turns reads the bytes of its weight files and loads it, each time in a
+new process. The files are in the page cache. Printed are medians over the rounds, and the memory
+that the loaded model takes against its size on disk; imports count in neither.
 
     python benchmarks/loading.py [--layers 48 --experts 128 --hidden 512 --intermediate 128]
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -156,9 +157,7 @@ def test_what_is_not_finite_stays_visible(value: float) -> None:
 @compiled_only
 @pytest.mark.parametrize("kernel", ["integer_dot", "dequantise"])
 @pytest.mark.parametrize("shares", [2, 3])
-def test_threads_share_the_rows(
-    kernel: str, shares: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_share_the_rows(kernel: str, shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
     stack, exact = random_stack(3, 300, 256, 3, 128)
     x = torch.randn(7, 256)
     monkeypatch.setattr(threads, "SMALL", 1)
@@ -293,10 +292,9 @@ print("done")
 @compiled_only
 @pytest.mark.slow
 def test_processors_without_byte_products_get_the_same_results() -> None:
-    settings = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2"}
+    features = "+avx,+avx2,+fma,+f16c,+bmi,+bmi2"
+    settings = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
     command = [sys.executable, "-c", OLDER_PROCESSOR]
-    import os
-
     run = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
     assert run.stdout.strip() == "done", run.stderr[-2000:]
 
