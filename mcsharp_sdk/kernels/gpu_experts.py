@@ -30,8 +30,7 @@ def run_experts(
     hidden : [T, H], 16-bit floats; T may be 0.
     chosen : int64 [T, k]; ``layer.experts`` marks a dropped slot, which costs nothing.
     routing : [T, k], any float dtype.
-    dp4a : for few tokens, round the inputs of both matrices to 8 bits, 128 at a time. Where
-        :func:`takes_dp4a` says no they stay as they are.
+    dp4a : for few tokens, round the inputs of both matrices to 8 bits, 128 at a time.
 
     Returns
     -------
@@ -41,7 +40,7 @@ def run_experts(
     if not tokens or not slots:
         return torch.zeros_like(hidden)
     hidden, chosen, routing = hidden.contiguous(), chosen.contiguous(), routing.contiguous()
-    if tokens <= DECODE_TOKENS:
+    if tokens <= DECODE_TOKENS and takes_gemv(layer.gate_up) and takes_gemv(layer.down):
         return _few_tokens(layer, hidden, chosen, routing, dp4a)
     step = max(1, WORKSPACE_BYTES // workspace_bytes(layer, slots, hidden.dtype))
     parts = zip(hidden.split(step), chosen.split(step), routing.split(step), strict=True)
@@ -55,9 +54,10 @@ def workspace_bytes(layer: ExpertLayer, slots: int, dtype: torch.dtype) -> int:
     return slots * elements * dtype.itemsize
 
 
-def takes_dp4a(stack: MatrixStack) -> bool:
-    """Whether rows consist of whole 32-bit words at every width that occurs."""
-    return all(packed_bytes(stack.columns, width) % 4 == 0 for width in stack.widths)
+def takes_gemv(stack: MatrixStack) -> bool:
+    """Whether rows are whole 32-bit words at every width that occurs, in groups of whole fields."""
+    words = all(packed_bytes(stack.columns, width) % 4 == 0 for width in stack.widths)
+    return words and stack.group_size % 4 == 0
 
 
 def _few_tokens(
@@ -66,16 +66,9 @@ def _few_tokens(
     from mcsharp_sdk.kernels.triton_launch import combine, gemv
 
     flat = chosen.reshape(-1)
-    inner = gemv(
-        layer.gate_up,
-        layer.table,
-        hidden,
-        flat,
-        gated=layer.between is None,
-        dp4a=dp4a and takes_dp4a(layer.gate_up),
-    )
+    gated = layer.between is None
+    inner = gemv(layer.gate_up, layer.table, hidden, flat, gated=gated, dp4a=dp4a)
     inner = _between(layer, inner, flat)
-    dp4a = dp4a and takes_dp4a(layer.down)
     y = gemv(layer.down, layer.table, inner, flat, gated=False, dp4a=dp4a)
     return combine(_behind(layer, y, flat), chosen, routing, layer.experts)
 

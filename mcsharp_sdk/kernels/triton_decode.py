@@ -2,15 +2,16 @@
 
 Each program computes some rows of one slot, a slot being one expert chosen by one token. Which
 width and which weights the expert has is read from a small table on the device, so that one launch
-serves all experts of a layer. Codes are multiplied as they come out of the words that are stored:
+serves all experts of a layer. Weights are read as 32-bit words, and codes are multiplied as they
+come out of them:
 
-- with 16-bit activations, a code is put into the mantissa of a float whose exponent makes it
-  2^(8 − b·t) + code: one operation a code besides the multiplication. What the constants add up to
-  is subtracted once per block;
+- with 16-bit activations, a byte is shifted into the mantissa of a float, where a field of it makes
+  2^(8 − b·t) + code under a fitting exponent: one operation a code besides the multiplication. What
+  the powers of two add up to is subtracted once per block;
 - with 8-bit activations ``dp4a`` multiplies four codes at a time, exactly, in integers.
 
 A block is one of packing, 128 columns. Groups of whole blocks take the fast way, one scale per row
-and block; smaller groups get a scale per code.
+and block; smaller groups get a scale per word and field.
 """
 
 # mypy: allow-untyped-defs
@@ -20,8 +21,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mcsharp_sdk.kernels.triton_codes import BLOCK, gathered_codes, matrix_at, scale_and_zero
-from mcsharp_sdk.kernels.triton_codes import padded as padded_to_bytes
+from mcsharp_sdk.kernels.triton_codes import (
+    BLOCK,
+    gathered_codes,
+    matrix_at,
+    padded,
+    scale_and_zero,
+)
 
 SUMS = tl.constexpr(9)
 """Sums kept of a block of activations: 0 the plain one; b = 1, 2, 4, 8: Σ 2^(8 − b·t) x."""
@@ -34,30 +40,35 @@ def power_of_two(exponent):
 
 
 @triton.jit
-def prepare_activations(x, codes, scales, sums, columns, DP4A: tl.constexpr):
+def prepare_activations(x, codes, parts, scales, sums, columns, DP4A: tl.constexpr):
     """What the products need to know of each block of x [T, K]; grid (blocks, T).
 
     ``sums`` fp32 [T, blocks, SUMS]. With DP4A besides: ``codes`` int8 [T, K] and ``scales`` fp32
     [T, blocks], x ≈ scale · code with the block's largest |x| at 127; the sum is that of these.
+    Without: ``parts`` fp32 [T, 4, 128 · blocks], x of each block in the orders in which words of
+    the widths 1, 2, 4 and 8 hold codes: by field, byte and word.
     """
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.arange(0, BLOCK)
+    k = tl.program_id(0) * BLOCK + at
     row = tl.program_id(1).to(tl.int64)
     ok = k < columns
     value = tl.load(x + row * columns + k, mask=ok, other=0.0).to(tl.float32)
-    at = row * tl.num_programs(0) + tl.program_id(0)
+    block = row * tl.num_programs(0) + tl.program_id(0)
     if DP4A:
         scale = tl.max(tl.abs(value), 0) / 127.0
         code = tl.floor(value / tl.where(scale > 0, scale, 1.0) + 0.5)
         tl.store(codes + row * columns + k, code.to(tl.int8), mask=ok)
-        tl.store(scales + at, scale)
-        tl.store(sums + at * SUMS, tl.sum(code, 0) * scale)
+        tl.store(scales + block, scale)
+        tl.store(sums + block * SUMS, tl.sum(code, 0) * scale)
     else:
-        tl.store(sums + at * SUMS, tl.sum(value, 0))
+        tl.store(sums + block * SUMS, tl.sum(value, 0))
         for power in tl.static_range(4):
-            width: tl.constexpr = 1 << power
-            field = (k % BLOCK) // (16 * width)
-            shifted = value * power_of_two(8 - width * field)
-            tl.store(sums + at * SUMS + width, tl.sum(shifted, 0))
+            words: tl.constexpr = 4 << power
+            field, byte, word = at // (4 * words), at % 4, at % (4 * words) // 4
+            part = parts + ((row * 4 + power) * tl.num_programs(0) + tl.program_id(0)) * BLOCK
+            tl.store(part + (field * 4 + byte) * words + word, value)
+            shifted = value * power_of_two(8 - (1 << power) * field)
+            tl.store(sums + block * SUMS + (1 << power), tl.sum(shifted, 0))
 
 
 @triton.jit
@@ -80,66 +91,59 @@ def dp4a(codes, x, total, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def part_of_block_dp4a(
-    words, x, k, matrix, n, ok,
-    BITS: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr,
-    EMULATE: tl.constexpr,
-):  # fmt: skip
-    """Products of one part of a block, fp32 [rows, words], in units of the activations' scale.
+def field_products(
+    word, x, t: tl.constexpr, WIDTH: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr
+):
+    """Products of field ``t`` of each word [rows, words], and the sums of its activations [words].
 
-    ``words`` int32 pointers [rows, 1]; ``x`` int32 pointer to the block's activations; ``k`` its
-    first column. Scales and zero points are left out where they belong to the whole block.
+    fp32; with DP4A int32 and in units of the activations' scale, without it the codes are larger
+    by 2^(8 − WIDTH·t).
     """
-    LANES: tl.constexpr = 4 * WIDTH
-    lane = tl.arange(0, LANES)
-    word = tl.load(words + lane[None, :], mask=ok[:, None], other=0)
-    whole = tl.zeros_like(word)
-    scaled = tl.zeros(word.shape, tl.float32)
-    for t in tl.static_range(8 // WIDTH):
+    WORDS: tl.constexpr = 4 * WIDTH
+    lane = tl.arange(0, WORDS)
+    if DP4A:
         code = word if WIDTH == 8 else (word >> (WIDTH * t)) & ((2**WIDTH - 1) * 0x01010101)
-        xt = tl.load(x + t * LANES + lane)[None, :]
-        if GROUP % 128 == 0:
-            whole = dp4a(code, tl.broadcast_to(xt, word.shape), whole, EMULATE)
-        else:
-            g = ((k + 4 * (t * LANES + lane)) // GROUP)[None, :]
-            scale, zero = scale_and_zero(matrix, n[:, None], g, ok[:, None], GROUP, BITS)
-            product = dp4a(code, tl.broadcast_to(xt, word.shape), tl.zeros_like(word), EMULATE).to(
-                tl.float32
-            )
-            if FIRST:
-                ones = tl.full(xt.shape, 0x01010101, tl.int32)
-                product -= zero * dp4a(ones, xt, tl.zeros_like(xt), EMULATE).to(tl.float32)
-            scaled += scale * product
-    return whole.to(tl.float32) if GROUP % 128 == 0 else scaled
+        xt = tl.load(x.to(tl.pointer_type(tl.int32)) + t * WORDS + lane)
+        total = dp4a(code, tl.broadcast_to(xt[None, :], word.shape), word * 0, EMULATE)
+        ones = dp4a(tl.full((WORDS,), 0x01010101, tl.int32), xt, xt * 0, EMULATE)
+    else:
+        total, ones = tl.zeros(word.shape, tl.float32), tl.zeros((WORDS,), tl.float32)
+        for byte in tl.static_range(4):
+            shifted = word << (15 - 8 * byte) if byte < 2 else word >> (8 * byte - 15)
+            field = shifted & ((2**WIDTH - 1) << (15 + WIDTH * t))
+            value = (field | ((135 - WIDTH * t) << 23)).to(tl.float32, bitcast=True)
+            xt = tl.load(x + (t * 4 + byte) * WORDS + lane)
+            total = tl.fma(value, tl.broadcast_to(xt[None, :], word.shape), total)
+            ones += xt
+    return total, ones
 
 
 @triton.jit
-def part_of_block_magic(
-    bytes, x, k, matrix, n, ok,
+def part_of_block(
+    words, x, k, matrix, n, ok,
     BITS: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr,
+    DP4A: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """As above, fp32 [rows, bytes], with ``bytes`` uint8 pointers and ``x`` 16-bit floats.
+    """Products of one part of a block, fp32 [rows, words].
 
-    Where scales belong to the whole block, the constants are still in it: Σ 2^(8 − b·t) x.
+    ``words`` int32 pointers [rows, 1]; ``x`` the block's activations, ``k`` its first column.
+    Where scales belong to whole blocks, scale, zero point and the added powers of two are left to
+    the caller. The zero point counts with the FIRST part.
     """
-    LANES: tl.constexpr = 16 * WIDTH
-    lane = tl.arange(0, LANES)
-    byte = tl.load(bytes + lane[None, :], mask=ok[:, None], other=0).to(tl.int32) << 15
-    total = tl.zeros(byte.shape, tl.float32)
+    lane = tl.arange(0, 4 * WIDTH)
+    word = tl.load(words + lane[None, :], mask=ok[:, None], other=0)
+    whole = word * 0 if DP4A else tl.zeros(word.shape, tl.float32)
+    scaled = tl.zeros(word.shape, tl.float32)
     for t in tl.static_range(8 // WIDTH):
-        field = byte & ((2**WIDTH - 1) << (15 + WIDTH * t))
-        value = (field | ((135 - WIDTH * t) << 23)).to(tl.float32, bitcast=True)
-        xt = tl.broadcast_to(tl.load(x + t * LANES + lane).to(tl.float32)[None, :], byte.shape)
+        product, ones = field_products(word, x, t, WIDTH, DP4A, EMULATE)
         if GROUP % 128 == 0:
-            total = tl.fma(value, xt, total)
+            whole += product
         else:
-            g = ((k + t * LANES + lane) // GROUP)[None, :]
+            g = ((k + 16 * WIDTH * t + 4 * lane) // GROUP)[None, :]
             scale, zero = scale_and_zero(matrix, n[:, None], g, ok[:, None], GROUP, BITS)
-            code = value - 2.0 ** (8 - WIDTH * t)
-            if FIRST:
-                code -= zero
-            total += scale * code * xt
-    return total
+            above = zero * FIRST + (0.0 if DP4A else 2.0 ** (8 - WIDTH * t))
+            scaled += scale * (product.to(tl.float32) - above * ones[None, :].to(tl.float32))
+    return whole.to(tl.float32) if GROUP % 128 == 0 else scaled
 
 
 @triton.jit
@@ -161,50 +165,50 @@ def last_columns(
 
 
 @triton.jit
+def block_offset(x_sums, block, zero, BITS: tl.constexpr, DP4A: tl.constexpr):
+    """What the zero points and the added powers of two make of a block, without its scale."""
+    sums = x_sums + block * SUMS
+    total = zero * tl.load(sums)
+    if not DP4A:
+        LO: tl.constexpr = 2 if BITS == 3 else BITS
+        total += tl.load(sums + LO)
+        if BITS == 3:
+            total += 4.0 * tl.load(sums + 1)
+    return total
+
+
+@triton.jit
 def dot_rows(
-    x, x_scales, x_sums, matrix, n, ok,
+    activations, matrix, n, ok,
     BITS: tl.constexpr, GROUP: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
     TAIL: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``n`` of a matrix times x [K], fp32 [rows]."""
+    """Rows ``n`` of a matrix times the activations of a slot, fp32 [rows]."""
     LO: tl.constexpr = 2 if BITS == 3 else BITS
-    LANES: tl.constexpr = 4 if DP4A else 16
-    q, _, _, _, columns = matrix
-    row = q + n.to(tl.int64) * (padded_to_bytes(columns) * BITS // 8)
-    low = tl.zeros((BN, LANES * LO), tl.float32)
-    high = tl.zeros((BN, LANES), tl.float32)
+    x, x_parts, x_scales, x_sums = activations
+    columns = matrix[4]
+    row = matrix[0] + n.to(tl.int64) * (padded(columns) * BITS // 8)
+    low, high = tl.zeros((BN, 4 * LO), tl.float32), tl.zeros((BN, 4), tl.float32)
     offset = tl.zeros((BN,), tl.float32)
+    part = tl.cdiv(columns, BLOCK) * BLOCK
     for block in range(columns // BLOCK):
         k = block * BLOCK
-        start = (row + block * (16 * BITS))[:, None]
-        if DP4A:
-            words = start.to(tl.pointer_type(tl.int32))
-            xs = (x + k).to(tl.pointer_type(tl.int32))
-            first = part_of_block_dp4a(words, xs, k, matrix, n, ok, BITS, LO, True, GROUP, EMULATE)
-            factor = tl.load(x_scales + block)
-        else:
-            first = part_of_block_magic(start, x + k, k, matrix, n, ok, BITS, LO, True, GROUP)
-            factor = 1.0
+        words = (row + block * (16 * BITS)).to(tl.pointer_type(tl.int32))[:, None]
+        first = x + k if DP4A else x_parts + part * (LO // 2 - LO // 8) + k
         scale = tl.full((BN,), 1.0, tl.float32)
         if GROUP % 128 == 0:
             scale, zero = scale_and_zero(matrix, n, k // GROUP, ok, GROUP, BITS)
-            shift = zero * tl.load(x_sums + block * SUMS)
-            if not DP4A:
-                shift += tl.load(x_sums + block * SUMS + LO)
-                if BITS == 3:
-                    shift += 4.0 * tl.load(x_sums + block * SUMS + 1)
-            offset += scale * shift
-        low += (scale * factor)[:, None] * first
+            offset += scale * block_offset(x_sums, block, zero, BITS, DP4A)
+        if DP4A:
+            scale *= tl.load(x_scales + block)
+        low += scale[:, None] * part_of_block(
+            words, first, k, matrix, n, ok, BITS, LO, True, GROUP, DP4A, EMULATE
+        )
         if BITS == 3:
-            if DP4A:
-                second = part_of_block_dp4a(
-                    words + 8, xs, k, matrix, n, ok, BITS, 1, False, GROUP, EMULATE
-                )
-            else:
-                second = part_of_block_magic(
-                    start + 32, x + k, k, matrix, n, ok, BITS, 1, False, GROUP
-                )
-            high += (scale * (4.0 * factor))[:, None] * second
+            second = x + k if DP4A else x_parts + k
+            high += (4.0 * scale)[:, None] * part_of_block(
+                words + 8, second, k, matrix, n, ok, BITS, 1, False, GROUP, DP4A, EMULATE
+            )
     total = tl.sum(low, 1) - offset
     if BITS == 3:
         total += tl.sum(high, 1)
@@ -216,26 +220,29 @@ def dot_rows(
 
 @triton.jit
 def grouped_gemv(
-    x, x_scales, x_sums, out, chosen, table, weights, rows, columns, slots_per_row,
+    x, x_parts, x_scales, x_sums, out, chosen, table, weights, rows, columns, slots_per_row,
     WIDTHS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, DP4A: tl.constexpr,
     EMULATE: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One matrix of the chosen experts times their activations; grid (row tiles, slots).
 
-    x [T, K] as DP4A wants it, with ``x_scales`` and ``x_sums`` of :func:`prepare_activations`;
-    slot i has row i // slots_per_row of it. ``chosen`` [slots] gives the expert, ``table`` int32
-    [experts + 1, 2] its width (0: none) and its place among those of that width, ``weights`` the
-    stacked tensors of each of ``WIDTHS``. ``out`` is [slots, R], or with GATED [slots, R/2]: SiLU
-    of the first half of the rows times the second half.
+    x [T, K] is int8 with DP4A, and ``x_parts``, ``x_scales`` and ``x_sums`` are those of
+    :func:`prepare_activations`; slot i has row i // slots_per_row of them. ``chosen`` [slots] gives
+    the expert, ``table`` int32 [experts + 1, 2] its width (0: none) and its place among those of
+    that width, ``weights`` the stacked tensors of each of ``WIDTHS``. ``out`` is [slots, R], or
+    with GATED [slots, R/2]: SiLU of the first half of the rows times the second half.
     """
     slot = tl.program_id(1).to(tl.int64)
     expert = tl.load(chosen + slot)
     width, place = tl.load(table + 2 * expert), tl.load(table + 2 * expert + 1)
     source = slot // slots_per_row
     blocks = tl.cdiv(columns, BLOCK)
-    x += source * columns
-    x_scales += source * blocks
-    x_sums += source * blocks * SUMS
+    activations = (
+        x + source * columns,
+        x_parts + source * (4 * BLOCK) * blocks,
+        x_scales + source * blocks,
+        x_sums + source * blocks * SUMS,
+    )
     STEP: tl.constexpr = BN // 2 if GATED else BN
     last = rows // 2 if GATED else rows
     lane = tl.arange(0, BN)
@@ -245,10 +252,7 @@ def grouped_gemv(
     for i in tl.static_range(len(WIDTHS)):
         if width == WIDTHS[i]:
             matrix = matrix_at(weights[i], place, rows, columns, GROUP, WIDTHS[i])
-            total = dot_rows(
-                x, x_scales, x_sums, matrix, n, ok,
-                WIDTHS[i], GROUP, DP4A, EMULATE, TAIL, BN,
-            )  # fmt: skip
+            total = dot_rows(activations, matrix, n, ok, WIDTHS[i], GROUP, DP4A, EMULATE, TAIL, BN)
     out += slot * last + tl.program_id(0) * STEP
     at = tl.arange(0, STEP)
     if GATED:

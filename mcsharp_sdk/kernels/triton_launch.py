@@ -71,14 +71,19 @@ def gemv(
     tokens, columns = x.shape
     blocks = triton.cdiv(columns, BLOCK)
     sums = torch.empty(tokens, blocks, SUMS.value, device=x.device)
-    scales = torch.empty(tokens, blocks, device=x.device) if dp4a else sums
-    codes = torch.empty_like(x, dtype=torch.int8) if dp4a else x
-    prepare_activations[(blocks, tokens)](x, codes, scales, sums, columns, DP4A=dp4a)
+    codes, parts, scales = x, sums, sums
+    if dp4a:
+        codes = torch.empty_like(x, dtype=torch.int8)
+        scales = torch.empty(tokens, blocks, device=x.device)
+    else:
+        parts = torch.empty(tokens, 4, blocks * BLOCK, device=x.device)
+    prepare_activations[(blocks, tokens)](x, codes, parts, scales, sums, columns, DP4A=dp4a)
     height = stack.rows // 2 if gated else stack.rows
     out = torch.empty(len(chosen), height, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(height, GEMV_ROWS // 2 if gated else GEMV_ROWS), len(chosen))
     grouped_gemv[grid](
         codes,
+        parts,
         scales,
         sums,
         out,
