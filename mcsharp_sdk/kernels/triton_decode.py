@@ -5,7 +5,7 @@ width and which weights the expert has is read from a small table on the device,
 serves all experts of a layer. Weights are read as 32-bit words, and codes are multiplied as they
 come out of them:
 
-- with 16-bit activations, a byte is shifted into the mantissa of a float, where a field of it makes
+- with 16-bit activations, a byte is shifted into the mantissa of a float, where field t of it makes
   2^(8 − b·t) + code under a fitting exponent: one operation a code besides the multiplication. What
   the powers of two add up to is subtracted once per block;
 - with 8-bit activations ``dp4a`` multiplies four codes at a time, exactly, in integers.
@@ -91,59 +91,101 @@ def dp4a(codes, x, total, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def field_products(
-    word, x, t: tl.constexpr, WIDTH: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr
-):
-    """Products of field ``t`` of each word [rows, words], and the sums of its activations [words].
+def and_or(value, mask: tl.constexpr, other, EMULATE: tl.constexpr):
+    """(value & mask) | other in one instruction; three of these in a row get regrouped otherwise."""
+    if EMULATE:
+        return (value & mask) | other
+    else:  # noqa: RET505
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;",
+            "=r,r,r,r",
+            [value, tl.full(value.shape, mask, tl.int32), other],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
 
-    fp32; with DP4A int32 and in units of the activations' scale, without it the codes are larger
-    by 2^(8 − WIDTH·t).
+
+@triton.jit
+def shift_left(word, bits: tl.constexpr):
+    """``word`` shifted by so many bits, to the right if they are negative."""
+    return word << bits if bits >= 0 else word >> -bits
+
+
+@triton.jit
+def four_products(
+    word, top, x, total, unknown_zero, t: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr
+):
+    """``total`` int32 [rows, words] plus field ``t`` of each word times its activations, int8."""
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    lane = tl.arange(0, 4 * WIDTH)
+    code = word if WIDTH == 8 else (word >> (WIDTH * t)) & ((2**WIDTH - 1) * 0x01010101)
+    if BITS == 3:
+        code |= shift_left(top, 2 - 2 * t) & 0x04040404
+    xt = tl.load(x.to(tl.pointer_type(tl.int32)) + t * (4 * WIDTH) + lane)
+    ones = dp4a(xt * 0 + 0x01010101, xt, xt * 0, EMULATE)
+    return dp4a(code, tl.broadcast_to(xt[None, :], word.shape), total, EMULATE), ones
+
+
+@triton.jit
+def magic_products(
+    word, top, x, total, unknown_zero, t: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr
+):
+    """``total`` fp32 [rows, words] plus field ``t`` of each word times its activations, ``parts``.
+
+    The codes are larger by 2^(8 − BITS·t), or 2^(9 − 2·t) at 3 bits. Exponents that the compiler
+    does not know stay in registers; others it loads again for each code.
     """
-    WORDS: tl.constexpr = 4 * WIDTH
-    lane = tl.arange(0, WORDS)
-    if DP4A:
-        code = word if WIDTH == 8 else (word >> (WIDTH * t)) & ((2**WIDTH - 1) * 0x01010101)
-        xt = tl.load(x.to(tl.pointer_type(tl.int32)) + t * WORDS + lane)
-        total = dp4a(code, tl.broadcast_to(xt[None, :], word.shape), word * 0, EMULATE)
-        ones = dp4a(tl.full((WORDS,), 0x01010101, tl.int32), xt, xt * 0, EMULATE)
-    else:
-        total, ones = tl.zeros(word.shape, tl.float32), tl.zeros((WORDS,), tl.float32)
-        for byte in tl.static_range(4):
-            shifted = word << (15 - 8 * byte) if byte < 2 else word >> (8 * byte - 15)
-            field = shifted & ((2**WIDTH - 1) << (15 + WIDTH * t))
-            value = (field | ((135 - WIDTH * t) << 23)).to(tl.float32, bitcast=True)
-            xt = tl.load(x + (t * 4 + byte) * WORDS + lane)
-            total = tl.fma(value, tl.broadcast_to(xt[None, :], word.shape), total)
-            ones += xt
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    LOW: tl.constexpr = 14 if BITS == 3 else 15
+    lane = tl.arange(0, 4 * WIDTH)
+    exponent = ((127 + 23 - LOW - WIDTH * t) << 23) + unknown_zero
+    ones = tl.zeros((4 * WIDTH,), tl.float32)
+    mask: tl.constexpr = (2**WIDTH - 1) << (LOW + WIDTH * t)
+    for byte in tl.static_range(4):
+        value = (shift_left(word, LOW - 8 * byte) & mask) | exponent
+        if BITS == 3:
+            third = shift_left(top, 16 - 8 * byte)
+            value = and_or(third, 1 << (16 + 2 * t), value, EMULATE)
+        xt = tl.load(x + (t * 4 + byte) * (4 * WIDTH) + lane)
+        value = value.to(tl.float32, bitcast=True)
+        total = tl.fma(value, tl.broadcast_to(xt[None, :], word.shape), total)
+        ones += xt
     return total, ones
 
 
 @triton.jit
-def part_of_block(
-    words, x, k, matrix, n, ok,
-    BITS: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr,
-    DP4A: tl.constexpr, EMULATE: tl.constexpr,
+def block_products(
+    words, x, k, matrix, n, ok, unknown_zero,
+    BITS: tl.constexpr, GROUP: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Products of one part of a block, fp32 [rows, words].
+    """Products of one block, fp32 [rows, words].
 
     ``words`` int32 pointers [rows, 1]; ``x`` the block's activations, ``k`` its first column.
     Where scales belong to whole blocks, scale, zero point and the added powers of two are left to
-    the caller. The zero point counts with the FIRST part.
+    the caller.
     """
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    multiply: tl.constexpr = four_products if DP4A else magic_products
     lane = tl.arange(0, 4 * WIDTH)
     word = tl.load(words + lane[None, :], mask=ok[:, None], other=0)
-    whole = word * 0 if DP4A else tl.zeros(word.shape, tl.float32)
-    scaled = tl.zeros(word.shape, tl.float32)
+    top = word
+    if BITS == 3:  # the third bits, moved to where the first bits are in ``word``
+        top = tl.load(words + 8 + (lane % 4)[None, :], mask=ok[:, None], other=0)
+        top >>= (lane // 4)[None, :]
+    nothing = word * 0 if DP4A else tl.zeros(word.shape, tl.float32)
+    total, scaled = nothing, tl.zeros(word.shape, tl.float32)
     for t in tl.static_range(8 // WIDTH):
-        product, ones = field_products(word, x, t, WIDTH, DP4A, EMULATE)
         if GROUP % 128 == 0:
-            whole += product
+            total, _ = multiply(word, top, x, total, unknown_zero, t, BITS, EMULATE)
         else:
+            product, ones = multiply(word, top, x, nothing, unknown_zero, t, BITS, EMULATE)
             g = ((k + 16 * WIDTH * t + 4 * lane) // GROUP)[None, :]
             scale, zero = scale_and_zero(matrix, n[:, None], g, ok[:, None], GROUP, BITS)
-            above = zero * FIRST + (0.0 if DP4A else 2.0 ** (8 - WIDTH * t))
-            scaled += scale * (product.to(tl.float32) - above * ones[None, :].to(tl.float32))
-    return whole.to(tl.float32) if GROUP % 128 == 0 else scaled
+            if not DP4A:
+                zero += 2.0 ** ((9 if BITS == 3 else 8) - WIDTH * t)
+            scaled += scale * (product.to(tl.float32) - zero * ones[None, :].to(tl.float32))
+    return total.to(tl.float32) if GROUP % 128 == 0 else scaled
 
 
 @triton.jit
@@ -165,53 +207,38 @@ def last_columns(
 
 
 @triton.jit
-def block_offset(x_sums, block, zero, BITS: tl.constexpr, DP4A: tl.constexpr):
-    """What the zero points and the added powers of two make of a block, without its scale."""
-    sums = x_sums + block * SUMS
-    total = zero * tl.load(sums)
-    if not DP4A:
-        LO: tl.constexpr = 2 if BITS == 3 else BITS
-        total += tl.load(sums + LO)
-        if BITS == 3:
-            total += 4.0 * tl.load(sums + 1)
-    return total
-
-
-@triton.jit
 def dot_rows(
     activations, matrix, n, ok,
     BITS: tl.constexpr, GROUP: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
     TAIL: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Rows ``n`` of a matrix times the activations of a slot, fp32 [rows]."""
-    LO: tl.constexpr = 2 if BITS == 3 else BITS
-    x, x_parts, x_scales, x_sums = activations
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    x, x_parts, x_scales, x_sums, unknown_zero = activations
     columns = matrix[4]
     row = matrix[0] + n.to(tl.int64) * (padded(columns) * BITS // 8)
-    low, high = tl.zeros((BN, 4 * LO), tl.float32), tl.zeros((BN, 4), tl.float32)
+    products = tl.zeros((BN, 4 * WIDTH), tl.float32)
     offset = tl.zeros((BN,), tl.float32)
-    part = tl.cdiv(columns, BLOCK) * BLOCK
+    blocks = x
+    if not DP4A:  # the order of this width is number log2(WIDTH)
+        blocks = x_parts + tl.cdiv(columns, BLOCK) * BLOCK * (WIDTH // 2 - WIDTH // 8)
     for block in range(columns // BLOCK):
         k = block * BLOCK
-        words = (row + block * (16 * BITS)).to(tl.pointer_type(tl.int32))[:, None]
-        first = x + k if DP4A else x_parts + part * (LO // 2 - LO // 8) + k
         scale = tl.full((BN,), 1.0, tl.float32)
         if GROUP % 128 == 0:
             scale, zero = scale_and_zero(matrix, n, k // GROUP, ok, GROUP, BITS)
-            offset += scale * block_offset(x_sums, block, zero, BITS, DP4A)
+            sums = x_sums + block * SUMS
+            shift = zero * tl.load(sums)
+            if not DP4A:
+                shift += tl.load(sums + WIDTH) * (2.0 if BITS == 3 else 1.0)
+            offset += scale * shift
         if DP4A:
             scale *= tl.load(x_scales + block)
-        low += scale[:, None] * part_of_block(
-            words, first, k, matrix, n, ok, BITS, LO, True, GROUP, DP4A, EMULATE
+        words = (row + block * (16 * BITS)).to(tl.pointer_type(tl.int32))[:, None]
+        products += scale[:, None] * block_products(
+            words, blocks + k, k, matrix, n, ok, unknown_zero, BITS, GROUP, DP4A, EMULATE
         )
-        if BITS == 3:
-            second = x + k if DP4A else x_parts + k
-            high += (4.0 * scale)[:, None] * part_of_block(
-                words + 8, second, k, matrix, n, ok, BITS, 1, False, GROUP, DP4A, EMULATE
-            )
-    total = tl.sum(low, 1) - offset
-    if BITS == 3:
-        total += tl.sum(high, 1)
+    total = tl.sum(products, 1) - offset
     if TAIL:
         rest = last_columns(x, row, matrix, n, ok, BITS, GROUP, BN)
         total += rest * tl.load(x_scales + columns // BLOCK) if DP4A else rest
@@ -220,7 +247,8 @@ def dot_rows(
 
 @triton.jit
 def grouped_gemv(
-    x, x_parts, x_scales, x_sums, out, chosen, table, weights, rows, columns, slots_per_row,
+    x, x_parts, x_scales, x_sums, unknown_zero, out, chosen, table, weights, rows, columns,
+    slots_per_row,
     WIDTHS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, DP4A: tl.constexpr,
     EMULATE: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -231,6 +259,7 @@ def grouped_gemv(
     the expert, ``table`` int32 [experts + 1, 2] its width (0: none) and its place among those of
     that width, ``weights`` the stacked tensors of each of ``WIDTHS``. ``out`` is [slots, R], or
     with GATED [slots, R/2]: SiLU of the first half of the rows times the second half.
+    ``unknown_zero`` is 0.
     """
     slot = tl.program_id(1).to(tl.int64)
     expert = tl.load(chosen + slot)
@@ -242,6 +271,7 @@ def grouped_gemv(
         x_parts + source * (4 * BLOCK) * blocks,
         x_scales + source * blocks,
         x_sums + source * blocks * SUMS,
+        unknown_zero,
     )
     STEP: tl.constexpr = BN // 2 if GATED else BN
     last = rows // 2 if GATED else rows

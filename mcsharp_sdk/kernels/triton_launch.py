@@ -25,7 +25,11 @@ from mcsharp_sdk.quantization.packing import BLOCK
 EMULATE = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, which knows neither assembly nor bfloat16."""
 
-GEMV_ROWS = 64
+GEMV_ROWS = (128, 64)
+"""Rows of a program for few tokens: the first that gives at least ``GEMV_PROGRAMS`` of them."""
+
+GEMV_PROGRAMS = 512
+
 GEMM_ROWS = 64
 GEMM_TOKENS = (16, 32, 64)
 """Rows of a program, and tokens of one: the smallest that holds an expert's share of the slots."""
@@ -80,12 +84,14 @@ def gemv(
     prepare_activations[(blocks, tokens)](x, codes, parts, scales, sums, columns, DP4A=dp4a)
     height = stack.rows // 2 if gated else stack.rows
     out = torch.empty(len(chosen), height, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(height, GEMV_ROWS // 2 if gated else GEMV_ROWS), len(chosen))
-    grouped_gemv[grid](
+    share = [r for r in GEMV_ROWS if stack.rows * len(chosen) >= r * GEMV_PROGRAMS]
+    step = share[0] if share else GEMV_ROWS[-1]
+    grouped_gemv[(triton.cdiv(height, step // 2 if gated else step), len(chosen))](
         codes,
         parts,
         scales,
         sums,
+        0,
         out,
         chosen,
         table,
@@ -99,7 +105,7 @@ def gemv(
         DP4A=dp4a,
         EMULATE=EMULATE,
         TAIL=columns % BLOCK != 0,
-        BN=GEMV_ROWS,
+        BN=step,
     )
     return out
 
