@@ -92,7 +92,7 @@ def dp4a(codes, x, total, EMULATE: tl.constexpr):
 
 @triton.jit
 def and_or(value, mask: tl.constexpr, other, EMULATE: tl.constexpr):
-    """(value & mask) | other in one instruction; three of these in a row get regrouped otherwise."""
+    """(value & mask) | other as one instruction; the compiler would regroup several of these."""
     if EMULATE:
         return (value & mask) | other
     else:  # noqa: RET505

@@ -36,6 +36,9 @@ GEMM_TOKENS = (16, 32, 64)
 
 COMBINE_COLUMNS = 512
 
+WIDTH_SETS = ((1, 2, 3), (1, 2, 3, 4), (1, 2, 3, 4, 8))
+"""Mixed widths that kernels are compiled for, so that the layers of a model share a few of them."""
+
 
 class Tiles(NamedTuple):
     """Slots in the order of their experts, cut into tiles.
@@ -49,9 +52,17 @@ class Tiles(NamedTuple):
     height: int
 
 
+def compiled_widths(stack: MatrixStack) -> tuple[int, ...]:
+    """The widths that a kernel for the stack is compiled for."""
+    if len(stack.widths) == 1:
+        return stack.widths
+    return next(widths for widths in WIDTH_SETS if set(stack.widths) <= set(widths))
+
+
 def weight_tensors(stack: MatrixStack) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
-    """The stored tensors of each width of a stack, ascending."""
-    chosen = (stack.weights[width] for width in stack.widths)
+    """The stored tensors of each compiled width; of one that does not occur, any."""
+    some = stack.weights[stack.widths[0]]
+    chosen = (stack.weights.get(width, some) for width in compiled_widths(stack))
     return tuple((weight.qweight, weight.scales, weight.zeros) for weight in chosen)
 
 
@@ -99,7 +110,7 @@ def gemv(
         stack.rows,
         columns,
         len(chosen) // tokens,
-        WIDTHS=stack.widths,
+        WIDTHS=compiled_widths(stack),
         GROUP=stack.group_size,
         GATED=gated,
         DP4A=dp4a,
@@ -170,7 +181,7 @@ def gemm(
         stack.rows,
         columns,
         slots // len(x),
-        WIDTHS=stack.widths,
+        WIDTHS=compiled_widths(stack),
         GROUP=stack.group_size,
         GATED=gated,
         TO_SLOTS=to_slots,

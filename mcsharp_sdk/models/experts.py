@@ -39,16 +39,19 @@ def fused_weight(experts: Any, matrix: Matrix) -> Tensor:
     return fused.transpose(1, 2) if experts.is_transposed else fused
 
 
-def activate(experts: Any, projected: Tensor, expert: int) -> Tensor:
-    """What goes into the down projection, (tokens, intermediate), from the first one's output."""
+def activate(experts: Any, projected: Tensor, expert: int | Tensor) -> Tensor:
+    """What goes into the down projection, (tokens, intermediate), from the first one's output.
+
+    ``expert`` is one for all tokens, or int64 (tokens,).
+    """
     if experts.has_bias:
         bias = experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias
         projected = projected + bias[expert]
     return experts._apply_gate(projected) if experts.has_gate else experts.act_fn(projected)
 
 
-def finish(experts: Any, output: Tensor, expert: int) -> Tensor:
-    """An expert's output, (tokens, hidden), from its down projection's output."""
+def finish(experts: Any, output: Tensor, expert: int | Tensor) -> Tensor:
+    """An expert's output, (tokens, hidden), from its down projection's; ``expert`` as above."""
     if experts.has_bias:
         output = output + experts.down_proj_bias[expert]
     return experts.post_expert_norm(output) if experts.has_post_expert_norm else output

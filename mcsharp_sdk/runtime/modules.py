@@ -25,6 +25,7 @@ from mcsharp_sdk.models.experts import (
 )
 from mcsharp_sdk.quantization.grid import PackedWeight
 from mcsharp_sdk.runtime.layout import TENSORS, bucket_name, empty_packed, members, tensor_name
+from mcsharp_sdk.runtime.whole_layers import whole_layer
 
 
 def _register(module: nn.Module, packed: PackedWeight, names: Sequence[str]) -> None:
@@ -92,6 +93,10 @@ class ExpertBucket(nn.Module):
         parts = (getattr(self, tensor_name(matrix, part))[slot] for part in TENSORS)
         return PackedMatrix(PackedWeight(*parts), self.bits, self.group_size, self.columns[matrix])
 
+    def stack(self, matrix: Matrix) -> PackedWeight:
+        """The tensors of all experts' matrix."""
+        return PackedWeight(*(getattr(self, tensor_name(matrix, part)) for part in TENSORS))
+
     def forward(
         self,
         tokens: Sequence[Tensor],
@@ -137,6 +142,9 @@ class PackedExpertsMixin:
         top_k_index : int64 [T, k]; ``num_experts`` marks a dropped slot, which costs nothing.
         top_k_weights : [T, k]
         """
+        whole = whole_layer(self, self._buckets(), hidden)
+        if whole is not None:
+            return whole(hidden, top_k_index, top_k_weights)
         out = torch.zeros_like(hidden)
         slots = top_k_index.reshape(-1)
         order = torch.argsort(slots, stable=True)
