@@ -22,11 +22,16 @@ def serves(x: Tensor) -> bool:
 
     They have no gradients.
     """
-    if x.device.type != "cuda" or x.dtype not in (torch.float16, torch.bfloat16):
+    if x.dtype not in (torch.float16, torch.bfloat16):
         return False
     if x.requires_grad and torch.is_grad_enabled():
         return False
-    return _device_serves(x.get_device())
+    return runs_triton(x.device)
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether triton is installed and ``device`` is a GPU that the kernels were compiled for."""
+    return device.type == "cuda" and _device_serves(device.index or 0)
 
 
 def activations_in_8_bits() -> bool:

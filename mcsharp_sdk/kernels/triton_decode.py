@@ -63,7 +63,7 @@ def prepare_activations(x, codes, parts, scales, sums, columns, DP4A: tl.constex
     else:
         tl.store(sums + block * SUMS, tl.sum(value, 0))
         for power in tl.static_range(4):
-            words: tl.constexpr = 4 << power
+            words = 4 << power
             field, byte, word = at // (4 * words), at % 4, at % (4 * words) // 4
             part = parts + ((row * 4 + power) * tl.num_programs(0) + tl.program_id(0)) * BLOCK
             tl.store(part + (field * 4 + byte) * words + word, value)

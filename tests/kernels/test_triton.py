@@ -16,6 +16,8 @@ pytest.importorskip("triton", reason="triton is not installed: it is for Linux o
 
 HERE = Path(__file__).parent
 TESTS = HERE.parent
+CAPABILITIES = (80, 90, 100)
+"""Ampere, Hopper and Blackwell."""
 
 
 def in_new_process(*arguments: str, **environment: str) -> None:
@@ -40,7 +42,7 @@ def test_kernels_in_the_interpreter(cases: Path) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("capability", [90])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_for_a_gpu(capability: int, tmp_path: Path) -> None:
     in_new_process(
         str(HERE / "compile_kernels.py"), str(capability), TRITON_CACHE_DIR=str(tmp_path)
@@ -48,7 +50,7 @@ def test_kernels_compile_for_a_gpu(capability: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_variant_compiles_for_every_gpu(capability: int, tmp_path: Path) -> None:
     in_new_process(
         str(HERE / "compile_kernels.py"), str(capability), "--all", TRITON_CACHE_DIR=str(tmp_path)

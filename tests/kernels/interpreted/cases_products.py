@@ -33,9 +33,7 @@ def test_these_tests_run_in_the_interpreter() -> None:
 
 
 @pytest.mark.parametrize("dp4a", [False, True])
-@pytest.mark.parametrize(
-    ("rows", "columns", "group"), [(72, 288, 128), (200, 128, 32), (64, 160, 64)]
-)
+@pytest.mark.parametrize(("rows", "columns", "group"), [(72, 160, 128), (24, 128, 32)])
 def test_one_launch_serves_every_width_and_skips_dropped_slots(
     rows: int, columns: int, group: int, dp4a: bool
 ) -> None:
@@ -50,7 +48,7 @@ def test_one_launch_serves_every_width_and_skips_dropped_slots(
             assert relative_error(out[slot], expected) < HALF, WIDTHS[expert]
 
 
-@pytest.mark.parametrize(("columns", "group"), [(288, 128), (200, 100), (33, 16)])
+@pytest.mark.parametrize(("columns", "group"), [(160, 128), (200, 100)])
 def test_ragged_experts_of_every_width_share_a_launch(columns: int, group: int) -> None:
     stack, exact = random_stack(WIDTHS, 40, columns, group)
     counts = [1, 0, 19, 3, 16]
@@ -81,8 +79,9 @@ def test_tiles_cover_each_slot_once_under_its_expert(slots: int) -> None:
     )
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 5])
-@pytest.mark.parametrize(("bits", "columns"), [(4, 128), (3, 72)])
+@pytest.mark.parametrize(
+    ("tokens", "bits", "columns"), [(0, 4, 128), (1, 4, 128), (5, 4, 128), (1, 3, 72)]
+)
 def test_a_linear_layer_agrees_with_float64(tokens: int, bits: int, columns: int) -> None:
     stack, exact = random_stack([bits], 40, columns, 64)
     weight = stack.weights[bits]
