@@ -169,7 +169,7 @@ def written_out(compressed: Any, original: Path) -> Any:
             block = blocks[name.rpartition(".")[0]]
             for slot, expert in enumerate(module.experts):
                 for matrix, views in zip(MATRICES, block.weights(expert), strict=True):
-                    part = module.matrix(matrix, slot)
+                    part = module.stack(matrix).matrix(slot)
                     weight = dequantised(part.weight, part.bits, part.group_size, part.columns)
                     set_weight(views, weight)
     return stock

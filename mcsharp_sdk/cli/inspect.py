@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mcsharp_sdk.cli.options import JsonOption
-from mcsharp_sdk.cli.output import print_json, print_table
+from mcsharp_sdk.cli.output import print_json, print_table, print_text
 
 if TYPE_CHECKING:
     from mcsharp_sdk.evaluation.inspection import Inspection
@@ -18,11 +18,18 @@ if TYPE_CHECKING:
 
 def inspect(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the model.")],
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Show instead what multiplies by each matrix on this CPU."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Show layers, experts, router, bytes by role and bit widths; no weight is loaded."""
     from mcsharp_sdk.evaluation.inspection import inspect_model
 
+    if kernels:
+        _kernels(directory, json)
+        return
     found = inspect_model(directory)
     if json:
         print_json(found.to_json())
@@ -61,6 +68,22 @@ def _show(found: Inspection) -> None:
         print_table(title, ["layer", "bits"], widths)
         linears = [(name, str(w)) for name, w in (found.linear_widths or {}).items()]
         print_table("Other linear layers", ["layer", "bits"], linears)
+
+
+def _kernels(directory: Path, json: bool) -> None:
+    from mcsharp_sdk.evaluation.kernel_choice import TOKENS, kernel_choices
+
+    found = kernel_choices(directory)
+    if json:
+        print_json(found)
+        return
+    columns = ["matrix", "number", "bits", "rows", "columns", *(f"{n} tokens" for n in TOKENS)]
+    rows = [
+        (m.matrix, m.count, m.bits, m.rows, m.columns, *m.kernels.values()) for m in found.matrices
+    ]
+    print_table(f"Kernels on this CPU, {found.dtype} activations", columns, rows)
+    for name, reason in found.refusals.items():
+        print_text(f"{name} is not used: {reason}")
 
 
 def _experts(found: Inspection) -> str:

@@ -1,5 +1,23 @@
 """Products with packed weights: one interface, several back ends."""
 
-from mcsharp_sdk.kernels.linear import KERNELS, Kernel, PackedMatrix, packed_linear
+from mcsharp_sdk.kernels.case import Case
+from mcsharp_sdk.kernels.linear import (
+    KERNELS,
+    Kernel,
+    PackedMatrix,
+    PackedStack,
+    choose_kernel,
+    packed_linear,
+    packed_linears,
+)
 
-__all__ = ["KERNELS", "Kernel", "PackedMatrix", "packed_linear"]
+__all__ = [
+    "KERNELS",
+    "Case",
+    "Kernel",
+    "PackedMatrix",
+    "PackedStack",
+    "choose_kernel",
+    "packed_linear",
+    "packed_linears",
+]

@@ -54,9 +54,14 @@ def workspace_bytes(layer: ExpertLayer, slots: int, dtype: torch.dtype) -> int:
     return slots * elements * dtype.itemsize
 
 
+def whole_words(columns: int, bits: int) -> bool:
+    """Whether packed rows consist of whole 32-bit words."""
+    return packed_bytes(columns, bits) % 4 == 0
+
+
 def takes_gemv(stack: MatrixStack) -> bool:
-    """Whether rows are whole 32-bit words at every width that occurs, in groups of whole fields."""
-    words = all(packed_bytes(stack.columns, width) % 4 == 0 for width in stack.widths)
+    """Whether rows are whole words at every width that occurs, in groups of whole words."""
+    words = all(whole_words(stack.columns, width) for width in stack.widths)
     return words and stack.group_size % 4 == 0
 
 

@@ -1,38 +1,108 @@
-"""The interface that kernels join, and the dispatcher that picks one of them.
+"""The interface that kernels join, and the choice of one of them.
 
-A kernel is a function of activations and a :class:`PackedMatrix`. To add one, put it into
-``KERNELS`` with the test that says which cases it takes; the first that takes a case gets it.
+A kernel is a row of ``KERNELS``. Which one a product gets is a row of ``PREFERENCES``: the first
+that fits the case and whose kernel does not refuse it. ``MCSHARP_KERNEL`` names one that takes
+everything instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
+import torch
 from torch import Tensor
 
-from mcsharp_sdk.kernels.chunked import chunked_linear
-from mcsharp_sdk.kernels.matrix import PackedMatrix
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.kernels import chunked, dequantise, gpu_linear, integer_dot
+from mcsharp_sdk.kernels.case import Case
+from mcsharp_sdk.kernels.matrix import PackedMatrix, PackedStack
+
+VARIABLE = "MCSHARP_KERNEL"
+"""Environment variable that names the kernel to use for everything."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One way to multiply by a packed matrix.
+    """One way to multiply by packed matrices.
 
     Attributes
     ----------
-    takes : whether the kernel can serve these activations and this matrix.
-    run : x [T, K], matrix -> [T, R] in x's dtype.
+    refuses : why the kernel cannot do a case; empty if it can.
+    run : x [N, K], stack, slots, counts -> [N, R] in x's dtype. The first ``counts[0]`` rows of x
+        are multiplied by the matrix ``slots[0]`` of the stack, the next by ``slots[1]``, and so
+        on; counts are positive.
     """
 
-    takes: Callable[[Tensor, PackedMatrix], bool]
-    run: Callable[[Tensor, PackedMatrix], Tensor]
+    refuses: Callable[[Case], str]
+    run: Callable[[Tensor, PackedStack, Sequence[int], Sequence[int]], Tensor]
 
 
 KERNELS: dict[str, Kernel] = {
-    "chunked": Kernel(takes=lambda x, matrix: True, run=chunked_linear),
+    "triton": Kernel(gpu_linear.refuses, gpu_linear.run),
+    "triton_dp4a": Kernel(gpu_linear.refuses_dp4a, gpu_linear.run_dp4a),
+    "integer_dot": Kernel(integer_dot.refuses, integer_dot.integer_dot),
+    "dequantise": Kernel(dequantise.refuses, dequantise.dequantise_and_multiply),
+    "chunked": Kernel(lambda case: "", chunked.chunked),
 }
-"""Name -> kernel, fastest first; the last one takes everything."""
+"""Name -> kernel."""
+
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+EVERY_DTYPE = (*HALF_PRECISION, torch.float32, torch.float64)
+ANY_NUMBER = 2**62
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A kernel for all cases of these dtypes with at most so many tokens."""
+
+    kernel: str
+    tokens: int
+    dtypes: tuple[torch.dtype, ...]
+
+
+PREFERENCES: tuple[Preference, ...] = (
+    Preference("triton", ANY_NUMBER, HALF_PRECISION),
+    Preference("integer_dot", 24, HALF_PRECISION),
+    Preference("dequantise", ANY_NUMBER, EVERY_DTYPE),
+    Preference("chunked", ANY_NUMBER, EVERY_DTYPE),
+)
+"""Tried in order. ``integer_dot`` rounds activations to 16 bits, which float32 would notice; where
+it stops is where ``benchmarks/cpu_kernels.py`` finds it overtaken. ``triton_dp4a`` rounds to 8
+bits, so that it runs only where ``MCSHARP_KERNEL`` asks for it."""
+
+
+def choose_kernel(case: Case) -> str:
+    """Name of the kernel that does a case.
+
+    Raises
+    ------
+    InputError
+        If ``MCSHARP_KERNEL`` names no kernel, or one that cannot do the case.
+    """
+    forced = os.environ.get(VARIABLE)
+    if forced:
+        return _forced(forced, case)
+    return next(
+        preferred.kernel
+        for preferred in PREFERENCES
+        if case.tokens <= preferred.tokens
+        and case.dtype in preferred.dtypes
+        and not KERNELS[preferred.kernel].refuses(case)
+    )
+
+
+def _forced(name: str, case: Case) -> str:
+    if name not in KERNELS:
+        raise InputError(f"{VARIABLE}={name}: no such kernel; there are {', '.join(KERNELS)}")
+    if reason := KERNELS[name].refuses(case):
+        raise InputError(
+            f"{VARIABLE}={name}: it cannot multiply {case.tokens} x {case.columns} activations by "
+            f"{case.rows} x {case.columns} weights of {case.bits} bits: {reason}"
+        )
+    return name
 
 
 def packed_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
@@ -48,5 +118,49 @@ def packed_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
     [..., R] in x's dtype.
     """
     rows = x.reshape(-1, matrix.columns)
-    kernel = next(k for k in KERNELS.values() if k.takes(rows, matrix))
-    return kernel.run(rows, matrix).reshape(*x.shape[:-1], matrix.rows)
+    out = packed_linears(rows, matrix.stack(), [len(rows)])
+    return out.reshape(*x.shape[:-1], matrix.rows)
+
+
+def packed_linears(x: Tensor, stack: PackedStack, counts: Sequence[int]) -> Tensor:
+    """The product of each matrix of a stack with its own rows of ``x``.
+
+    Parameters
+    ----------
+    x : [N, K] floating point; first the rows of the first matrix, then those of the second, ….
+    stack : W, [n, R, K].
+    counts : rows of each matrix, length n, any of them 0; their sum is N.
+
+    Returns
+    -------
+    [N, R] in x's dtype.
+    """
+    used = [slot for slot, count in enumerate(counts) if count]
+    if not used:
+        return x.new_empty(0, stack.rows)
+    chosen = {count: _choose(x, stack, count) for count in {counts[slot] for slot in used}}
+    kernels = [chosen[counts[slot]] for slot in used]
+    if len(set(kernels)) == 1:
+        return KERNELS[kernels[0]].run(x, stack, used, [counts[slot] for slot in used])
+    out = x.new_empty(len(x), stack.rows)
+    start = 0
+    for name, run in groupby(zip(kernels, used, strict=True), key=lambda pair: pair[0]):
+        slots = [slot for _, slot in run]
+        here = [counts[slot] for slot in slots]
+        stop = start + sum(here)
+        out[start:stop] = KERNELS[name].run(x[start:stop], stack, slots, here)
+        start = stop
+    return out
+
+
+def _choose(x: Tensor, stack: PackedStack, tokens: int) -> str:
+    case = Case(
+        rows=stack.rows,
+        columns=stack.columns,
+        bits=stack.bits,
+        group_size=stack.group_size,
+        tokens=tokens,
+        dtype=x.dtype,
+        device=x.device.type,
+    )
+    return choose_kernel(case)

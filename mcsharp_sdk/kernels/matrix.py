@@ -1,8 +1,10 @@
-"""One packed weight matrix with what is needed to read it."""
+"""Packed weight matrices with what is needed to read them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from mcsharp_sdk.quantization.grid import PackedWeight
 
@@ -28,3 +30,37 @@ class PackedMatrix:
     def rows(self) -> int:
         """R."""
         return int(self.weight.scales.shape[-2])
+
+    def stack(self) -> PackedStack:
+        """A stack of this matrix alone."""
+        parts = (self.weight.qweight, self.weight.scales, self.weight.zeros)
+        weight = PackedWeight(*(part.unsqueeze(0) for part in parts))
+        return PackedStack(weight, self.bits, self.group_size, self.columns)
+
+
+@dataclass(frozen=True)
+class PackedStack:
+    """Weight matrices of one shape and width, [n, R, K], as stored; fields as in a matrix."""
+
+    weight: PackedWeight
+    bits: int
+    group_size: int
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return int(self.weight.scales.shape[-2])
+
+    def matrix(self, slot: int) -> PackedMatrix:
+        """One of the matrices."""
+        parts = (self.weight.qweight, self.weight.scales, self.weight.zeros)
+        weight = PackedWeight(*(part[slot] for part in parts))
+        return PackedMatrix(weight, self.bits, self.group_size, self.columns)
+
+    def addresses(self) -> tuple[tuple[int, int, int], list[Tensor]]:
+        """Where codes, scales and zero-point codes are in memory, and what has to stay alive."""
+        parts = (self.weight.qweight, self.weight.scales, self.weight.zeros)
+        kept = [part.contiguous() for part in parts]
+        codes, scales, zeros = (part.data_ptr() for part in kept)
+        return (codes, scales, zeros), kept

@@ -27,7 +27,7 @@ FEW_ROWS = 32
 CHUNK_WEIGHTS = 2**22
 """Weights that are held in float32 at a time: 16 MiB."""
 
-BLOCK_ROWS = (2048, 512, 128, FEW_ROWS)
+BLOCK_ROWS = (2048, 512, 128, 64, FEW_ROWS)
 """Numbers of rows that are multiplied at once; what is left over is filled up to the last."""
 
 

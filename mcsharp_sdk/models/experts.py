@@ -42,7 +42,7 @@ def fused_weight(experts: Any, matrix: Matrix) -> Tensor:
 def activate(experts: Any, projected: Tensor, expert: int | Tensor) -> Tensor:
     """What goes into the down projection, (tokens, intermediate), from the first one's output.
 
-    ``expert`` is one for all tokens, or int64 (tokens,).
+    ``expert`` is one for all tokens, or int64 (tokens,): one for each.
     """
     if experts.has_bias:
         bias = experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias
@@ -51,7 +51,7 @@ def activate(experts: Any, projected: Tensor, expert: int | Tensor) -> Tensor:
 
 
 def finish(experts: Any, output: Tensor, expert: int | Tensor) -> Tensor:
-    """An expert's output, (tokens, hidden), from its down projection's; ``expert`` as above."""
+    """An expert's output, (tokens, hidden), from its down projection's; experts as above."""
     if experts.has_bias:
         output = output + experts.down_proj_bias[expert]
     return experts.post_expert_norm(output) if experts.has_post_expert_norm else output

@@ -194,9 +194,9 @@ def _fit_groups(state: _State, group: int) -> None:
 def _column_loop(exact: Tensor) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
     """On a GPU that has triton one launch for all columns, where torch takes several for each."""
     if exact.device.type == "cuda":
-        from mcsharp_sdk.kernels.gpu_support import runs_triton
+        from mcsharp_sdk.kernels.gpu_support import missing_support
 
-        if runs_triton(exact.device):
+        if not missing_support("cuda"):
             from mcsharp_sdk.kernels.triton_gptq import quantise_columns
 
             return quantise_columns

@@ -7,13 +7,12 @@ read inside the ``forward`` of the module that owns them, since offloading fetch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mcsharp_sdk.kernels import PackedMatrix, packed_linear
+from mcsharp_sdk.kernels import PackedMatrix, PackedStack, packed_linear, packed_linears
 from mcsharp_sdk.models.experts import (
     MATRICES,
     Matrix,
@@ -88,40 +87,33 @@ class ExpertBucket(nn.Module):
             packed = empty_packed(rows, columns, bits, group, len(self.experts))
             _register(self, packed, [tensor_name(matrix, part) for part in TENSORS])
 
-    def matrix(self, matrix: Matrix, slot: int) -> PackedMatrix:
-        """One expert's matrix; ``slot`` counts the experts of this bucket."""
-        parts = (getattr(self, tensor_name(matrix, part))[slot] for part in TENSORS)
-        return PackedMatrix(PackedWeight(*parts), self.bits, self.group_size, self.columns[matrix])
-
-    def stack(self, matrix: Matrix) -> PackedWeight:
-        """The tensors of all experts' matrix."""
-        return PackedWeight(*(getattr(self, tensor_name(matrix, part)) for part in TENSORS))
+    def stack(self, matrix: Matrix) -> PackedStack:
+        """One matrix of all experts of this bucket."""
+        parts = (getattr(self, tensor_name(matrix, part)) for part in TENSORS)
+        return PackedStack(PackedWeight(*parts), self.bits, self.group_size, self.columns[matrix])
 
     def forward(
         self,
-        tokens: Sequence[Tensor],
-        activation: Callable[[Tensor, int], Tensor],
-        finishing: Callable[[Tensor, int], Tensor],
-    ) -> list[Tensor]:
+        tokens: Tensor,
+        counts: Sequence[int],
+        activation: Callable[[Tensor], Tensor],
+        finishing: Callable[[Tensor], Tensor],
+    ) -> Tensor:
         """Run each expert of the bucket on its own tokens.
 
         Parameters
         ----------
-        tokens : one [n, hidden] per expert of the bucket; n may be 0.
-        activation : what the family does between the projections, given the expert.
+        tokens : [N, hidden], first those of the bucket's first expert, and so on.
+        counts : tokens of each expert of the bucket; any may be 0.
+        activation : what the family does between the projections, of all rows at once.
         finishing : what it does behind the second one.
 
         Returns
         -------
-        one [n, hidden] per expert.
+        [N, hidden]
         """
-        outputs = []
-        for slot, (expert, x) in enumerate(zip(self.experts, tokens, strict=True)):
-            if x.shape[0]:
-                inner = activation(packed_linear(x, self.matrix("gate_up", slot)), expert)
-                x = finishing(packed_linear(inner, self.matrix("down", slot)), expert)
-            outputs.append(x)
-        return outputs
+        inner = activation(packed_linears(tokens, self.stack("gate_up"), counts))
+        return finishing(packed_linears(inner, self.stack("down"), counts))
 
     def extra_repr(self) -> str:
         return f"experts={list(self.experts)}, bits={self.bits}, group={self.group_size}"
@@ -146,22 +138,27 @@ class PackedExpertsMixin:
         if whole is not None:
             return whole(hidden, top_k_index, top_k_weights)
         out = torch.zeros_like(hidden)
-        slots = top_k_index.reshape(-1)
-        order = torch.argsort(slots, stable=True)
-        k = top_k_index.shape[1]
+        slots, order = top_k_index.reshape(-1).sort(stable=True)
         counts = torch.bincount(slots, minlength=self.num_experts + 1).tolist()
         places = order.split(counts)
         weights = top_k_weights.reshape(-1)
         for bucket in self._buckets():
-            taken = [places[e] for e in bucket.experts]
-            tokens, factors = zip(
-                *(weigh(self, hidden[place // k], weights[place]) for place in taken), strict=True
-            )
+            here = [counts[e] for e in bucket.experts]
+            if not any(here):
+                continue
+            chosen = [e for e, count in zip(bucket.experts, here, strict=True) if count]
+            place = torch.cat([places[e] for e in chosen])
+            token, expert = place // top_k_index.shape[1], top_k_index.reshape(-1)[place]
+            x, factor = weigh(self, hidden[token], weights[place])
             # Functions, not the module itself: offloading would move what it is handed.
-            results = bucket(tokens, partial(activate, self), partial(finish, self))
-            for place, result, factor in zip(taken, results, factors, strict=True):
-                weighted = result * factor.unsqueeze(-1)
-                out.index_add_(0, place // k, weighted.to(out.dtype))
+            result = bucket(
+                x,
+                here,
+                lambda projected, e=expert: activate(self, projected, e),
+                lambda output, e=expert: finish(self, output, e),
+            )
+            weighted = result * factor.unsqueeze(-1)
+            out.index_add_(0, token, weighted.to(out.dtype))
         return out
 
     def _buckets(self) -> list[ExpertBucket]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from mcsharp_sdk.kernels import gpu_support
 from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack, expert_table
 from mcsharp_sdk.kernels.gpu_experts import run_experts
+from mcsharp_sdk.kernels.linear import VARIABLE
 from mcsharp_sdk.models.experts import MATRICES, activate, finish
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 WholeLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
 """hidden [T, H], top_k_index and top_k_weights [T, k] -> [T, H]."""
+
+TRITON, TRITON_DP4A = "triton", "triton_dp4a"
+"""Names in the kernel table that whole layers go by too."""
 
 _KNOWN = "_whole_layer_facts"
 
@@ -37,11 +42,13 @@ def whole_layer(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -
     """
     if not gpu_support.serves(hidden) or not buckets:
         return None
+    if os.environ.get(VARIABLE, TRITON) not in {TRITON, TRITON_DP4A}:
+        return None
     if any(p.device != hidden.device for bucket in buckets for p in bucket.parameters()):
         return None
     gate_up, down = (
         MatrixStack(
-            {bucket.bits: bucket.stack(matrix) for bucket in buckets},
+            {bucket.bits: bucket.stack(matrix).weight for bucket in buckets},
             buckets[0].group_size,
             buckets[0].columns[matrix],
         )
@@ -61,7 +68,7 @@ def whole_layer(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -
 
 
 def _run(layer: ExpertLayer, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    dp4a = gpu_support.activations_in_8_bits()
+    dp4a = os.environ.get(VARIABLE) == TRITON_DP4A
     return run_experts(layer, hidden, index, weights, dp4a=dp4a)
 
 

@@ -126,7 +126,7 @@ def unpacked(weight: PackedWeight, module: PackedLinear | ExpertBucket, columns:
 def write_bucket(bucket: ExpertBucket, block: StockBlock) -> None:
     for slot, expert in enumerate(bucket.experts):
         for matrix, views in zip(MATRICES, block.weights(expert), strict=True):
-            packed = bucket.matrix(matrix, slot)
+            packed = bucket.stack(matrix).matrix(slot)
             set_weight(views, unpacked(packed.weight, bucket, packed.columns))
 
 

@@ -100,7 +100,7 @@ def dequantised(compressed: Any, original: Path) -> Any:
         experts = stock.get_submodule(name.rpartition(".")[0])
         for matrix in MATRICES:
             for slot, expert in enumerate(module.experts):
-                packed = module.matrix(matrix, slot)
+                packed = module.stack(matrix).matrix(slot)
                 fused_weight(experts, matrix)[expert] = dequantise_packed(
                     packed.weight.qweight,
                     packed.weight.scales,

@@ -414,13 +414,13 @@ def test_sums_are_computed_only_where_a_mode_needs_them(
 
 def test_dropped_slots_compute_nothing(deepseek: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    multiply = modules.packed_linear
+    multiply = modules.packed_linears
 
-    def count(x: Tensor, matrix: Any) -> Tensor:
+    def count(x: Tensor, stack: Any, counts: Any) -> Tensor:
         rows.append(x.shape[0])
-        return multiply(x, matrix)
+        return multiply(x, stack, counts)
 
-    monkeypatch.setattr(modules, "packed_linear", count)
+    monkeypatch.setattr(modules, "packed_linears", count)
     model, (ids, mask) = load(deepseek.folder), padded("left")
     for mode in ("off", *MODES):
         model.set_expert_pruning(mode)

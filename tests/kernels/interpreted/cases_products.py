@@ -7,11 +7,12 @@ import torch
 from expert_stacks import random_stack, relative_error
 
 from mcsharp_sdk.kernels import gpu_linear
+from mcsharp_sdk.kernels.case import Case
 from mcsharp_sdk.kernels.expert_layer import expert_table
 from mcsharp_sdk.kernels.gpu_experts import takes_gemv
-from mcsharp_sdk.kernels.matrix import PackedMatrix
+from mcsharp_sdk.kernels.matrix import PackedStack
 from mcsharp_sdk.kernels.triton_launch import EMULATE, gemm, gemv, sort_slots
-from mcsharp_sdk.quantization.grid import WIDTHS, PackedWeight
+from mcsharp_sdk.quantization.grid import WIDTHS
 
 HALF = 1e-3
 """Relative error of sums in fp32 that are rounded to fp16 once."""
@@ -79,19 +80,41 @@ def test_tiles_cover_each_slot_once_under_its_expert(slots: int) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("tokens", "bits", "columns"), [(0, 4, 128), (1, 4, 128), (5, 4, 128), (1, 3, 72)]
-)
+@pytest.mark.parametrize(("tokens", "bits", "columns"), [(1, 4, 128), (5, 4, 128), (1, 3, 72)])
 def test_a_linear_layer_agrees_with_float64(tokens: int, bits: int, columns: int) -> None:
     stack, exact = random_stack([bits], 40, columns, 64)
     weight = stack.weights[bits]
-    matrix = PackedMatrix(
-        PackedWeight(weight.qweight[0], weight.scales[0], weight.zeros[0]), bits, 64, columns
-    )
     x = activations(tokens, columns)
-    out = gpu_linear.run(x, matrix)
-    assert out.shape == (tokens, 40)
-    assert not tokens or relative_error(out, x.double() @ exact[0].T) < HALF
+    out = gpu_linear.run(x, PackedStack(weight, bits, 64, columns), [0], [tokens])
+    assert relative_error(out, x.double() @ exact[0].T) < HALF
+
+
+def test_the_matrices_of_a_bucket_get_their_own_rows() -> None:
+    stack, exact = random_stack([2, 2, 2], 24, 64, 64)
+    x = activations(5, 64)
+    out = gpu_linear.run(x, PackedStack(stack.weights[2], 2, 64, 64), [0, 2], [4, 1])
+    expected = torch.cat([x[:4].double() @ exact[0].T, x[4:].double() @ exact[2].T])
+    assert relative_error(out, expected) < HALF
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "columns", "words"),
+    [
+        ("cpu", torch.float16, 128, "not on cpu"),
+        ("cuda", torch.float32, 128, "16-bit floats"),
+        ("cuda", torch.float16, 72, "32-bit words"),
+        ("cuda", torch.float16, 128, ""),
+    ],
+)
+def test_a_case_is_refused_with_its_reason(
+    device: str, dtype: torch.dtype, columns: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cuda":
+        monkeypatch.setattr(gpu_linear, "missing_support", lambda device: "")
+    case = Case(64, columns, 1, 64, 1, dtype, device)
+    reason = gpu_linear.refuses_dp4a(case)
+    assert words in reason
+    assert bool(words) == bool(reason)
 
 
 def test_rows_that_are_not_whole_words_are_left_to_the_grouped_product() -> None:

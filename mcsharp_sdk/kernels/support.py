@@ -1,0 +1,49 @@
+"""What compiled kernels can run on: the processor, numba, and the shapes that they take."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+from mcsharp_sdk.kernels.case import Case
+
+FEATURES = frozenset({"avx2", "fma", "f16c"})
+"""What the processor needs, in LLVM's names."""
+
+VNNI = (frozenset({"avx512vnni", "avx512vl"}), frozenset({"avxvnni"}))
+"""Either of these multiplies bytes without an intermediate sum in 16 bits."""
+
+VECTOR, BLOCK = 32, 128
+
+
+@cache
+def missing_support() -> str:
+    """Why no kernel can be compiled here; empty if one can."""
+    if find_spec("numba") is None:
+        return "numba is not installed: pip install 'mcsharp_sdk[cpu]'"
+    if lacking := sorted(FEATURES - _features()):
+        return f"this processor lacks {', '.join(lacking)}"
+    return ""
+
+
+def has_vnni() -> bool:
+    """Whether the processor multiplies bytes four at a time."""
+    return any(needed <= _features() for needed in VNNI)
+
+
+@cache
+def _features() -> frozenset[str]:
+    from mcsharp_sdk.kernels.simd import cpu_features
+
+    return cpu_features()
+
+
+def unfit_shape(case: Case) -> str:
+    """Why compiled kernels cannot take a matrix; empty if they can."""
+    if case.device != "cpu":
+        return f"it runs on the CPU, not on {case.device}"
+    if reason := missing_support():
+        return reason
+    if case.group_size % BLOCK and (BLOCK % case.group_size or case.group_size % VECTOR):
+        return f"group size {case.group_size} is not 32, 64 or a multiple of 128"
+    return ""
