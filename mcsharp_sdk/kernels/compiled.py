@@ -83,12 +83,12 @@ def codes_of(source, bits, vector):
     """Codes of the 32 columns from 32·vector on, of the full block at ``source``."""
     if bits == 1:
         return two_bits(source, 2 * vector)
-    elif bits == 2:
+    if bits == 2:
         return field(load_bytes(source), 2 * vector, 3)
-    elif bits == 3:
+    if bits == 3:
         low = field(load_bytes(source), 2 * vector, 3)
         return with_third_bit(low, two_bits(source + 32, 2 * vector))
-    elif bits == 4:
+    if bits == 4:
         return field(load_bytes(source + 32 * (vector & 1)), 4 * (vector >> 1), 15)
     return load_bytes(source + 32 * vector)
 
@@ -205,11 +205,11 @@ def packed_row_sum(source, bits, blocks, x, factors, place):
     """``row_sum`` of a row as it is stored; all blocks are full."""
     if bits == 1:
         return row_sum(source, 1, blocks, x, factors, place)
-    elif bits == 2:
+    if bits == 2:
         return row_sum(source, 2, blocks, x, factors, place)
-    elif bits == 3:
+    if bits == 3:
         return row_sum(source, 3, blocks, x, factors, place)
-    elif bits == 4:
+    if bits == 4:
         return row_sum(source, 4, blocks, x, factors, place)
     return row_sum(source, 8, blocks, x, factors, place)
 
@@ -308,9 +308,7 @@ def token_factors(scales, zeros, x_scales, x_weights, factors):
 
 
 @_compiled
-def integer_dot(
-    x, x_scales, x_weights, qweight, scales, zeros, spans, form, out, share, shares
-):
+def integer_dot(x, x_scales, x_weights, qweight, scales, zeros, spans, form, out, share, shares):
     """Products of quantised activations with packed matrices of one shape.
 
     Parameters
@@ -373,9 +371,7 @@ def integer_dot(
                         source = qweight + row_size * lines[i]
                         sums[i] = packed_row_sum(source, bits, blocks, at, factors, i)
                 else:
-                    unpacked_tile_sums(
-                        codes.ctypes.data, unit // VECTOR, units, at, factors, sums
-                    )
+                    unpacked_tile_sums(codes.ctypes.data, unit // VECTOR, units, at, factors, sums)
                 for i in range(min(TILE, rows - row)):
                     out[token, row + i] = sums[i] - off[i]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.kernels import chunked, dequantise, integer_dot
+from mcsharp_sdk.kernels import chunked, dequantise, gpu_linear, integer_dot
 from mcsharp_sdk.kernels.case import Case
 from mcsharp_sdk.kernels.matrix import PackedMatrix, PackedStack
 
@@ -41,6 +41,8 @@ class Kernel:
 
 
 KERNELS: dict[str, Kernel] = {
+    "triton": Kernel(gpu_linear.refuses, gpu_linear.run),
+    "triton_dp4a": Kernel(gpu_linear.refuses_dp4a, gpu_linear.run_dp4a),
     "integer_dot": Kernel(integer_dot.refuses, integer_dot.integer_dot),
     "dequantise": Kernel(dequantise.refuses, dequantise.dequantise_and_multiply),
     "chunked": Kernel(lambda case: "", chunked.chunked),
@@ -62,12 +64,14 @@ class Preference:
 
 
 PREFERENCES: tuple[Preference, ...] = (
+    Preference("triton", ANY_NUMBER, HALF_PRECISION),
     Preference("integer_dot", 24, HALF_PRECISION),
     Preference("dequantise", ANY_NUMBER, EVERY_DTYPE),
     Preference("chunked", ANY_NUMBER, EVERY_DTYPE),
 )
 """Tried in order. ``integer_dot`` rounds activations to 16 bits, which float32 would notice; where
-it stops is where ``benchmarks/cpu_kernels.py`` finds it overtaken."""
+it stops is where ``benchmarks/cpu_kernels.py`` finds it overtaken. ``triton_dp4a`` rounds to 8
+bits, so that it runs only where ``MCSHARP_KERNEL`` asks for it."""
 
 
 def choose_kernel(case: Case) -> str:

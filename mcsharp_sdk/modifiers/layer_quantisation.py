@@ -151,7 +151,9 @@ class LayerQuantiser:
 
         def collect(group: tuple[str, ...], inputs: Tensor) -> None:
             columns = inputs.shape[-1]
-            hessian = hessians.setdefault(group, torch.zeros(columns, columns))
+            hessian = hessians.setdefault(
+                group, torch.zeros(columns, columns, device=inputs.device)
+            )
             accumulate(hessian, inputs)
 
         linear_inputs(layer, names, collect)
@@ -213,7 +215,8 @@ class LayerQuantiser:
         tokens, so many are taken.
         """
         columns = fused_weight(runs.experts, matrix).shape[-1]
-        hessians = torch.zeros(len(chunk), columns, columns)
+        device = runs.routed.hidden.device
+        hessians = torch.zeros(len(chunk), columns, columns, device=device)
         shared: Tensor | None = None
         for hessian, expert in zip(hessians, chunk, strict=True):
             tokens, weights, squares = 0, 0.0, 0.0
@@ -314,6 +317,6 @@ def _mean_hessian(runs: ExpertRuns, matrix: Matrix, expert: int) -> Tensor:
     For gate and up it is the same for all experts.
     """
     inputs = runs.inputs_from_all_tokens(expert, matrix, OVERALL_TOKENS)
-    hessian = torch.zeros(inputs.shape[-1], inputs.shape[-1])
+    hessian = torch.zeros(inputs.shape[-1], inputs.shape[-1], device=inputs.device)
     accumulate(hessian, inputs)
     return hessian.div_(len(inputs))

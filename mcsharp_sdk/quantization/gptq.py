@@ -12,7 +12,7 @@ what ``InverseFactor.upper`` takes once more. Pass fewer experts at a time to ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -163,7 +163,7 @@ def _quantise_block(state: _State, start: int, stop: int, compensate: bool) -> N
         exact = weights[:, at:end].mul_(scales.reciprocal()).add_(zeros)
         error = errors[:, at - start : end - start]
         within = updates[:, at:end, at:end] if compensate else None
-        state.codes[:, at:end] = _quantise_columns(exact, within, state.top, error)
+        state.codes[:, at:end] = _column_loop(exact)(exact, within, state.top, error)
         error *= scales
         if compensate and end < stop:
             _compensate(weights[:, end:stop], updates[:, at:end, end:stop], error)
@@ -189,6 +189,18 @@ def _fit_groups(state: _State, group: int) -> None:
         )
         state.scales[same, group] = fitted.scales
         state.zeros[same, group] = fitted.zeros
+
+
+def _column_loop(exact: Tensor) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
+    """On a GPU that has triton one launch for all columns, where torch takes several for each."""
+    if exact.device.type == "cuda":
+        from mcsharp_sdk.kernels.gpu_support import missing_support
+
+        if not missing_support("cuda"):
+            from mcsharp_sdk.kernels.triton_gptq import quantise_columns
+
+            return quantise_columns
+    return _quantise_columns
 
 
 def _quantise_columns(exact: Tensor, updates: Tensor | None, top: Tensor, error: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from mcsharp_sdk.models.experts import (
 )
 from mcsharp_sdk.quantization.grid import PackedWeight
 from mcsharp_sdk.runtime.layout import TENSORS, bucket_name, empty_packed, members, tensor_name
+from mcsharp_sdk.runtime.whole_layers import whole_layer
 
 
 def _register(module: nn.Module, packed: PackedWeight, names: Sequence[str]) -> None:
@@ -133,6 +134,9 @@ class PackedExpertsMixin:
         top_k_index : int64 [T, k]; ``num_experts`` marks a dropped slot, which costs nothing.
         top_k_weights : [T, k]
         """
+        whole = whole_layer(self, self._buckets(), hidden)
+        if whole is not None:
+            return whole(hidden, top_k_index, top_k_weights)
         out = torch.zeros_like(hidden)
         slots, order = top_k_index.reshape(-1).sort(stable=True)
         counts = torch.bincount(slots, minlength=self.num_experts + 1).tolist()

@@ -254,7 +254,11 @@ def test_the_environment_names_a_kernel(kernel: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("fastest", {}, "no such kernel; there are integer_dot, dequantise, chunked"),
+        (
+            "fastest",
+            {},
+            "no such kernel; there are triton, triton_dp4a, integer_dot, dequantise, chunked",
+        ),
         ("integer_dot", {"device": "cuda"}, "runs on the CPU, not on cuda"),
         ("integer_dot", {"group_size": 48}, "group size 48 is not 32, 64 or a multiple of 128"),
         ("dequantise", {"dtype": torch.float64}, "activations are torch.float64"),

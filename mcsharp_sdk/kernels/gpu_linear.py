@@ -1,0 +1,74 @@
+"""Matrices of one width on a GPU: the kernels for whole layers, as rows of the kernel table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mcsharp_sdk.kernels import chunked
+from mcsharp_sdk.kernels.case import Case
+from mcsharp_sdk.kernels.expert_layer import MatrixStack, expert_table
+from mcsharp_sdk.kernels.gpu_experts import takes_gemv, whole_words
+from mcsharp_sdk.kernels.gpu_support import HALF_PRECISION, missing_support
+from mcsharp_sdk.kernels.matrix import PackedStack
+
+GEMV_TOKENS = 2
+"""Tokens up to which each reads the weights by itself. A model, not measured."""
+
+
+def refuses(case: Case) -> str:
+    """Why a case cannot be done with 16-bit activations; empty if it can."""
+    if reason := missing_support(case.device):
+        return reason
+    return "" if case.dtype in HALF_PRECISION else f"it takes 16-bit floats, not {case.dtype}"
+
+
+def refuses_dp4a(case: Case) -> str:
+    """Why a case cannot be done with 8-bit activations; empty if it can."""
+    if reason := refuses(case):
+        return reason
+    if not whole_words(case.columns, case.bits) or case.group_size % 4:
+        return "rows are not whole 32-bit words in groups of whole words"
+    return ""
+
+
+def run(x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """See :class:`~mcsharp_sdk.kernels.linear.Kernel`; 16-bit activations."""
+    return _run(x, stack, slots, counts, dp4a=False)
+
+
+def run_dp4a(x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """As :func:`run`; where there are at most ``GEMV_TOKENS``, they are rounded to 8 bits."""
+    return _run(x, stack, slots, counts, dp4a=True)
+
+
+def _run(
+    x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int], dp4a: bool
+) -> Tensor:
+    from mcsharp_sdk.kernels.triton_launch import gemm, gemv, sort_slots
+
+    if x.requires_grad and torch.is_grad_enabled():
+        return chunked.chunked(x, stack, slots, counts)
+    matrices = len(stack.weight.scales)
+    single = MatrixStack({stack.bits: stack.weight}, stack.group_size, stack.columns)
+    table = _table(stack.bits, matrices, x.device)
+    chosen = _chosen(x.device, slots, counts)
+    if len(x) <= GEMV_TOKENS and takes_gemv(single):
+        return gemv(single, table, x.contiguous(), chosen, gated=False, dp4a=dp4a)
+    tiles = sort_slots(chosen, matrices)
+    return gemm(single, table, x.contiguous(), tiles, gated=False, to_slots=False)
+
+
+def _chosen(device: torch.device, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """The matrix of each row, ascending; made on the device where there is only the first."""
+    if list(slots) == [0]:
+        return torch.zeros(counts[0], dtype=torch.int64, device=device)
+    return torch.repeat_interleave(torch.tensor(slots), torch.tensor(counts)).to(device)
+
+
+@lru_cache(maxsize=64)
+def _table(bits: int, matrices: int, device: torch.device) -> Tensor:
+    return expert_table([bits] * matrices).to(device)

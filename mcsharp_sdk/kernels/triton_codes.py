@@ -1,0 +1,73 @@
+"""Reading the stored format inside Triton kernels: codes, scales and zero points.
+
+Device functions only. A ``matrix`` [R, K] is a tuple: pointers to its ``qweight``, ``scales`` and
+``zeros`` (:mod:`mcsharp_sdk.quantization.packing`, :mod:`mcsharp_sdk.quantization.grid`), R and K.
+
+This module needs triton, so it is imported only by what runs on a GPU.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(128)
+"""Columns, or rows of zero-point codes, that are packed together (packing.BLOCK). Tests of the
+group size say 128 instead, for in the interpreter a number is not divisible by a constexpr."""
+
+
+@triton.jit
+def padded(count):
+    """``count`` rounded up to whole bytes of 1-bit codes."""
+    return (count + 7) // 8 * 8
+
+
+@triton.jit
+def matrix_at(weights, place, rows, columns, GROUP: tl.constexpr, BITS: tl.constexpr):
+    """The matrix at ``place`` in a stack of one width."""
+    q, s, z = weights
+    place = place.to(tl.int64)
+    groups = tl.cdiv(columns, GROUP)
+    q += place * rows * (padded(columns) * BITS // 8)
+    s += place * rows * groups
+    z += place * groups * (padded(rows) * BITS // 8)
+    return q, s, z, rows, columns
+
+
+@triton.jit
+def packed_place(k, count, BITS: tl.constexpr, LOW: tl.constexpr, WIDTH: tl.constexpr):
+    """Byte and shift of one part of code ``k`` of ``count`` codes of BITS bits.
+
+    The part is WIDTH bits wide and holds the bits from LOW on.
+    """
+    block = k // BLOCK
+    length = tl.minimum(padded(count) - block * BLOCK, BLOCK)
+    part = length * WIDTH // 8
+    at = k % BLOCK
+    byte = block * (BLOCK * BITS // 8) + length * LOW // 8 + at % part
+    return byte, at // part * WIDTH
+
+
+@triton.jit
+def gathered_codes(pointers, k, count, ok, BITS: tl.constexpr):
+    """Codes ``k``, int32, of packed rows that start at ``pointers``; shapes are broadcast."""
+    LO: tl.constexpr = 2 if BITS == 3 else BITS  # 3 bits are a part of 2 and one of 1
+    byte, shift = packed_place(k, count, BITS, 0, LO)
+    code = (tl.load(pointers + byte, mask=ok, other=0).to(tl.int32) >> shift) & ((1 << LO) - 1)
+    if BITS == 3:
+        byte, shift = packed_place(k, count, BITS, 2, 1)
+        high = tl.load(pointers + byte, mask=ok, other=0).to(tl.int32) >> shift
+        code |= (high & 1) << 2
+    return code
+
+
+@triton.jit
+def scale_and_zero(matrix, n, g, ok, GROUP: tl.constexpr, BITS: tl.constexpr):
+    """Scales and zero points, fp32, of rows ``n`` in groups ``g``, where ``ok``; broadcast."""
+    _, s, z, rows, columns = matrix
+    groups = tl.cdiv(columns, GROUP)
+    scale = tl.load(s + n.to(tl.int64) * groups + g, mask=ok, other=0.0).to(tl.float32)
+    code = gathered_codes(z + g * (padded(rows) * BITS // 8), n, rows, ok, BITS)
+    return scale, code.to(tl.float32) * 0.25 + (2**BITS - 1) * 0.5

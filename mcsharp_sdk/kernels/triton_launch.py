@@ -1,0 +1,205 @@
+"""Launching the Triton kernels: grids, tile sizes and scratch. Nothing here waits for the device.
+
+All shapes follow from those of the arguments, so a CUDA graph can record any of it. Tile sizes are
+from instruction counts of compiled kernels, not from measurements: see ``docs/gpu.md``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from mcsharp_sdk.kernels.expert_layer import MatrixStack
+from mcsharp_sdk.kernels.triton_decode import (
+    SUMS,
+    combine_slots,
+    grouped_gemv,
+    prepare_activations,
+)
+from mcsharp_sdk.kernels.triton_gemm import grouped_gemm
+from mcsharp_sdk.quantization.packing import BLOCK
+
+EMULATE = bool(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter, which knows neither assembly nor bfloat16."""
+
+GEMV_ROWS = (128, 64)
+"""Rows of a program for few tokens: the first that gives at least ``GEMV_PROGRAMS`` of them."""
+
+GEMV_PROGRAMS = 512
+
+GEMM_ROWS = 64
+GEMM_TOKENS = (16, 32, 64)
+"""Rows of a program, and tokens of one: the smallest that holds an expert's share of the slots."""
+
+COMBINE_COLUMNS = 512
+
+WIDTH_SETS = ((1, 2, 3), (1, 2, 3, 4), (1, 2, 3, 4, 8))
+"""Mixed widths that kernels are compiled for, so that the layers of a model share a few of them."""
+
+
+class Tiles(NamedTuple):
+    """Slots in the order of their experts, cut into tiles.
+
+    ``order`` int64 [slots]; ``tiles`` int32 [n, 3]: expert, first and end position in ``order``;
+    ``height`` is the largest number of slots in a tile.
+    """
+
+    order: Tensor
+    tiles: Tensor
+    height: int
+
+
+def compiled_widths(stack: MatrixStack) -> tuple[int, ...]:
+    """The widths that a kernel for the stack is compiled for."""
+    if len(stack.widths) == 1:
+        return stack.widths
+    return next(widths for widths in WIDTH_SETS if set(stack.widths) <= set(widths))
+
+
+def weight_tensors(stack: MatrixStack) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
+    """The stored tensors of each compiled width; of one that does not occur, any."""
+    some = stack.weights[stack.widths[0]]
+    chosen = (stack.weights.get(width, some) for width in compiled_widths(stack))
+    return tuple((weight.qweight, weight.scales, weight.zeros) for weight in chosen)
+
+
+def gemv(
+    stack: MatrixStack, table: Tensor, x: Tensor, chosen: Tensor, *, gated: bool, dp4a: bool
+) -> Tensor:
+    """Products of the chosen experts' matrix with their activations, for few slots.
+
+    Parameters
+    ----------
+    table : of :func:`~mcsharp_sdk.kernels.expert_layer.expert_table`.
+    x : [T, K], 16-bit floats, contiguous. The slots of a row lie side by side.
+    chosen : int64 [slots], slots a multiple of T: the expert of each.
+    gated : give SiLU of the first half of the rows times the second half.
+    dp4a : round activations to 8 bits, 128 at a time.
+
+    Returns
+    -------
+    [slots, R or R/2] in x's dtype; undefined where a slot is dropped.
+    """
+    tokens, columns = x.shape
+    blocks = triton.cdiv(columns, BLOCK)
+    sums = torch.empty(tokens, blocks, SUMS.value, device=x.device)
+    codes, parts, scales = x, sums, sums
+    if dp4a:
+        codes = torch.empty_like(x, dtype=torch.int8)
+        scales = torch.empty(tokens, blocks, device=x.device)
+    else:
+        parts = torch.empty(tokens, 4, blocks * BLOCK, device=x.device)
+    prepare_activations[(blocks, tokens)](x, codes, parts, scales, sums, columns, DP4A=dp4a)
+    height = stack.rows // 2 if gated else stack.rows
+    out = torch.empty(len(chosen), height, dtype=x.dtype, device=x.device)
+    share = [r for r in GEMV_ROWS if stack.rows * len(chosen) >= r * GEMV_PROGRAMS]
+    step = share[0] if share else GEMV_ROWS[-1]
+    grouped_gemv[(triton.cdiv(height, step // 2 if gated else step), len(chosen))](
+        codes,
+        parts,
+        scales,
+        sums,
+        0,
+        out,
+        chosen,
+        table,
+        weight_tensors(stack),
+        stack.rows,
+        columns,
+        len(chosen) // tokens,
+        WIDTHS=compiled_widths(stack),
+        GROUP=stack.group_size,
+        GATED=gated,
+        DP4A=dp4a,
+        EMULATE=EMULATE,
+        TAIL=columns % BLOCK != 0,
+        BN=step,
+    )
+    return out
+
+
+def sort_slots(chosen: Tensor, experts: int) -> Tiles:
+    """Order slots by expert and cut each expert's into tiles, on the device.
+
+    Parameters
+    ----------
+    chosen : int64 [slots], up to ``experts``, which marks a dropped slot and comes last.
+    """
+    slots = len(chosen)
+    height = next((t for t in GEMM_TOKENS if slots <= t * experts), GEMM_TOKENS[-1])
+    order = torch.argsort(chosen, stable=True)
+    numbers = torch.arange(max(experts + 1, slots // height + experts), device=chosen.device)
+    starts = torch.searchsorted(chosen[order], numbers[: experts + 1])
+    counts = (starts.diff() + height - 1) // height
+    ends = counts.cumsum(0)
+    tile = numbers[: slots // height + min(experts, slots)]
+    expert = torch.searchsorted(ends, tile, right=True)
+    known = expert.clamp(max=experts - 1)
+    first = starts[known] + (tile - (ends - counts)[known]) * height
+    end = torch.minimum(first + height, starts[known + 1])
+    used = expert < experts
+    tiles = torch.stack([expert, first * used, end * used], dim=1).to(torch.int32)
+    return Tiles(order, tiles, height)
+
+
+def gemm(
+    stack: MatrixStack,
+    table: Tensor,
+    x: Tensor,
+    tiles: Tiles,
+    *,
+    gated: bool,
+    to_slots: bool,
+) -> Tensor:
+    """Products of all experts' matrix with the activations of the slots that chose them.
+
+    Parameters
+    ----------
+    table, gated : as for :func:`gemv`.
+    x : [T, K], 16-bit floats, contiguous: one row per token, or per position with ``to_slots``.
+    tiles : of :func:`sort_slots`.
+    to_slots : the result has a row per slot instead of one per position.
+
+    Returns
+    -------
+    [slots, R or R/2] in x's dtype; undefined where a slot is dropped.
+    """
+    slots, columns = len(tiles.order), x.shape[1]
+    height = stack.rows // 2 if gated else stack.rows
+    out = torch.empty(slots, height, dtype=x.dtype, device=x.device)
+    step = GEMM_ROWS // 2 if gated else GEMM_ROWS
+    grouped_gemm[(triton.cdiv(height, step), len(tiles.tiles))](
+        x,
+        out,
+        tiles.order,
+        tiles.tiles,
+        table,
+        weight_tensors(stack),
+        stack.rows,
+        columns,
+        slots // len(x),
+        WIDTHS=compiled_widths(stack),
+        GROUP=stack.group_size,
+        GATED=gated,
+        TO_SLOTS=to_slots,
+        EMULATE=EMULATE,
+        TAIL=columns % BLOCK != 0,
+        BM=tiles.height,
+        BN=GEMM_ROWS,
+    )
+    return out
+
+
+def combine(y: Tensor, chosen: Tensor, routing: Tensor, experts: int) -> Tensor:
+    """Sum of a token's slots, weighed: y [T·k, H], chosen and routing [T, k] -> [T, H].
+
+    Slots that chose expert number ``experts`` count nothing.
+    """
+    tokens, slots = chosen.shape
+    out = torch.empty(tokens, y.shape[1], dtype=y.dtype, device=y.device)
+    grid = (triton.cdiv(y.shape[1], COMBINE_COLUMNS), tokens)
+    combine_slots[grid](y, chosen, routing, out, y.shape[1], experts, slots, BH=COMBINE_COLUMNS)
+    return out

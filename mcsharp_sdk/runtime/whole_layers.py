@@ -1,0 +1,110 @@
+"""Kernels that compute all routed experts of a layer at once, where one can."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mcsharp_sdk.kernels import gpu_support
+from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack, expert_table
+from mcsharp_sdk.kernels.gpu_experts import run_experts
+from mcsharp_sdk.kernels.linear import VARIABLE
+from mcsharp_sdk.models.experts import MATRICES, activate, finish
+
+if TYPE_CHECKING:
+    from mcsharp_sdk.runtime.modules import ExpertBucket
+
+WholeLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""hidden [T, H], top_k_index and top_k_weights [T, k] -> [T, H]."""
+
+TRITON, TRITON_DP4A = "triton", "triton_dp4a"
+"""Names in the kernel table that whole layers go by too."""
+
+_KNOWN = "_whole_layer_facts"
+
+
+def whole_layer(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -> WholeLayer | None:
+    """The function that computes a layer at once on ``hidden``'s device; None if there is none.
+
+    Tensors are looked up anew at each call, since models move. Weights that are offloaded are left
+    to the buckets, which fetch them.
+
+    Parameters
+    ----------
+    experts : the experts module, whose activation, biases and norms count.
+    buckets : its packed weights.
+    hidden : what it is to be run on.
+    """
+    if not gpu_support.serves(hidden) or not buckets:
+        return None
+    if os.environ.get(VARIABLE, TRITON) not in {TRITON, TRITON_DP4A}:
+        return None
+    if any(p.device != hidden.device for bucket in buckets for p in bucket.parameters()):
+        return None
+    gate_up, down = (
+        MatrixStack(
+            {bucket.bits: bucket.stack(matrix).weight for bucket in buckets},
+            buckets[0].group_size,
+            buckets[0].columns[matrix],
+        )
+        for matrix in MATRICES
+    )
+    table, silu = _facts(experts, buckets, down.columns, hidden.device)
+    behind = experts.has_bias or experts.has_post_expert_norm
+    layer = ExpertLayer(
+        gate_up,
+        down,
+        table,
+        between=None if silu else partial(activate, experts),
+        behind=partial(finish, experts) if behind else None,
+    )
+    weighs_input = getattr(experts, "weighs_input", False)
+    return partial(_run_weighed if weighs_input else _run, layer)
+
+
+def _run(layer: ExpertLayer, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    dp4a = os.environ.get(VARIABLE) == TRITON_DP4A
+    return run_experts(layer, hidden, index, weights, dp4a=dp4a)
+
+
+def _run_weighed(layer: ExpertLayer, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Routing weights multiply what goes in, so that each slot has a row of its own."""
+    rows = (hidden.unsqueeze(1) * weights.unsqueeze(-1)).to(hidden.dtype).flatten(0, 1)
+    slots = index.reshape(-1, 1)
+    ones = torch.ones_like(slots, dtype=torch.float32)
+    out = _run(layer, rows, slots, ones)
+    return out.view(*index.shape, -1).sum(1)
+
+
+def _facts(
+    experts: Any, buckets: Sequence[ExpertBucket], intermediate: int, device: torch.device
+) -> tuple[Tensor, bool]:
+    """The layer's table on ``device``, and whether its activation is the kernels' own; kept."""
+    known = experts.__dict__.setdefault(_KNOWN, {})
+    if device not in known:
+        widths = {expert: bucket.bits for bucket in buckets for expert in bucket.experts}
+        table = expert_table([widths[expert] for expert in range(len(widths))])
+        known[device] = (table.to(device), gates_by_silu(experts, intermediate, device))
+    return known[device]
+
+
+@torch.no_grad()
+def gates_by_silu(experts: Any, intermediate: int, device: torch.device | str = "cpu") -> bool:
+    """Whether a family's activation is SiLU of the first half times the second half, no bias.
+
+    It is tried out, on numbers of all sizes: families differ in clamps, factors and order, and say
+    so only in code.
+    """
+    if not experts.has_gate or experts.has_bias:
+        return False
+    numbers = torch.arange(2 * intermediate, dtype=torch.float32, device=device)
+    projected = (numbers * 1.7).sin().mul(100).unsqueeze(0)
+    gate, up = projected.chunk(2, -1)
+    given = experts._apply_gate(projected)
+    expected = torch.nn.functional.silu(gate) * up
+    return given.shape == expected.shape and torch.allclose(given, expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,157 @@
+"""Compile the Triton kernels for a GPU that need not be there, down to machine code.
+
+    python tests/kernels/compile_kernels.py CAPABILITY [--all]
+
+Prints registers and spilled bytes of each. Run by ``tests/kernels/test_triton.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mcsharp_sdk.kernels import triton_decode, triton_gemm, triton_gptq
+
+WEIGHT = ("*u8", "*fp16", "*u8")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+Case = tuple[str, Any, Mapping[str, Any], Mapping[str, Any]]
+"""Name, kernel, types of its arguments, its constants."""
+
+
+def gemv(widths: tuple[int, ...], dp4a: bool, gated: bool, group: int, tail: bool) -> Case:
+    types = {
+        "x": "*i8" if dp4a else "*bf16",
+        "x_parts": "*fp32",
+        "x_scales": "*fp32",
+        "x_sums": "*fp32",
+        "unknown_zero": "i32",
+        "out": "*bf16",
+        "chosen": "*i64",
+        "table": "*i32",
+        "weights": tuple(WEIGHT for _ in widths),
+        **dict.fromkeys(("rows", "columns", "slots_per_row"), "i32"),
+    }
+    constants = {
+        "WIDTHS": widths,
+        "GROUP": group,
+        "GATED": gated,
+        "DP4A": dp4a,
+        "EMULATE": False,
+        "TAIL": tail,
+        "BN": 128,
+    }
+    name = f"gemv {widths} {'dp4a' if dp4a else 'magic'} group {group}"
+    return name, triton_decode.grouped_gemv, types, constants
+
+
+def gemm(widths: tuple[int, ...], gated: bool, group: int, tail: bool, tokens: int) -> Case:
+    types = {
+        "x": "*bf16",
+        "out": "*bf16",
+        "order": "*i64",
+        "tiles": "*i32",
+        "table": "*i32",
+        "weights": tuple(WEIGHT for _ in widths),
+        **dict.fromkeys(("rows", "columns", "slots_per_row"), "i32"),
+    }
+    constants = {
+        "WIDTHS": widths,
+        "GROUP": group,
+        "GATED": gated,
+        "TO_SLOTS": not gated,
+        "EMULATE": False,
+        "TAIL": tail,
+        "BM": tokens,
+        "BN": 64,
+    }
+    return f"gemm {widths} group {group} x {tokens}", triton_gemm.grouped_gemm, types, constants
+
+
+def helpers() -> Iterator[Case]:
+    """The kernels around the products, and that of GPTQ."""
+    floats = dict.fromkeys(("parts", "scales", "sums"), "*fp32")
+    for dp4a in (False, True):
+        types = {"x": "*bf16", "codes": "*i8" if dp4a else "*bf16", **floats, "columns": "i32"}
+        yield "prepare", triton_decode.prepare_activations, types, {"DP4A": dp4a}
+    types = {"y": "*bf16", "chosen": "*i64", "routing": "*fp32", "out": "*bf16"}
+    types |= dict.fromkeys(("width", "experts", "slots_per_row"), "i32")
+    yield "combine", triton_decode.combine_slots, types, {"BH": 512}
+    pointers = ("exact", "updates", "top", "codes", "errors")
+    types = dict.fromkeys(pointers, "*fp32")
+    strides = ("exact_stride", "updates_stride", "updates_row", "updates_column", "errors_stride")
+    types |= dict.fromkeys(("rows", "columns", *strides), "i32")
+    constants = {"COMPENSATE": True, "N": 128, "BR": triton_gptq.ROWS}
+    yield "gptq", triton_gptq.quantise_column_block, types, constants
+
+
+def cases(all_: bool) -> Iterator[Case]:
+    yield from helpers()
+    yield gemv((3,), dp4a=False, gated=True, group=128, tail=False)
+    yield gemv((3,), dp4a=True, gated=True, group=128, tail=False)
+    yield gemm((3,), gated=True, group=128, tail=False, tokens=16)
+    if not all_:
+        return
+    for widths in ((1,), (2,), (4,), (8,), (1, 2, 3), (1, 2, 3, 4, 8)):
+        for dp4a in (False, True):
+            yield gemv(widths, dp4a, gated=True, group=128, tail=False)
+        yield gemm(widths, gated=True, group=128, tail=False, tokens=64)
+    for dp4a in (False, True):
+        yield gemv((1, 2, 3), dp4a, gated=False, group=32, tail=True)
+    yield gemm((1, 2, 3), gated=False, group=100, tail=True, tokens=32)
+
+
+def compiled(kernel: Any, types: Mapping[str, Any], constants: Mapping[str, Any], arch: int) -> Any:
+    """A kernel in machine code; pointers, rows and columns are taken to be divisible by 16."""
+    names = list(kernel.arg_names)
+    aligned = [["tt.divisibility", 16]]
+    attributes: dict[tuple[int, ...], Any] = {}
+    for name, kind in types.items():
+        at = names.index(name)
+        if isinstance(kind, tuple):
+            attributes |= {(at, i, j): aligned for i in range(len(kind)) for j in range(3)}
+        elif kind.startswith("*") or name in {"rows", "columns"}:
+            attributes[(at,)] = aligned
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=attributes,
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32))
+
+
+def tool(name: str, code: bytes, option: str) -> str:
+    """What one of the tools that come with triton says about machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        command = [str(TOOLS / name), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("capability", type=int)
+    parser.add_argument("--all", action="store_true")
+    options = parser.parse_args()
+    for name, kernel, types, constants in cases(options.all):
+        result = compiled(kernel, types, constants, options.capability)
+        usage = tool("cuobjdump", result.asm["cubin"], "--dump-resource-usage")
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if found is None:
+            raise SystemExit(f"{name}: no machine code came out")
+        print(f"sm_{options.capability} {name}: {found[1]} registers, {found[2]} bytes spilled")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Whole layers in Triton's interpreter; run by ``tests/kernels/test_triton.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from expert_stacks import random_layer, relative_error, silu_layer
+from tiny_models import tiny_model
+
+from mcsharp_sdk.kernels import gpu_experts, gpu_support
+from mcsharp_sdk.kernels.gpu_experts import run_experts, workspace_bytes
+from mcsharp_sdk.models.experts import is_experts
+from mcsharp_sdk.models.normal_form import normalise
+from mcsharp_sdk.runtime.modules import ExpertBucket, pack_experts_module
+from mcsharp_sdk.runtime.whole_layers import gates_by_silu, whole_layer
+
+BITS = (1, 2, 3, 2)
+
+
+def routed(tokens: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, two different experts per token or a dropped slot, routing weights."""
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, hidden, generator=generator).half()
+    order = torch.rand(tokens, len(BITS) + 1, generator=generator).argsort(1)
+    return x, order[:, :2], torch.rand(tokens, 2, generator=generator)
+
+
+@pytest.mark.parametrize(("tokens", "dp4a"), [(0, False), (2, False), (2, True), (9, False)])
+def test_a_layer_agrees_with_float64(tokens: int, dp4a: bool) -> None:
+    layer, gate_up, down = random_layer(BITS, 128, 32, 128)
+    hidden, chosen, routing = routed(tokens, 128)
+    out = run_experts(layer, hidden, chosen, routing, dp4a=dp4a)
+    assert out.shape == hidden.shape
+    assert out.dtype == hidden.dtype
+    expected = silu_layer(hidden, chosen, routing, gate_up, down)
+    assert not tokens or relative_error(out, expected) < (0.03 if dp4a else 2e-3)
+
+
+def test_tokens_beyond_the_workspace_are_done_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _, _ = random_layer((2, 3, 1, 2), 32, 16, 32)
+    hidden, chosen, routing = routed(8, 32)
+    at_once = run_experts(layer, hidden, chosen, routing)
+    room = 5 * workspace_bytes(layer, 2, hidden.dtype)
+    monkeypatch.setattr(gpu_experts, "WORKSPACE_BYTES", room)
+    torch.testing.assert_close(run_experts(layer, hidden, chosen, routing), at_once)
+
+
+@pytest.mark.parametrize(
+    ("family", "silu"),
+    [("mixtral", True), ("gpt_oss", False), ("llama4", True), ("nemotron_h", False)],
+)
+def test_families_run_in_kernels_as_without_them(
+    family: str, silu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = packed_experts(family)
+    buckets = [m for m in experts.children() if isinstance(m, ExpertBucket)]
+    hidden_size = buckets[0].columns["gate_up"]
+    intermediate = buckets[0].columns["down"]
+    assert gates_by_silu(experts, intermediate) == silu
+    for tokens in (1, 5):
+        hidden, chosen, routing = routed(tokens, hidden_size)
+        chosen = chosen.where(chosen < len(BITS), experts.num_experts)
+        assert whole_layer(experts, buckets, hidden) is None
+        expected = experts.float()(hidden.float(), chosen, routing)
+        monkeypatch.setattr(gpu_support, "serves", lambda x: True)
+        given = experts.half()(hidden, chosen, routing.half())
+        monkeypatch.undo()
+        assert relative_error(given, expected.double()) < 4e-3
+
+
+def packed_experts(family: str) -> Any:
+    """The experts of a family's first sparse layer, packed at mixed widths with random weights."""
+    model = tiny_model(family)
+    normalise(model)
+    experts: Any = next(module for module in model.modules() if is_experts(module))
+    bits = [BITS[expert % len(BITS)] for expert in range(experts.num_experts)]
+    pack_experts_module(experts, bits, group_size=32)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in experts.named_parameters():
+        if parameter.dtype == torch.uint8:
+            parameter.random_(0, 256, generator=generator)
+        elif name.endswith("scales"):
+            parameter.uniform_(-0.1, 0.1, generator=generator)
+        else:
+            parameter.data.normal_(generator=generator)
+    return experts.requires_grad_(False)
