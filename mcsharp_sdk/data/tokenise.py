@@ -28,6 +28,20 @@ OVERLAP = 2048
 AGREEMENT = 8
 """Tokens in a row that must agree at a seam."""
 
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.*",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer*",
+    "video_preprocessor_config.json",
+    "vocab.*",
+)
+"""Files of a model folder that decide which inputs a text or an image becomes."""
+
 
 def load_tokenizer(model_dir: Path) -> Any:
     """The tokenizer in a model directory; nothing is downloaded and no code of the model is run.
