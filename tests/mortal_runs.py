@@ -113,13 +113,14 @@ def _mortal(command: Command, death: Death, errors: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if death.file_limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (death.file_limit, death.file_limit))
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (death.file_limit, most))
     sys.addaudithook(_reaper(death))
     try:
         command.run()
     except BaseException as error:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         errors.write_text(f"{type(error).__name__}: {error}")
         os._exit(getattr(error, "exit_code", 1))
     os._exit(0)
