@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     from mcsharp_sdk.engine.run import compress
     from mcsharp_sdk.engine.sweep import sweep
     from mcsharp_sdk.evaluation.evaluate import evaluate
+    from mcsharp_sdk.evaluation.verification import verify
     from mcsharp_sdk.modifiers.bit_allocation import allocate
     from mcsharp_sdk.recipe.schema import Recipe
 
-__all__ = ["Recipe", "__version__", "allocate", "compress", "evaluate", "export", "plan", "sweep"]
+__all__ = [
+    *("Recipe", "__version__", "allocate", "compress", "evaluate", "export", "plan", "sweep"),
+    "verify",
+]
 
 _HOMES = {
     "Recipe": "mcsharp_sdk.recipe.schema",
@@ -32,6 +36,7 @@ _HOMES = {
     "export": "mcsharp_sdk.engine.export",
     "plan": "mcsharp_sdk.engine.plan",
     "sweep": "mcsharp_sdk.engine.sweep",
+    "verify": "mcsharp_sdk.evaluation.verification",
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.data.gathering import gather
 from mcsharp_sdk.engine.context import RunContext
+from mcsharp_sdk.engine.disk_space import check_disk_space
 from mcsharp_sdk.engine.fingerprint import fingerprint, stage_keys
 from mcsharp_sdk.engine.obstacles import explained
 from mcsharp_sdk.engine.plan import Plan, make_plan
@@ -113,6 +114,7 @@ def compress(
     check_output(output, directory, overwrite or is_published(directory, output, recipe))
     source = SourceModel(Path(model), device)
     plan = make_plan(recipe, source)
+    check_disk_space(plan, recipe, source, directory, output)
     calibration = read_calibration(recipe, source)
     if on_plan is not None:
         on_plan(plan)

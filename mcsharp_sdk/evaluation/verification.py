@@ -1,0 +1,88 @@
+"""Read a whole model folder and say whether it is what was written, and numbers throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mcsharp_sdk.checked_files import CHECKSUMS_FILE, changed_files, read_checksums
+from mcsharp_sdk.errors import InputProblems, Problem
+from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
+from mcsharp_sdk.models.shards import Checkpoint
+from mcsharp_sdk.models.weight_checks import count_not_finite
+from mcsharp_sdk.runtime.stored_tensors import check_compressed
+
+PIECE_BYTES = 256 << 20
+"""Most bytes of a tensor that are read at a time, unless a single row is larger."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was looked at, and found to be right.
+
+    Attributes
+    ----------
+    model : the folder.
+    compressed : whether its tensors were compared with what its config says.
+    checksums : files that have the checksum of ``SHA256SUMS``; 0 if the folder has none.
+    tensors : how many were read.
+    """
+
+    model: str
+    compressed: bool
+    checksums: int
+    tensors: int
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def verify(model: str | Path) -> Verification:
+    """Read every byte of a model folder, original or compressed, and check what can be checked.
+
+    Files are compared with ``SHA256SUMS`` where there is one, headers with the config of a
+    compressed model, and all numbers must be finite. A flipped bit in a file without a checksum
+    shows only if it makes a header wrong or a number NaN or infinite.
+
+    Raises
+    ------
+    InputError
+        With every file and tensor that is wrong.
+    """
+    folder = Path(model)
+    compressed = read_layout(read_config_json(folder), folder) is not None
+    sums = read_checksums(folder)
+    problems = changed_files(folder, sums)
+    try:
+        if compressed:
+            check_compressed(folder)
+        checkpoint = Checkpoint.open(folder)
+    except InputProblems as error:
+        raise InputProblems(str(folder), [*problems, *error.problems]) from None
+    for name in checkpoint.names:
+        wrong = sum(count_not_finite(piece) for piece in _pieces(checkpoint, name))
+        if wrong:
+            where = f"{checkpoint.info(name).file.name}: {name}"
+            problems.append(Problem(where, f"{wrong} numbers are NaN or infinite"))
+    if problems:
+        raise InputProblems(str(folder), problems)
+    return Verification(str(folder), compressed, len(sums), len(checkpoint.names))
+
+
+def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
+    """A tensor in runs of rows."""
+    info = checkpoint.info(name)
+    if not info.shape or not info.nbytes:
+        yield checkpoint.read(name)
+        return
+    rows = max(1, PIECE_BYTES * info.shape[0] // info.nbytes)
+    for start in range(0, info.shape[0], rows):
+        yield checkpoint.read_rows(name, start, min(start + rows, info.shape[0]))
+
+
+NO_CHECKSUMS = f"no {CHECKSUMS_FILE}: whether files are as written cannot be told"
