@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from mcsharp_sdk.recipe.schema import Recipe
 
 __all__ = [
-    *("Recipe", "__version__", "allocate", "compress", "evaluate", "export", "plan", "sweep"),
+    "Recipe",
+    "__version__",
+    "allocate",
+    "compress",
+    "evaluate",
+    "export",
+    "plan",
+    "sweep",
     "verify",
 ]
 

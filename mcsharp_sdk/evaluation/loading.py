@@ -13,12 +13,8 @@ from transformers.utils import logging as transformers_logging
 import mcsharp_sdk.runtime.hf_quantizer  # noqa: F401  (lets transformers load compressed models)
 from mcsharp_sdk.errors import InputError, McSharpError
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
-from mcsharp_sdk.models.architecture import (
-    auto_class,
-    quantisation_method,
-    read_config,
-    stored_dtype,
-)
+from mcsharp_sdk.models.architecture import auto_class, read_config, stored_dtype
+from mcsharp_sdk.models.config_file import quantisation_method
 from mcsharp_sdk.models.device import check_device
 from mcsharp_sdk.runtime.layout import METHOD
 from mcsharp_sdk.runtime.pruned_routing import set_expert_pruning

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
-from mcsharp_sdk.models.architecture import check_config
+from mcsharp_sdk.models.config_file import check_config
 from mcsharp_sdk.models.safetensors_file import TensorInfo
 from mcsharp_sdk.runtime.layout import METHOD, PackedLayout, members
 

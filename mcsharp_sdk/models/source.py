@@ -24,13 +24,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from mcsharp_sdk.errors import InputError, RunError
-from mcsharp_sdk.models.architecture import (
-    check_layer_count,
-    empty_model,
-    quantisation_method,
-    read_config,
-    stored_dtype,
-)
+from mcsharp_sdk.models.architecture import empty_model, read_config, stored_dtype
+from mcsharp_sdk.models.config_file import check_layer_count, quantisation_method
 from mcsharp_sdk.models.device import check_device
 from mcsharp_sdk.models.experts import MATRICES, parameter_name
 from mcsharp_sdk.models.memory import keep_large_blocks_out_of_the_heap, release_free_memory

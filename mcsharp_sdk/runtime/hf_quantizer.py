@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mcsharp_sdk.checked_files import write_checksums
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.models.architecture import MOST_LAYERS, check_layer_count
+from mcsharp_sdk.models.config_file import MOST_LAYERS, check_layer_count
 from mcsharp_sdk.models.normal_form import normalise
 from mcsharp_sdk.models.topology import read_topology
 from mcsharp_sdk.runtime.layout import FIELDS, INDEX_FILE, METHOD, WEIGHTS_NAME, PackedLayout

@@ -15,12 +15,7 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
-from mcsharp_sdk.models.architecture import (
-    check_layer_count,
-    empty_model,
-    read_config,
-    stored_dtype,
-)
+from mcsharp_sdk.models.config_file import check_layer_count
 from mcsharp_sdk.models.safetensors_file import TensorInfo, read_header
 from mcsharp_sdk.models.shards import Checkpoint
 
@@ -42,6 +37,8 @@ def check_compressed(directory: Path) -> None:
         If the folder is no compressed model, config.json or a header is damaged, or they disagree;
         every problem names its file and tensor.
     """
+    # Not above: transformers imports the plug-in, and that this module, before it is complete.
+    from mcsharp_sdk.models.architecture import empty_model, read_config, stored_dtype
     from mcsharp_sdk.runtime.hf_quantizer import pack_modules
     from mcsharp_sdk.runtime.layout import PackedLayout
 

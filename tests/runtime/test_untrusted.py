@@ -6,6 +6,7 @@ import copy
 import json
 import resource
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,7 +59,7 @@ def folder(compressed: Path, tmp_path: Path) -> Path:
 
 @contextmanager
 def bounded_memory() -> Iterator[None]:
-    """So little address space that taking it without bounds is a MemoryError, not a dead machine."""
+    """Little address space: taking it without bounds is a MemoryError, not a dead machine."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + SPARE_MEMORY, before[1]))
@@ -91,16 +92,12 @@ WILD: st.SearchStrategy[Any] = st.one_of(
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Every place in JSON values."""
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    inner = [
-        place
-        for key, part in items
-        for place in [
-            (*path, key),
-            *(places(part, (*path, key)) if isinstance(part, dict | list) else []),
-        ]
-    ]
-    return inner
+    found: list[tuple[Any, ...]] = []
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        found.append((*path, key))
+        if isinstance(part, dict | list):
+            found += places(part, (*path, key))
+    return found
 
 
 def changed(content: Any, place: tuple[Any, ...], value: Any, remove: bool) -> Any:
@@ -208,8 +205,6 @@ def test_an_exported_model_is_verified(compressed: Path) -> None:
 
 
 def test_sha256sum_agrees(compressed: Path) -> None:
-    import subprocess
-
     checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=compressed, capture_output=True)
     assert checked.returncode == 0, checked.stdout
 
