@@ -10,6 +10,7 @@ import typer
 
 from mcsharp_sdk.cli.options import JsonOption, ModelOption, RecipeArgument, SetOption
 from mcsharp_sdk.cli.output import print_json, print_note, print_table
+from mcsharp_sdk.errors import InputError
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.run import Compression
@@ -67,7 +68,10 @@ def _log_to(file: Path | None) -> None:
     if file is None:
         logger.addHandler(logging.NullHandler())
         return
-    handler = logging.FileHandler(file, encoding="utf-8")
+    try:
+        handler = logging.FileHandler(file, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{file}: no log can be written: {error.strerror or error}") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

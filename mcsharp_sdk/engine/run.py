@@ -25,6 +25,7 @@ from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.engine.stage_store import StageStore
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.source import SourceModel
+from mcsharp_sdk.models.weight_checks import check_outer_weights
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.recipe.library import open_recipe
 from mcsharp_sdk.recipe.schema import Recipe
@@ -115,6 +116,7 @@ def compress(
     source = SourceModel(Path(model), device)
     plan = make_plan(recipe, source)
     check_disk_space(plan, recipe, source, directory, output)
+    check_outer_weights(source)
     calibration = read_calibration(recipe, source)
     if on_plan is not None:
         on_plan(plan)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mcsharp_sdk.checked_files import CHECKSUMS_FILE, changed_files, read_checksums
-from mcsharp_sdk.errors import InputProblems, Problem
+from mcsharp_sdk.errors import InputProblems
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
 from mcsharp_sdk.models.shards import Checkpoint
-from mcsharp_sdk.models.weight_checks import count_not_finite
+from mcsharp_sdk.models.weight_checks import numbers_of
 from mcsharp_sdk.runtime.stored_tensors import check_compressed
 
-PIECE_BYTES = 256 << 20
-"""Most bytes of a tensor that are read at a time, unless a single row is larger."""
+NO_CHECKSUMS = f"no {CHECKSUMS_FILE}: whether files are as written cannot be told"
 
 
 @dataclass(frozen=True)
@@ -65,24 +61,7 @@ def verify(model: str | Path) -> Verification:
     except InputProblems as error:
         raise InputProblems(str(folder), [*problems, *error.problems]) from None
     for name in checkpoint.names:
-        wrong = sum(count_not_finite(piece) for piece in _pieces(checkpoint, name))
-        if wrong:
-            where = f"{checkpoint.info(name).file.name}: {name}"
-            problems.append(Problem(where, f"{wrong} numbers are NaN or infinite"))
+        problems += numbers_of(checkpoint, name)
     if problems:
         raise InputProblems(str(folder), problems)
     return Verification(str(folder), compressed, len(sums), len(checkpoint.names))
-
-
-def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
-    """A tensor in runs of rows."""
-    info = checkpoint.info(name)
-    if not info.shape or not info.nbytes:
-        yield checkpoint.read(name)
-        return
-    rows = max(1, PIECE_BYTES * info.shape[0] // info.nbytes)
-    for start in range(0, info.shape[0], rows):
-        yield checkpoint.read_rows(name, start, min(start + rows, info.shape[0]))
-
-
-NO_CHECKSUMS = f"no {CHECKSUMS_FILE}: whether files are as written cannot be told"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,16 @@ class Checkpoint:
         row = info.nbytes // info.shape[0] if info.shape[0] else 0
         data = read_bytes(info.file, info.offset + start * row, (stop - start) * row)
         return data.view(info.dtype).view(stop - start, *info.shape[1:])
+
+    def pieces(self, name: str, most_bytes: int) -> Iterator[torch.Tensor]:
+        """A tensor in runs of rows of at most so many bytes, at least one row each."""
+        info = self.info(name)
+        if not info.shape or not info.nbytes:
+            yield self.read(name)
+            return
+        rows = max(1, most_bytes * info.shape[0] // info.nbytes)
+        for start in range(0, info.shape[0], rows):
+            yield self.read_rows(name, start, min(start + rows, info.shape[0]))
 
     def slice(self, name: str, check: TensorCheck | None = None) -> TensorSlice:
         """A handle that reads only when indexed; transformers' loader takes it as a tensor.

@@ -32,6 +32,10 @@ QUANTISED_TENSORS = re.compile(r"\.(qweight|qzeros|weight_packed|weight_scale(_i
 """Names of tensors that GPTQ, AWQ, compressed-tensors, fp8 and bitsandbytes store."""
 
 CHUNK = 1 << 22
+"""Numbers that are looked at together."""
+
+PIECE_BYTES = 256 << 20
+"""Most bytes of a tensor that are read at a time, unless a single row is larger."""
 
 
 def check_unquantised(checkpoint: Checkpoint) -> None:
@@ -67,6 +71,33 @@ def count_not_finite(tensor: Tensor) -> int:
         if not (torch.isfinite(least) and torch.isfinite(most)):
             count += int((~torch.isfinite(wide)).sum())
     return count
+
+
+def numbers_of(checkpoint: Checkpoint, name: str) -> list[Problem]:
+    """What is wrong with the numbers of a tensor; it is read in pieces."""
+    info = checkpoint.info(name)
+    if not info.dtype.is_floating_point:
+        return []
+    wrong = sum(count_not_finite(piece) for piece in checkpoint.pieces(name, PIECE_BYTES))
+    where = f"{info.file.name}: {name}"
+    return [Problem(where, f"{wrong} numbers are NaN or infinite")] if wrong else []
+
+
+def check_outer_weights(source: SourceModel) -> None:
+    """Check the numbers of all that is outside of the decoder layers, such as embedding and head.
+
+    They are few beside those of the layers, which are checked as each is loaded.
+
+    Raises
+    ------
+    InputProblems
+        With each tensor that has numbers that are NaN or infinite.
+    """
+    layers = f"{source.topology.layers_path}."
+    names = [n for n, memory in source.memory_names.items() if not memory.startswith(layers)]
+    problems = [problem for name in names for problem in numbers_of(source.checkpoint, name)]
+    if problems:
+        raise InputProblems(str(source.path), problems)
 
 
 def check_fit(source: SourceModel) -> None:
