@@ -45,16 +45,20 @@ def compress(
     from mcsharp_sdk.engine.run import compress as run
 
     _log_to(log_file)
-    result = run(
-        recipe,
-        model,
-        output,
-        run_dir=run_dir,
-        overrides=overrides or [],
-        overwrite=overwrite,
-        device=device,
-        on_plan=None if json else show_plan,
-    )
+    try:
+        result = run(
+            recipe,
+            model,
+            output,
+            run_dir=run_dir,
+            overrides=overrides or [],
+            overwrite=overwrite,
+            device=device,
+            on_plan=None if json else show_plan,
+        )
+    except KeyboardInterrupt:
+        print_note("What is finished is kept: the same command continues from there.")
+        raise
     if json:
         print_json(result.to_json())
     else:

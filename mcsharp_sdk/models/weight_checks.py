@@ -7,7 +7,7 @@ shapes that the headers give, so that every family's disk layout is understood.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +137,8 @@ class _EmptySlice:
 
 
 def _misfits(source: SourceModel) -> Iterator[Problem]:
-    info = _dry_load(source)
+    repeated = _repeated_layers(source)
+    info = _dry_load(source, repeated)
     places = _Places(source)
     for name, found, wanted in sorted(info.mismatched_keys):
         yield Problem(
@@ -151,12 +152,42 @@ def _misfits(source: SourceModel) -> Iterator[Problem]:
     spared = [*source.tied_names, *info.conversion_errors, *(m[0] for m in info.mismatched_keys)]
     absent = _not_ignored(info.missing_keys - {*spared}, _patterns(source.model, "missing"))
     for name in sorted(absent):
+        if _layer_of(source, name) in repeated:
+            continue
         yield Problem("", f"{name}: there is no such tensor, but config.json asks for it")
     extra = _not_ignored(info.unexpected_keys, _patterns(source.model, "unexpected"))
     yield from _further_layers(source, extra, places)
 
 
-def _dry_load(source: SourceModel) -> Any:
+def _layer_of(source: SourceModel, name: str) -> int | None:
+    """The decoder layer that a name in the module tree lies in."""
+    path, _, rest = name.partition(f"{source.topology.layers_path}.")
+    number = rest.partition(".")[0]
+    return int(number) if not path and number.isdecimal() else None
+
+
+def _repeated_layers(source: SourceModel) -> set[int]:
+    """Decoder layers that are on disk, and in the module tree, just as an earlier one is.
+
+    They need not be checked again, which for a model of 50 000 tensors takes minutes.
+    """
+    kinds: dict[int, list[tuple[str, str, Any, Any]]] = {}
+    for disk, memory in source.memory_names.items():
+        layer, info = _layer_of(source, memory), source.checkpoint.info(disk)
+        if layer is not None:
+            within = disk.replace(f".{layer}.", ".", 1), memory.replace(f".{layer}.", ".", 1)
+            kinds.setdefault(layer, []).append((*within, info.shape, str(info.dtype)))
+    for layer in range(source.topology.num_layers):
+        tree = source.layer(layer).state_dict(keep_vars=True)
+        wanted = [("", name, tuple(tensor.shape), "") for name, tensor in tree.items()]
+        kinds.setdefault(layer, []).extend(wanted)
+    first: dict[tuple[Any, ...], int] = {}
+    for layer, kind in sorted(kinds.items()):
+        first.setdefault(tuple(sorted(kind, key=str)), layer)
+    return {layer for layer in kinds if layer not in set(first.values())}
+
+
+def _dry_load(source: SourceModel, without: Collection[int]) -> Any:
     """What transformers' loader says of the headers; the model is left as it was."""
     before = [(m, dict(m._parameters), dict(m._buffers)) for m in source.model.modules()]
     settings = LoadStateDictConfig(
@@ -165,7 +196,11 @@ def _dry_load(source: SourceModel) -> Any:
         dtype_plan=source.model._get_dtype_plan(source.dtype),
         weight_mapping=weight_conversions(source.model),
     )
-    slices = {name: _EmptySlice(info) for name, info in source.checkpoint.tensors.items()}
+    slices = {
+        name: _EmptySlice(source.checkpoint.info(name))
+        for name, memory in source.memory_names.items()
+        if _layer_of(source, memory) not in without
+    }
     try:
         info, _ = convert_and_load_state_dict_in_model(source.model, slices, settings)
     finally:
