@@ -112,10 +112,12 @@ def compress(
     recipe = as_recipe(recipe, overrides)
     output = Path(output)
     directory = Path(run_dir) if run_dir is not None else output.with_name(f".{output.name}.run")
-    check_output(output, directory, overwrite or is_published(directory, output, recipe))
+    published = not overwrite and is_published(directory, output, recipe)
+    check_output(output, directory, overwrite or published)
     source = SourceModel(Path(model), device)
     plan = make_plan(recipe, source)
-    check_disk_space(plan, recipe, source, directory, output)
+    if not published:
+        check_disk_space(plan, recipe, source, directory, output)
     check_outer_weights(source)
     calibration = read_calibration(recipe, source)
     if on_plan is not None:

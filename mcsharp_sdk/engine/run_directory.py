@@ -192,7 +192,13 @@ class RunDirectory:
                 )
             write_checked_json(file, self.fingerprint)
             return
-        before = read_checked_json(file)
+        try:
+            before = read_checked_json(file)
+        except DamagedFile as error:
+            raise InputError(
+                f"{error}, so which run {self.path} belongs to cannot be told: delete that folder "
+                "to begin again"
+            ) from None
         keys = sorted(before.keys() | self.fingerprint.keys())
         changed = [key for key in keys if before.get(key) != self.fingerprint.get(key)]
         if changed:

@@ -59,7 +59,8 @@ class McSharpQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         pack_modules(model, PackedLayout.from_dict(config.to_dict()))
-        check_files(model, kwargs["checkpoint_files"])
+        if files := kwargs.get("checkpoint_files"):
+            check_files(model, files)
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:

@@ -64,8 +64,9 @@ def check_files(model: Any, files: Sequence[str | Path]) -> None:
         If headers are damaged, a file lies elsewhere than the others, or tensors do not fit.
     """
     paths = [Path(file) for file in files]
-    folder = Path(str(model.config.name_or_path))
-    home = folder if folder.is_dir() else paths[0].parent
+    folder, home = Path(str(model.config.name_or_path)), paths[0].parent
+    inside = not folder.is_dir() or _is_inside(home, folder)
+    home = home if inside else folder
     tensors: dict[str, TensorInfo] = {}
     problems = []
     for path in paths:
@@ -78,6 +79,11 @@ def check_files(model: Any, files: Sequence[str | Path]) -> None:
     if problems:
         raise InputProblems(str(home), problems)
     check_tensors(model, tensors, str(home))
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """By their names: a link in a folder may lead elsewhere, as in the download cache."""
+    return path.is_relative_to(folder) and ".." not in path.relative_to(folder).parts
 
 
 def check_tensors(model: Any, tensors: Mapping[str, TensorInfo], subject: str) -> None:
