@@ -57,14 +57,14 @@ class Death:
     ----------
     folder : whose changes are counted.
     change : number of the change, from 1, in front of which it happens; 0 for never.
-    signal : that the process gets then; None if instead a file takes all space of the file system.
+    by : signal that the process gets then; None if instead a file takes all space of the file system.
     file_limit : most bytes of one file (RLIMIT_FSIZE); 0 for no limit.
     log : where each file that comes to its place is noted, a line each.
     """
 
     folder: Path
     change: int = 0
-    signal: int | None = signal.SIGKILL
+    by: int | None = signal.SIGKILL
     file_limit: int = 0
     log: Path | None = None
 
@@ -136,8 +136,8 @@ def _reaper(death: Death) -> Callable[[str, tuple[Any, ...]], None]:
         if not (writes or event in CHANGES) or folder not in str(arguments[0]):
             return
         count += 1
-        if count == death.change and death.signal is not None:
-            os.kill(os.getpid(), death.signal)
+        if count == death.change and death.by is not None:
+            os.kill(os.getpid(), death.by)
         elif count == death.change:
             fill(death.folder)
         if death.log is not None and event == "os.rename":

@@ -89,7 +89,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 # Killed
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_loses_nothing(
     kills: int, base: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -142,7 +142,7 @@ def prepared(finished: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("step", [23, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [31, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_result_that_is_replaced_is_there_whole_before_or_after(
     step: int, base: Path, finished: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -197,12 +197,14 @@ def test_an_interrupted_run_leaves_its_finished_layers_and_nothing_half_written(
 # No space, no memory
 
 
-@pytest.mark.parametrize("change", [20, pytest.param(60, marks=pytest.mark.slow), 100])
+@pytest.mark.parametrize(
+    "change", [*(pytest.param(n, marks=pytest.mark.slow) for n in (20, 100)), 60]
+)
 def test_a_run_whose_disk_is_full_goes_on_when_there_is_room(
     change: int, base: Path, undisturbed: dict[str, bytes], small_disk: Path
 ) -> None:
     wanted = command(base, small_disk / "out")
-    end = run(wanted, Death(small_disk, change, signal=None))
+    end = run(wanted, Death(small_disk, change, by=None))
     assert end.code == 1
     assert "no space is left on the disk" in end.error
     assert f"is kept in {small_disk / '.out.run'}: the same command continues" in end.error
