@@ -57,7 +57,7 @@ class Death:
     ----------
     folder : whose changes are counted.
     change : number of the change, from 1, in front of which it happens; 0 for never.
-    by : signal that the process gets then; None if instead a file takes all space of the file system.
+    by : signal that the process gets then; None if instead a file takes all space of the disk.
     file_limit : most bytes of one file (RLIMIT_FSIZE); 0 for no limit.
     log : where each file that comes to its place is noted, a line each.
     """

@@ -122,6 +122,11 @@ def tokenizer_of_another(given: Given) -> None:
     save_tiny_tokenizer(given.model, vocabulary=50)
 
 
+def without_tokenizer(given: Given) -> None:
+    for file in given.model.glob("token*"):
+        file.unlink()
+
+
 def tokens_beyond(given: Given) -> None:
     save_tiny_tokenizer(given.model, vocabulary=200)
     given.text.write_text("".join(map(chr, range(150, 190))) * 40)
@@ -209,7 +214,7 @@ BEFORE_WORK: dict[str, tuple[Callable[[Given], Any], str]] = {
     ),
     "tokens beyond the embedding": (tokens_beyond, "the model knows 0 to 127"),
     "no tokenizer": (
-        lambda g: [f.unlink() for f in g.model.glob("token*")],
+        without_tokenizer,
         r"no tokenizer could be read",
     ),
     "no text": (lambda g: g.text.unlink(), r"text\.txt': there is no such file"),
