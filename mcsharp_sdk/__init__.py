@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mcsharp_sdk.evaluation.comparison import compare
     from mcsharp_sdk.evaluation.evaluate import evaluate
     from mcsharp_sdk.evaluation.tasks import evaluate_tasks
+    from mcsharp_sdk.evaluation.verification import verify
     from mcsharp_sdk.modifiers.bit_allocation import allocate
     from mcsharp_sdk.recipe.schema import Recipe
 
@@ -35,6 +36,7 @@ __all__ = [
     "export",
     "plan",
     "sweep",
+    "verify",
 ]
 
 _HOMES = {
@@ -47,6 +49,7 @@ _HOMES = {
     "export": "mcsharp_sdk.engine.export",
     "plan": "mcsharp_sdk.engine.plan",
     "sweep": "mcsharp_sdk.engine.sweep",
+    "verify": "mcsharp_sdk.evaluation.verification",
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from mcsharp_exporters.base import Exporter
 from mcsharp_exporters.model_card import model_card
 from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, TokenProtectionRule, TopAnyTraining
+from mcsharp_sdk.data.tokenise import TOKENIZER_FILES
 from mcsharp_sdk.modifiers.gptq_quantize import QUANTIZED_WEIGHTS
 from mcsharp_sdk.modifiers.top_any_router import TOP_ANY_ROUTER
 from mcsharp_sdk.report.page import write_report
@@ -25,19 +26,7 @@ if TYPE_CHECKING:
     from mcsharp_sdk.models.source import SourceModel
     from mcsharp_sdk.runtime.layout import PackedLayout
 
-COPIED_FILES = (
-    "added_tokens.json",
-    "chat_template.*",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer*",
-    "video_preprocessor_config.json",
-    "vocab.*",
-)
+COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 """Files of the original model that belong to the compressed one too."""
 
 REPORT_FILE = "mcsharp_report.json"

@@ -10,6 +10,7 @@ import typer
 
 from mcsharp_sdk.cli.options import JsonOption, ModelOption, RecipeArgument, SetOption
 from mcsharp_sdk.cli.output import print_json, print_note, print_table
+from mcsharp_sdk.errors import InputError
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.run import Compression
@@ -44,16 +45,20 @@ def compress(
     from mcsharp_sdk.engine.run import compress as run
 
     _log_to(log_file)
-    result = run(
-        recipe,
-        model,
-        output,
-        run_dir=run_dir,
-        overrides=overrides or [],
-        overwrite=overwrite,
-        device=device,
-        on_plan=None if json else show_plan,
-    )
+    try:
+        result = run(
+            recipe,
+            model,
+            output,
+            run_dir=run_dir,
+            overrides=overrides or [],
+            overwrite=overwrite,
+            device=device,
+            on_plan=None if json else show_plan,
+        )
+    except KeyboardInterrupt:
+        print_note("What is finished is kept: the same command continues from there.")
+        raise
     if json:
         print_json(result.to_json())
     else:
@@ -67,7 +72,10 @@ def _log_to(file: Path | None) -> None:
     if file is None:
         logger.addHandler(logging.NullHandler())
         return
-    handler = logging.FileHandler(file, encoding="utf-8")
+    try:
+        handler = logging.FileHandler(file, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{file}: no log can be written: {error.strerror or error}") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -13,6 +13,7 @@ from mcsharp_sdk.cli.output import print_json, print_table, print_text
 
 if TYPE_CHECKING:
     from mcsharp_sdk.evaluation.inspection import Inspection
+    from mcsharp_sdk.evaluation.verification import Verification
     from mcsharp_sdk.runtime.pruning_layout import PruningLayout, RulePruning
 
 
@@ -22,6 +23,12 @@ def inspect(
         bool,
         typer.Option("--kernels", help="Show instead what multiplies by each matrix on this CPU."),
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Also read every byte: checksums, shapes, and NaN or infinite weights."
+        ),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Show layers, experts, router, bytes by role and bit widths; no weight is loaded."""
@@ -30,11 +37,34 @@ def inspect(
     if kernels:
         _kernels(directory, json)
         return
+    verified = _verified(directory) if verify else None
     found = inspect_model(directory)
     if json:
-        print_json(found.to_json())
-    else:
-        _show(found)
+        more = {"verified": verified.to_json()} if verified else {}
+        print_json({**found.to_json(), **more})
+        return
+    _show(found)
+    if verified:
+        _show_verification(verified)
+
+
+def _verified(directory: Path) -> Verification:
+    from mcsharp_sdk.evaluation.verification import verify
+
+    return verify(directory)
+
+
+def _show_verification(verified: Verification) -> None:
+    from mcsharp_sdk.evaluation.verification import NO_CHECKSUMS
+
+    files = f"{verified.checksums} files are as they were written" if verified.checksums else ""
+    rows = [
+        ("checksums", files or NO_CHECKSUMS),
+        ("numbers", f"{verified.tensors} tensors, all finite"),
+    ]
+    if verified.compressed:
+        rows.insert(1, ("shapes", "all tensors are what config.json says"))
+    print_table("Verified", ["", ""], rows)
 
 
 def _show(found: Inspection) -> None:

@@ -7,6 +7,7 @@ document's end, so a window of tokens may reach from one document into the next.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -195,12 +196,22 @@ def _decoded(path: Path, read: Callable[[], str]) -> str:
     try:
         piece = read()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text ({error.reason}); convert it first") from error
+        raise InputError(
+            f"{path}: is not UTF-8 text ({error.reason}); convert it first{_convert(path)}"
+        ) from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     if "\0" in piece:
         raise InputError(f"{path}: is a binary file (has NUL bytes); give UTF-8 text")
     return piece
+
+
+def _convert(path: Path) -> str:
+    """How to convert a file that says by its first bytes what it is; else empty."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    utf_16 = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return f": iconv -f UTF-16 -t UTF-8 {path} > converted.txt" if utf_16 else ""
 
 
 def _joined(documents: Iterable[str]) -> Iterator[str]:

@@ -9,7 +9,12 @@ from typing import Any
 from mcsharp_sdk.data.calibration import Calibration, DatasetSource, ImageTextSource, TextSource
 from mcsharp_sdk.data.calibration_set import CalibrationSet, SampleGroup
 from mcsharp_sdk.data.image_text import load_processor, pair_inputs, read_pairs
-from mcsharp_sdk.data.tokenise import calibration_tokens, check_vocabulary, load_tokenizer
+from mcsharp_sdk.data.tokenise import (
+    calibration_tokens,
+    check_tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+)
 
 
 def gather(sources: Sequence[Calibration], model_dir: Path, config: Any) -> CalibrationSet:
@@ -38,7 +43,9 @@ def _groups(
 ) -> Iterator[SampleGroup]:
     vocabulary = config.get_text_config().vocab_size
     if not isinstance(settings, ImageTextSource):
-        tokens = calibration_tokens(settings, load_tokenizer(model_dir), vocabulary)
+        tokenizer = load_tokenizer(model_dir)
+        check_tokenizer(tokenizer, vocabulary, model_dir)
+        tokens = calibration_tokens(settings, tokenizer, vocabulary)
         yield SampleGroup({"input_ids": tokens}, index)
         return
     processor = load_processor(model_dir)

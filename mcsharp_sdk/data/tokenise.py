@@ -28,6 +28,23 @@ OVERLAP = 2048
 AGREEMENT = 8
 """Tokens in a row that must agree at a seam."""
 
+LEAST_KNOWN = 0.5
+"""Least share of a model's tokens that its own tokenizer knows."""
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.*",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer*",
+    "video_preprocessor_config.json",
+    "vocab.*",
+)
+"""Files of a model folder that decide which inputs a text or an image becomes."""
+
 
 def load_tokenizer(model_dir: Path) -> Any:
     """The tokenizer in a model directory; nothing is downloaded and no code of the model is run.
@@ -110,6 +127,19 @@ def calibration_tokens(
     tokens = windows[choose_windows(windows.shape[0], settings)]
     check_vocabulary(tokens, vocab_size)
     return tokens
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int, model_dir: Path) -> None:
+    """InputError if a tokenizer knows so few of the model's tokens that it is another model's.
+
+    Embeddings are often padded by a few percent, so a somewhat smaller vocabulary is usual.
+    """
+    known = len(tokenizer)
+    if known < LEAST_KNOWN * vocab_size:
+        raise InputError(
+            f"{model_dir}: the tokenizer knows {known} tokens, the model {vocab_size}: it is "
+            "another model's; put the tokenizer.json there that belongs to the model"
+        )
 
 
 def check_vocabulary(tokens: Tensor, vocab_size: int | None) -> None:

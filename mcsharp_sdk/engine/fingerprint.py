@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mcsharp_sdk._version import __version__
+from mcsharp_sdk.checked_files import hash_of
 from mcsharp_sdk.data.calibration import data_fingerprint
+from mcsharp_sdk.data.tokenise import TOKENIZER_FILES
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.recipe.schema import Recipe
 
 RECIPE = "recipe"
 CALIBRATION = "calibration"
+TOKENIZER = "tokenizer"
 COMMON = ("mcsharp_sdk version", "model config", "model weights")
 """Parts that the result of every stage depends on."""
 
@@ -28,6 +31,7 @@ def fingerprint(recipe: Recipe, source: SourceModel) -> dict[str, str]:
     if recipe.calibration is not None:
         data = [data_fingerprint(source) for source in recipe.sources]
         parts[CALIBRATION] = hash_of([recipe.settings()["calibration"], data])
+        parts[TOKENIZER] = hash_of(dict(_tokenizer_files(source.path)))
     for position, stage in enumerate(recipe.stages):
         for setting, path in stage.files().items():
             parts[_file_part(position, setting)] = hash_of(path.read_bytes().hex())
@@ -50,7 +54,7 @@ def stage_keys(recipe: Recipe, parts: Mapping[str, str]) -> list[str]:
     for position, stage in enumerate(recipe.stages):
         names = [*COMMON, *(_file_part(position, setting) for setting in stage.files())]
         if stage.uses_calibration or stage.needs_calibration():
-            names.append(CALIBRATION)
+            names += [CALIBRATION, TOKENIZER]
         inputs = {*stage.needs(), *stage.uses, stage.writes}
         depends_on = [
             stage.model_dump(mode="json"),
@@ -62,11 +66,6 @@ def stage_keys(recipe: Recipe, parts: Mapping[str, str]) -> list[str]:
     return keys
 
 
-def hash_of(value: Any) -> str:
-    """sha256 of JSON values; the order of an object's keys does not matter."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _file_part(position: int, setting: str) -> str:
     return f"stages[{position}].{setting}"
 
@@ -76,3 +75,11 @@ def _weight_identity(checkpoint: Checkpoint) -> list[Any]:
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in checkpoint.files]
     tensors = [(n, str(i.dtype), list(i.shape)) for n, i in checkpoint.tensors.items()]
     return [files, tensors]
+
+
+def _tokenizer_files(folder: Path) -> Iterator[tuple[str, str]]:
+    """Name and hash of each file that makes tokens of text, or inputs of images."""
+    for pattern in TOKENIZER_FILES:
+        for file in folder.glob(pattern):
+            if file.is_file():
+                yield file.name, hashlib.sha256(file.read_bytes()).hexdigest()

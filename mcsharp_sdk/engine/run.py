@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +14,18 @@ from typing import Any
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.data.gathering import gather
 from mcsharp_sdk.engine.context import RunContext
+from mcsharp_sdk.engine.disk_space import check_disk_space
 from mcsharp_sdk.engine.fingerprint import fingerprint, stage_keys
+from mcsharp_sdk.engine.obstacles import explained
 from mcsharp_sdk.engine.plan import Plan, make_plan
 from mcsharp_sdk.engine.progress import ProgressBars
+from mcsharp_sdk.engine.publication import is_published, partial_output, publish
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.engine.stage_store import StageStore
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.source import SourceModel
+from mcsharp_sdk.models.weight_checks import check_outer_weights
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.recipe.library import open_recipe
 from mcsharp_sdk.recipe.schema import Recipe
@@ -109,9 +112,13 @@ def compress(
     recipe = as_recipe(recipe, overrides)
     output = Path(output)
     directory = Path(run_dir) if run_dir is not None else output.with_name(f".{output.name}.run")
-    check_output(output, directory, overwrite)
+    published = not overwrite and is_published(directory, output, recipe)
+    check_output(output, directory, overwrite or published)
     source = SourceModel(Path(model), device)
     plan = make_plan(recipe, source)
+    if not published:
+        check_disk_space(plan, recipe, source, directory, output)
+    check_outer_weights(source)
     calibration = read_calibration(recipe, source)
     if on_plan is not None:
         on_plan(plan)
@@ -144,7 +151,14 @@ class Work:
     def run(self, progress: bool | None = None) -> tuple[Mapping[str, float], Sequence[str]]:
         """Run stages and exporters; seconds of each that was not finished before, and warnings."""
         watch = _Stopwatch()
-        with self.directory as opened, ProgressBars(progress) as bars:
+        with (
+            explained(self.directory.path),
+            self.directory as opened,
+            ProgressBars(progress) as bars,
+        ):
+            if not self.overwrite and is_published(opened.path, self.output, self.recipe):
+                logger.info("%s was finished by an earlier run", self.output)
+                return {}, opened.report().warnings
             context = RunContext(self.source, self.recipe, self.calibration, opened, bars)
             _run_stages(context, watch, self.store)
             _export(context, self.output, self.overwrite, watch)
@@ -193,7 +207,8 @@ def _run_stage(context: RunContext, stage: Modifier, name: str, watch: _Stopwatc
     with watch.measure(stage.type):
         stage.run(context)
     files = context.directory.files_written(stage.writes)
-    context.directory.mark_finished(name, FinishedStage(files, context.report))
+    finished = FinishedStage(files, context.report, context.directory.checksums(files))
+    context.directory.mark_finished(name, finished)
     logger.info("%s took %.1f s", stage.type, watch.seconds[stage.type])
 
 
@@ -226,26 +241,8 @@ def _is_ours(folder: Path) -> bool:
 
 def _export(context: RunContext, output: Path, overwrite: bool, watch: _Stopwatch) -> None:
     """Run all exporters into a hidden folder and rename it when everything is in it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with partial_output(output) as partial:
         for exporter in context.recipe.exports:
             with watch.measure(exporter.type):
                 exporter.run(context, partial)
-        _publish(partial, output, overwrite)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _publish(partial: Path, output: Path, overwrite: bool) -> None:
-    if output.exists():
-        if not overwrite:
-            raise InputError(f"{output} came into being meanwhile; give --overwrite to replace it")
-        old = output.with_name(f".{output.name}.old")
-        output.rename(old)
-        partial.rename(output)
-        shutil.rmtree(old)
-    else:
-        partial.rename(output)
+        publish(partial, output, context.recipe, context.directory, overwrite=overwrite)

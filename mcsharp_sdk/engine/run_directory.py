@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -11,20 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 
-from safetensors.torch import load_file
-from torch import Tensor
-
 from mcsharp_sdk.artifact_file import Artifact, readable_json, write_text_atomically
+from mcsharp_sdk.checked_files import (
+    DamagedFile,
+    file_hash,
+    read_checked_json,
+    write_checked_json,
+)
+from mcsharp_sdk.engine.layer_store import FINISHED_FILE, LayerStore
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.models.shards import write_safetensors
 
 FINGERPRINT_FILE = "fingerprint.json"
-FINISHED_FILE = "finished_stages.json"
 LOCK_FILE = "run.lock"
-SUMMARY_FILE = "summary.json"
+PUBLISHED_FILE = "published.json"
 
-OWN_FILES = (FINGERPRINT_FILE, FINISHED_FILE, LOCK_FILE)
+OWN_FILES = (FINGERPRINT_FILE, FINISHED_FILE, LOCK_FILE, PUBLISHED_FILE)
 """Files of a run directory that no stage wrote."""
 
 AnyArtifact = TypeVar("AnyArtifact", bound=Artifact)
@@ -35,20 +36,29 @@ def write_json(path: Path, value: Any) -> None:
     write_text_atomically(path, readable_json(value) + "\n")
 
 
-def lock(file: Path) -> IO[str]:
+def lock(file: Path, subject: Path | None = None) -> IO[str]:
     """Lock a file, made if need be, until the stream that is returned is closed.
+
+    Parameters
+    ----------
+    subject : what the lock is for, in messages; by default the file's folder.
 
     Raises
     ------
     InputError
         If another process, or another stream of this one, holds it.
     """
+    subject = subject or file.parent
     stream = file.open("w")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno()))
     except OSError as error:
         stream.close()
-        raise InputError(f"{file.parent} is in use by another run") from error
+        raise InputError(f"{subject} is in use by another run") from error
+    if not held:  # the run that held it has just removed it
+        stream.close()
+        raise InputError(f"{subject} was in use by another run: try again")
     return stream
 
 
@@ -76,20 +86,26 @@ class FinishedStage:
     ----------
     files : that it wrote, relative to the run directory.
     report : what it has to say.
+    checksums : file -> sha256 of those that have no checksum in themselves or in their notes.
     """
 
     files: tuple[str, ...] = ()
     report: RunReport = field(default_factory=RunReport)
+    checksums: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
-        return {"files": list(self.files), **self.report.to_dict()}
+        return {
+            "files": list(self.files),
+            "checksums": dict(self.checksums),
+            **self.report.to_dict(),
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> FinishedStage:
         """What ``to_json`` gave."""
         report = RunReport(dict(content["stages"]), list(content["warnings"]))
-        return cls(tuple(content["files"]), report)
+        return cls(tuple(content["files"]), report, dict(content.get("checksums", {})))
 
 
 class RunDirectory:
@@ -107,8 +123,9 @@ class RunDirectory:
     Raises
     ------
     InputError
-        If another run has the folder open, or it belongs to a run with another fingerprint; the
-        message names the parts that differ.
+        If another run has the folder open, it is no run directory, it belongs to a run with
+        another fingerprint, or a file of a finished stage is not what it was; the message names
+        the parts or files that differ.
     """
 
     def __init__(self, path: Path, fingerprint: Mapping[str, str], *, keep: bool = True) -> None:
@@ -123,14 +140,41 @@ class RunDirectory:
             self._lock = lock(self.path / LOCK_FILE)
         except OSError as error:
             raise InputError(f"the run directory {self.path} cannot be used: {error}") from error
-        self._check_fingerprint()
+        try:
+            self._check_fingerprint()
+            self._check_finished()
+        except BaseException as error:
+            self._lock.close()
+            if isinstance(error, DamagedFile):
+                raise InputError(f"{error}; {_begin_again(self.path)}") from None
+            raise
+        remove_temporary_files(self.path)
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         if not self.keep and (failure is None or not self._has_work()):
-            shutil.rmtree(self.path)
+            self._remove()
         if self._lock is not None:
             self._lock.close()
+
+    def _remove(self) -> None:
+        """Delete the folder, so that what is left of it at any moment is a run less finished.
+
+        What says that something is finished goes before the thing itself, and what says that all is
+        finished goes last.
+        """
+        last = (FINGERPRINT_FILE, LOCK_FILE, PUBLISHED_FILE)
+        (self.path / FINISHED_FILE).unlink(missing_ok=True)
+        for notes in self.path.glob("*/*.json"):
+            notes.unlink()
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name not in last:
+                entry.unlink()
+        for name in last:
+            (self.path / name).unlink(missing_ok=True)
+        self.path.rmdir()
 
     def _has_work(self) -> bool:
         return any(
@@ -140,9 +184,21 @@ class RunDirectory:
     def _check_fingerprint(self) -> None:
         file = self.path / FINGERPRINT_FILE
         if not file.exists():
-            write_json(file, self.fingerprint)
+            strangers = [f.name for f in self.path.iterdir() if not f.name.startswith(".")]
+            if set(strangers) - {LOCK_FILE, PUBLISHED_FILE}:
+                raise InputError(
+                    f"{self.path} is no run directory: it has {min(strangers)}, but no "
+                    f"{FINGERPRINT_FILE}; give another --run-dir, or empty the folder yourself"
+                )
+            write_checked_json(file, self.fingerprint)
             return
-        before = json.loads(file.read_text())
+        try:
+            before = read_checked_json(file)
+        except DamagedFile as error:
+            raise InputError(
+                f"{error}, so which run {self.path} belongs to cannot be told: delete that folder "
+                "to begin again"
+            ) from None
         keys = sorted(before.keys() | self.fingerprint.keys())
         changed = [key for key in keys if before.get(key) != self.fingerprint.get(key)]
         if changed:
@@ -150,6 +206,14 @@ class RunDirectory:
                 f"{self.path} belongs to another run: {', '.join(changed)} changed since it began. "
                 "Delete that folder to begin again, or give another --run-dir to keep it"
             )
+
+    def _check_finished(self) -> None:
+        for stage in self.finished().values():
+            for name, digest in stage.checksums.items():
+                file = self.path / name
+                if not file.is_file() or file_hash(file) != digest:
+                    state = "changed since its stage finished" if file.is_file() else "is gone"
+                    raise DamagedFile(f"{file} {state}")
 
     def write(self, artifact: Artifact) -> None:
         """Keep an artifact."""
@@ -172,13 +236,26 @@ class RunDirectory:
     def finished(self) -> dict[str, FinishedStage]:
         """Key of each stage that is done -> what it left, in the order in which they ran."""
         file = self.path / FINISHED_FILE
-        content = json.loads(file.read_text()) if file.exists() else {}
+        content = read_checked_json(file) if file.exists() else {}
         return {key: FinishedStage.from_json(stage) for key, stage in content.items()}
 
     def mark_finished(self, key: str, stage: FinishedStage) -> None:
         """Record that a stage is done."""
         content = {name: done.to_json() for name, done in self.finished().items()}
-        write_json(self.path / FINISHED_FILE, {**content, key: stage.to_json()})
+        write_checked_json(self.path / FINISHED_FILE, {**content, key: stage.to_json()})
+
+    def checksums(self, files: Iterable[str]) -> dict[str, str]:
+        """Those of ``files`` that have no checksum in themselves or their notes -> sha256."""
+        return {name: file_hash(self.path / name) for name in files if "/" not in name}
+
+    def mark_published(self, what: Mapping[str, str]) -> None:
+        """Record what is about to come to its place as the result of the run."""
+        write_checked_json(self.path / PUBLISHED_FILE, dict(what))
+
+    def published(self) -> dict[str, str]:
+        """What ``mark_published`` kept; empty if nothing."""
+        file = self.path / PUBLISHED_FILE
+        return dict(read_checked_json(file)) if file.exists() else {}
 
     def files_written(self, artifact: str) -> tuple[str, ...]:
         """Files of the stage that has just run and writes ``artifact``, relative to the folder.
@@ -206,45 +283,15 @@ class RunDirectory:
         return whole
 
 
-class LayerStore:
-    """Tensors and notes of one stage, a file of each per decoder layer."""
+def remove_temporary_files(folder: Path) -> None:
+    """Delete what a run that was killed had begun to write: names that begin with a dot."""
+    for file in folder.rglob(".*"):
+        if file.is_file():
+            file.unlink()
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
 
-    def has(self, layer: int) -> bool:
-        """Whether the layer is finished: its notes are written last."""
-        return self._notes(layer).exists()
-
-    def write(self, layer: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        """Keep a finished layer."""
-        if tensors:
-            write_safetensors(self._tensors(layer), dict(tensors), {"format": "pt"})
-        write_json(self._notes(layer), notes)
-
-    def tensors(self, layer: int) -> dict[str, Tensor]:
-        """The tensors of a finished layer; it may have none."""
-        file = self._tensors(layer)
-        return load_file(file) if file.exists() or not self.has(layer) else {}
-
-    def notes(self, layer: int) -> dict[str, Any]:
-        """The notes of a finished layer."""
-        return dict(json.loads(self._notes(layer).read_text()))
-
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Keep what holds for all layers, once all of them are finished."""
-        write_json(self.folder / SUMMARY_FILE, summary)
-
-    def is_complete(self) -> bool:
-        """Whether all layers are finished: the summary is written behind them."""
-        return (self.folder / SUMMARY_FILE).exists()
-
-    def summary(self) -> dict[str, Any]:
-        """What ``write_summary`` kept."""
-        return dict(json.loads((self.folder / SUMMARY_FILE).read_text()))
-
-    def _tensors(self, layer: int) -> Path:
-        return self.folder / f"layer_{layer:05d}.safetensors"
-
-    def _notes(self, layer: int) -> Path:
-        return self.folder / f"layer_{layer:05d}.json"
+def _begin_again(folder: Path) -> str:
+    return (
+        f"delete {folder / FINISHED_FILE} and the damaged file: the same command then does again "
+        "what is not intact"
+    )

@@ -10,10 +10,11 @@ from typing import Any
 
 from mcsharp_exporters.safetensors_model import SafetensorsExporter
 
+from mcsharp_sdk.checked_files import hash_of
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.data.corpora import text_pieces
 from mcsharp_sdk.data.tokenise import load_tokenizer, token_stream
-from mcsharp_sdk.engine.fingerprint import CALIBRATION, fingerprint, hash_of, stage_keys
+from mcsharp_sdk.engine.fingerprint import CALIBRATION, fingerprint, stage_keys
 from mcsharp_sdk.engine.plan import check_model
 from mcsharp_sdk.engine.run import read_calibration
 from mcsharp_sdk.engine.variants import (

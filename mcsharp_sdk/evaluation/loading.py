@@ -11,11 +11,14 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import mcsharp_sdk.runtime.hf_quantizer  # noqa: F401  (lets transformers load compressed models)
-from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.errors import InputError, McSharpError
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
 from mcsharp_sdk.models.architecture import auto_class, read_config, stored_dtype
+from mcsharp_sdk.models.config_file import quantisation_method
 from mcsharp_sdk.models.device import check_device
+from mcsharp_sdk.runtime.layout import METHOD
 from mcsharp_sdk.runtime.pruned_routing import set_expert_pruning
+from mcsharp_sdk.runtime.stored_tensors import check_compressed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,9 +40,12 @@ def load_model(directory: Path, device: str, dtype: torch.dtype, pruning: str | 
         If the files do not fill the architecture that the config describes, or the model cannot
         prune in this way.
     """
+    config = read_config(directory)
+    if quantisation_method(config) == METHOD:
+        check_compressed(directory)
     try:
         with _no_progress_bar():
-            loaded: Any = auto_class(read_config(directory)).from_pretrained(
+            loaded: Any = auto_class(config).from_pretrained(
                 directory,
                 dtype=dtype,
                 device_map="auto" if device == "auto" else {"": device},
@@ -47,7 +53,9 @@ def load_model(directory: Path, device: str, dtype: torch.dtype, pruning: str | 
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except McSharpError:
+        raise
+    except Exception as error:  # which exception depends on the architecture and its config
         raise InputError(f"{directory} cannot be loaded: {error}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):

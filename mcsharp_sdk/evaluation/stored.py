@@ -5,7 +5,6 @@ Read from names and headers alone, so that it works for every family without bui
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.models.config_file import check_config
 from mcsharp_sdk.models.safetensors_file import TensorInfo
 from mcsharp_sdk.runtime.layout import METHOD, PackedLayout, members
 
@@ -92,16 +92,7 @@ def layer_of(name: str) -> int:
 
 def read_config_json(directory: Path) -> dict[str, Any]:
     """The folder's ``config.json``; InputError if it is absent or no JSON object."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise InputError(f"{directory} is not a model folder: it has no config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not a JSON object")
-    return config
+    return check_config(directory)
 
 
 def read_layout(config: Mapping[str, Any], directory: Path) -> PackedLayout | None:
@@ -113,6 +104,8 @@ def read_layout(config: Mapping[str, Any], directory: Path) -> PackedLayout | No
         If the layout is malformed, or the model is packed by a method that hides weight counts.
     """
     settings = config.get("quantization_config") or {}
+    if not isinstance(settings, dict):
+        raise InputError(f"{directory / 'config.json'}: quantization_config is no object")
     method = settings.get("quant_method")
     if method not in READABLE_METHODS:
         raise InputError(

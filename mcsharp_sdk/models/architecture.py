@@ -14,7 +14,11 @@ from transformers import (
 )
 
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.config_file import check_config
 from mcsharp_sdk.models.normal_form import normalise
+
+MOST_TABLE_BYTES = 4 << 30
+"""Most memory for what a model computes from its config, such as rotary tables."""
 
 
 def read_config(path: Path) -> Any:
@@ -23,13 +27,13 @@ def read_config(path: Path) -> Any:
     Raises
     ------
     InputError
-        If ``path`` is no model folder, or its architecture is unknown to transformers.
+        If ``path`` is no model folder, its config.json is damaged, or its architecture is unknown
+        to transformers.
     """
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path} is not a model folder: it has no config.json")
+    check_config(path)
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # each architecture's config raises what it likes
         raise InputError(f"{path / 'config.json'} cannot be read: {error}") from error
 
 
@@ -78,7 +82,7 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
     Raises
     ------
     InputError
-        If transformers has no model of this architecture.
+        If transformers has no model of this architecture, or cannot build it so.
     """
     with torch.device("meta"):
         try:
@@ -87,9 +91,15 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
                 .from_config(config, dtype=dtype, experts_implementation="eager")
                 .eval()
             )
-        except ValueError as error:
+        except Exception as error:  # each architecture raises what it likes
             raise InputError(f"{config.model_type} cannot be built: {error}") from error
     normalise(model)
+    tables = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
+    if tables > MOST_TABLE_BYTES:
+        raise InputError(
+            f"{config.model_type} cannot be built: the tables that config.json asks for would take "
+            f"{tables} bytes"
+        )
     owners = set()
     for name, buffer in list(model.named_non_persistent_buffers()):
         owner, _, leaf = name.rpartition(".")

@@ -6,17 +6,18 @@ back. A file is trusted with nothing: every offset is checked before a tensor is
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mcsharp_sdk.artifact_file import sync_folder
 from mcsharp_sdk.errors import Problem
 
 MAX_HEADER_BYTES = 100_000_000
@@ -111,7 +112,7 @@ def read_header(path: Path) -> tuple[Header, list[Problem]]:
 
 def write_safetensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+) -> str:
     """Write one safetensors file so that ``path`` holds either all of it or what it held before.
 
     Parameters
@@ -120,6 +121,10 @@ def write_safetensors(
     tensors : name -> tensor of any dtype in ``DTYPES``, on any device, of any strides. They are
         copied to the CPU one at a time.
     metadata : strings for the header's ``__metadata__``.
+
+    Returns
+    -------
+    sha256 of the file's bytes.
 
     Raises
     ------
@@ -132,18 +137,20 @@ def write_safetensors(
     # Wide elements first keeps every tensor aligned to its element size, as the library does it.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    digest = hashlib.sha256()
     try:
         with temporary.open("wb") as file:
-            file.write(_header_bytes(names, tensors, metadata or {}))
-            for name in names:
-                file.write(_raw_bytes(tensors[name]))
+            for part in _file_parts(names, tensors, metadata or {}):
+                file.write(part)
+                digest.update(part)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+    return digest.hexdigest()
 
 
 def read_bytes(path: Path, offset: int, nbytes: int) -> torch.Tensor:
@@ -246,6 +253,14 @@ def _layout_problems(
     return problems
 
 
+def _file_parts(
+    names: Iterable[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    yield _header_bytes(names, tensors, metadata)
+    for name in names:
+        yield _raw_bytes(tensors[name])
+
+
 def _header_bytes(
     names: Iterable[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> bytes:
@@ -268,13 +283,3 @@ def _header_bytes(
 def _raw_bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut, where the system can."""
-    with contextlib.suppress(OSError):  # some systems cannot open or sync a folder
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ __all__ = ["Checkpoint", "TensorInfo", "TensorSlice", "write_safetensors"]
 
 BASE_NAMES = ("model", "mcsharp")
 """Checkpoints go by these names: ``<base>.safetensors`` or ``<base>.safetensors.index.json``."""
+
+TensorCheck = Callable[[torch.Tensor, TensorInfo, str], None]
+"""Raises if something is wrong with a tensor of this info and name."""
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -121,10 +124,25 @@ class Checkpoint:
         data = read_bytes(info.file, info.offset + start * row, (stop - start) * row)
         return data.view(info.dtype).view(stop - start, *info.shape[1:])
 
-    def slice(self, name: str) -> TensorSlice:
-        """A handle that reads only when indexed; transformers' loader takes it as a tensor."""
+    def pieces(self, name: str, most_bytes: int) -> Iterator[torch.Tensor]:
+        """A tensor in runs of rows of at most so many bytes, at least one row each."""
+        info = self.info(name)
+        if not info.shape or not info.nbytes:
+            yield self.read(name)
+            return
+        rows = max(1, most_bytes * info.shape[0] // info.nbytes)
+        for start in range(0, info.shape[0], rows):
+            yield self.read_rows(name, start, min(start + rows, info.shape[0]))
+
+    def slice(self, name: str, check: TensorCheck | None = None) -> TensorSlice:
+        """A handle that reads only when indexed; transformers' loader takes it as a tensor.
+
+        Parameters
+        ----------
+        check : called with what was read, its info and name, before it is given out.
+        """
         self.info(name)
-        return TensorSlice(self, name)
+        return TensorSlice(self, name, check)
 
 
 @dataclass(frozen=True)
@@ -133,6 +151,7 @@ class TensorSlice:
 
     checkpoint: Checkpoint
     name: str
+    check: TensorCheck | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -152,9 +171,14 @@ class TensorSlice:
         first, *rest = index if isinstance(index, tuple) and index else (index,)
         if isinstance(first, slice) and first.step in (None, 1) and self.shape:
             start, stop, _ = first.indices(self.shape[0])
-            rows = self.checkpoint.read_rows(self.name, start, max(start, stop))
+            rows = self._checked(self.checkpoint.read_rows(self.name, start, max(start, stop)))
             return rows[(slice(None), *rest)] if rest else rows
-        return self.checkpoint.read(self.name)[index]
+        return self._checked(self.checkpoint.read(self.name))[index]
+
+    def _checked(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.check is not None:
+            self.check(tensor, self.checkpoint.info(self.name), self.name)
+        return tensor
 
 
 def _find_source(directory: Path) -> Path:

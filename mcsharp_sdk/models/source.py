@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.architecture import empty_model, read_config, stored_dtype
+from mcsharp_sdk.models.config_file import check_layer_count, quantisation_method
 from mcsharp_sdk.models.device import check_device
 from mcsharp_sdk.models.experts import MATRICES, parameter_name
 from mcsharp_sdk.models.memory import keep_large_blocks_out_of_the_heap, release_free_memory
@@ -32,6 +33,7 @@ from mcsharp_sdk.models.normal_form import weight_conversions
 from mcsharp_sdk.models.routing import Router, read_router, router_tensor_names
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.topology import MoeBlock, Topology, read_topology
+from mcsharp_sdk.models.weight_checks import check_finite, check_fit, check_unquantised
 
 
 class SourceModel:
@@ -56,16 +58,20 @@ class SourceModel:
         self.path = path
         self.device = device
         self.config = read_config(path)
-        if getattr(self.config, "quantization_config", None) is not None:
+        if (method := quantisation_method(self.config)) is not None:
             raise InputError(
-                f"{path} is already quantised: give the original model, "
-                "or use `mcsharp inspect` to see what this one holds"
+                f"{path} is already quantised (config.json: quant_method {method!r}): give the "
+                "original model, or use `mcsharp inspect` to see what this one holds"
             )
         self.checkpoint = Checkpoint.open(path)
+        check_unquantised(self.checkpoint)
+        check_layer_count(self.config, len(self.checkpoint.tensors), path)
         self.stored_dtype = stored_dtype(self.config)
         self.dtype = _compute_dtype(self.stored_dtype, device)
         self.model = empty_model(self.config, self.dtype)
         self.topology: Topology = read_topology(self.model, self.config)
+        with _quiet_sequential_loading():
+            check_fit(self)
 
     @cached_property
     def memory_names(self) -> dict[str, str]:
@@ -144,7 +150,8 @@ class SourceModel:
         Raises
         ------
         RunError
-            If the checkpoint does not fill all of them or holds other shapes; names them.
+            If the checkpoint does not fill all of them, holds other shapes, or numbers that are
+            NaN or infinite; names them.
         """
         excluded = frozenset(but_not)
 
@@ -153,8 +160,9 @@ class SourceModel:
 
         mapping = weight_conversions(self.model)
         made = self._made_of
-        lazy = {k: self.checkpoint.slice(k) for k in made if any(map(wanted, made[k]))}
-        lazy |= {m: self.checkpoint.slice(k) for m, k in self.tied_names.items() if wanted(m)}
+        slices = partial(self.checkpoint.slice, check=check_finite)
+        lazy = {k: slices(k) for k in made if any(map(wanted, made[k]))}
+        lazy |= {m: slices(k) for m, k in self.tied_names.items() if wanted(m)}
         settings = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,

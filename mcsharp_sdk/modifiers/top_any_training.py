@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mcsharp_sdk.artifacts import TrainingCurve
+from mcsharp_sdk.checked_files import DamagedFile, hash_of
 from mcsharp_sdk.errors import RunError
 from mcsharp_sdk.models.shards import write_safetensors
 from mcsharp_sdk.pruning.top_any import TopAnyNetwork, gumbel_noise
@@ -190,18 +191,22 @@ class Training:
         }
         for number, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
-        notes = {"name": self._name, "penalty": self._penalty, "curve": self._curve}
+        notes: dict[str, Any] = {
+            "name": self._name,
+            "penalty": self._penalty,
+            "curve": self._curve,
+            "sha256": _tensors_hash(tensors),
+        }
+        notes["notes_sha256"] = hash_of(notes)
         self._file.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(self._file, tensors, {"training": json.dumps(notes)})
 
     def _restore(self) -> None:
         if not self._file.exists():
             return
-        with safe_open(self._file, "pt") as kept:
-            notes = json.loads(kept.metadata()["training"])
-            if notes["name"] != self._name:
-                return
-            tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
+        notes, tensors = _read_state(self._file)
+        if notes["name"] != self._name:
+            return
         for layer, network in self._networks.items():
             prefix = f"network.{layer}."
             network.load_state_dict(
@@ -215,6 +220,36 @@ class Training:
         groups: Any = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
         self._penalty, self._curve = notes["penalty"], notes["curve"]
+
+
+def _tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the tensors' names and bytes."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        total.update(name.encode() + hashlib.sha256(data.numpy().data).digest())
+    return total.hexdigest()
+
+
+def _read_state(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Notes and tensors of a training that is under way.
+
+    Raises
+    ------
+    DamagedFile
+        If they are not those that were written.
+    """
+    try:
+        with safe_open(file, "pt") as kept:
+            notes = json.loads(kept.metadata()["training"])
+            tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
+        expected = notes.pop("notes_sha256")
+        whole = hash_of(notes) == expected and notes["sha256"] == _tensors_hash(tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise DamagedFile(f"{file} is damaged. Delete it: this training then begins again")
+    return notes, tensors
 
 
 def what_trains(name: str) -> str:

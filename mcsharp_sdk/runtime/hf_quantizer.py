@@ -16,10 +16,12 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mcsharp_sdk.checked_files import write_checksums
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.config_file import MOST_LAYERS, check_layer_count
 from mcsharp_sdk.models.normal_form import normalise
 from mcsharp_sdk.models.topology import read_topology
-from mcsharp_sdk.runtime.layout import INDEX_FILE, METHOD, WEIGHTS_NAME, PackedLayout
+from mcsharp_sdk.runtime.layout import FIELDS, INDEX_FILE, METHOD, WEIGHTS_NAME, PackedLayout
 from mcsharp_sdk.runtime.modules import PackedLinear, pack_experts_module
 from mcsharp_sdk.runtime.pruned_routing import (
     ExpertPruner,
@@ -29,6 +31,7 @@ from mcsharp_sdk.runtime.pruned_routing import (
 )
 from mcsharp_sdk.runtime.pruning_layout import PruningMode
 from mcsharp_sdk.runtime.saving import rename_weight_files
+from mcsharp_sdk.runtime.stored_tensors import check_files
 
 
 @register_quantization_config(METHOD)
@@ -37,8 +40,8 @@ class McSharpConfig(QuantizationConfigMixin):
 
     def __init__(self, **settings: Any) -> None:
         self.quant_method: Any = METHOD
-        for name, value in settings.items():
-            setattr(self, name, value)
+        for name in FIELDS & settings.keys():
+            setattr(self, name, settings[name])
 
 
 @register_quantizer(METHOD)
@@ -50,11 +53,14 @@ class McSharpQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         """Called before weight files are looked for: name ours."""
         config.transformers_weights = INDEX_FILE
+        check_layer_count(config, MOST_LAYERS, Path(str(config.name_or_path)))
         return config
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         pack_modules(model, PackedLayout.from_dict(config.to_dict()))
+        if files := kwargs.get("checkpoint_files"):
+            check_files(model, files)
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
@@ -169,8 +175,10 @@ class CompressedModelMixin:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             super().save_pretrained(temporary, **kwargs)  # type: ignore[misc]
             rename_weight_files(Path(temporary), WEIGHTS_NAME)
-            for file in sorted(Path(temporary).iterdir()):
+            files = sorted(Path(temporary).iterdir())
+            for file in files:
                 shutil.move(file, folder / file.name)
+            write_checksums(folder, [file.name for file in files])
 
 
 _SAVABLE_CLASSES: dict[type, type] = {}

@@ -33,6 +33,9 @@ WEIGHTS_NAME = "mcsharp"
 """Weight files are ``mcsharp-00001-of-0000N.safetensors`` with an index, never ``model…``:
 so transformers without this package finds no weights instead of leaving experts random."""
 
+FIELDS = frozenset({"format_version", "group_size", "experts", "linears", "pruning"})
+"""What a ``quantization_config`` may have besides ``quant_method``."""
+
 INDEX_FILE = f"{WEIGHTS_NAME}.safetensors.index.json"
 TENSORS = ("qweight", "scales", "zeros")
 
@@ -88,12 +91,12 @@ class PackedLayout:
         pruning = _read_pruning(config.get("pruning"))
         try:
             layout = cls(
-                group_size=int(config["group_size"]),
+                group_size=_whole(config["group_size"]),
                 experts={
-                    int(layer): tuple(int(b) for b in bits)
+                    int(layer): tuple(_whole(b) for b in bits)
                     for layer, bits in config["experts"].items()
                 },
-                linears={str(name): int(bits) for name, bits in config["linears"].items()},
+                linears={str(name): _whole(bits) for name, bits in config["linears"].items()},
                 pruning=pruning,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -107,6 +110,12 @@ class PackedLayout:
                 f"{sorted(widths)}; group sizes from 1 and widths of {list(WIDTHS)} are stored"
             )
         return layout
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no whole number")
+    return value
 
 
 def _read_pruning(config: Mapping[str, Any] | None) -> PruningLayout | None:

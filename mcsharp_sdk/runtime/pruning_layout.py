@@ -178,7 +178,7 @@ class PruningLayout:
             )
         except InputError as error:
             raise InputError(f"quantization_config.pruning: {error}") from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(f"quantization_config.pruning is malformed: {error!r}") from error
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import struct
 from pathlib import Path
 
 import pytest
 from tiny_models import save_tiny_model
 
 from mcsharp_sdk.cli import main
+from mcsharp_sdk.models.shards import Checkpoint
 
 
 def run(*arguments: str | Path) -> int:
@@ -118,3 +121,24 @@ def test_kernels_of_a_model_that_is_not_compressed_are_refused(
 ) -> None:
     assert run("inspect", model, "--kernels") == 2
     assert "has no packed matrices: it is not compressed" in capsys.readouterr().err
+
+
+def test_verifying_names_what_is_not_a_number(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("inspect", model, "--verify") == 0
+    told = capsys.readouterr().out
+    assert "all finite" in told
+    assert "no SHA256SUMS" in told
+    assert run("inspect", model, "--verify", "--json") == 0
+    verified = json.loads(capsys.readouterr().out)["verified"]
+    assert (verified["compressed"], verified["checksums"]) == (False, 0)
+
+    broken = shutil.copytree(model, tmp_path / "broken")
+    name = "model.layers.1.mlp.gate.weight"
+    info = Checkpoint.open(broken).info(name)
+    content = bytearray(info.file.read_bytes())
+    content[info.offset : info.offset + 4] = struct.pack("<f", float("nan"))
+    info.file.write_bytes(content)
+    assert run("inspect", broken, "--verify") == 2
+    assert f"{info.file.name}: {name}: 1 numbers are NaN" in capsys.readouterr().err

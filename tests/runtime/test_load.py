@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import mcsharp_sdk
-from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.errors import InputError, InputProblems
 from mcsharp_sdk.models.experts import MATRICES, fused_weight
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.quantization.grid import dequantise_packed
@@ -207,5 +207,7 @@ def test_shapes_that_do_not_fit_the_widths_are_refused(mixtral: Path, tmp_path: 
     widths = config["quantization_config"]["experts"]["0"]
     config["quantization_config"]["experts"]["0"] = [4 if b == 3 else b for b in widths]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(
+        InputProblems, match=r"width_4\.gate_up_qweight: is \[1, 192, 32\], but \[2,"
+    ):
         load(folder)

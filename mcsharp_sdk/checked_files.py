@@ -1,0 +1,110 @@
+"""Files whose damage is noticed: JSON with its own checksum, and folders with ``SHA256SUMS``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mcsharp_sdk.artifact_file import read_json_object, readable_json, write_text_atomically
+from mcsharp_sdk.errors import InputError, Problem, RunError
+
+CHECKSUMS_FILE = "SHA256SUMS"
+"""In the form of the program sha256sum, which can check it too."""
+
+EDITED_FILES = ("README.md",)
+"""Files that people are to edit: they get no checksum."""
+
+
+class DamagedFile(RunError):
+    """A file that was written whole is not what it was."""
+
+
+def hash_of(value: Any) -> str:
+    """sha256 of JSON values; the order of an object's keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_checked_json(path: Path, content: Any) -> None:
+    """Write JSON values that a person can read, atomically, with their checksum."""
+    text = readable_json({"content": content, "sha256": hash_of(content)})
+    write_text_atomically(path, text + "\n")
+
+
+def read_checked_json(path: Path) -> Any:
+    """What ``write_checked_json`` wrote.
+
+    Raises
+    ------
+    DamagedFile
+        If the file is anything else.
+    """
+    try:
+        kept = read_json_object(path)
+    except InputError as error:
+        raise DamagedFile(f"{path} {error}") from None
+    if kept.keys() != {"content", "sha256"} or hash_of(kept["content"]) != kept["sha256"]:
+        raise DamagedFile(f"{path} is damaged: its content does not have its checksum")
+    return kept["content"]
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, which are on disk then."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Write ``SHA256SUMS`` of a folder's files, but not of those that people are to edit.
+
+    Parameters
+    ----------
+    names : of the files, relative to the folder; by default all, in subfolders too.
+    """
+    if names is None:
+        files = (file for file in folder.rglob("*") if file.is_file())
+        names = (file.relative_to(folder).as_posix() for file in files)
+    chosen = sorted(set(names) - {CHECKSUMS_FILE, *EDITED_FILES})
+    lines = [f"{file_hash(folder / name)}  {name}\n" for name in chosen]
+    write_text_atomically(folder / CHECKSUMS_FILE, "".join(lines))
+
+
+def read_checksums(folder: Path) -> Mapping[str, str]:
+    """File name, relative to the folder -> sha256; empty if the folder has no ``SHA256SUMS``.
+
+    Raises
+    ------
+    InputError
+        If a line is not one of sha256sum, or names a file outside of the folder.
+    """
+    path = folder / CHECKSUMS_FILE
+    if not path.is_file():
+        return {}
+    sums = {}
+    for number, line in enumerate(path.read_bytes().decode(errors="replace").splitlines(), 1):
+        digest, separator, name = line.partition("  ")
+        if len(digest) != 64 or not separator or not _is_inside(name):
+            raise InputError(f"{path}:{number}: is not a sha256 and the name of a file in there")
+        sums[name] = digest
+    return sums
+
+
+def changed_files(folder: Path, sums: Mapping[str, str]) -> list[Problem]:
+    """The files of ``sums`` that are gone or do not have their checksum."""
+    problems = []
+    for name, digest in sums.items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(Problem(name, f"missing, but {CHECKSUMS_FILE} names it"))
+        elif file_hash(file) != digest:
+            problems.append(Problem(name, f"changed since it was written: see {CHECKSUMS_FILE}"))
+    return problems
+
+
+def _is_inside(name: str) -> bool:
+    parts = name.split("/")
+    return bool(name) and not name.startswith("/") and ".." not in parts and "\0" not in name

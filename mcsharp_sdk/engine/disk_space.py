@@ -1,0 +1,85 @@
+"""Whether there is room for a run's results, told before it begins."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+from mcsharp_sdk.data.tokenise import TOKENIZER_FILES
+from mcsharp_sdk.engine.plan import Plan
+from mcsharp_sdk.engine.sizes import model_sizes
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.source import SourceModel
+from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
+from mcsharp_sdk.recipe.schema import Recipe
+
+
+def check_disk_space(
+    plan: Plan, recipe: Recipe, source: SourceModel, run_directory: Path, output: Path
+) -> None:
+    """Check that what a run will write has room, by the sizes of its plan.
+
+    What an earlier run left in the run directory counts as written already. An output that will be
+    replaced stays until the new one is complete, so its room counts as taken.
+
+    Raises
+    ------
+    InputError
+        If a file system has too little room; the message says what needs how much.
+    """
+    kept = min(_size_of(run_directory), run_directory_bytes(plan, recipe, source))
+    needs = {
+        "the run directory": (run_directory, run_directory_bytes(plan, recipe, source) - kept),
+        "the result": (output, plan.bytes_after + _copied_bytes(source.path)),
+    }
+    shared: dict[int, list[tuple[str, Path, int]]] = defaultdict(list)
+    for what, (folder, size) in needs.items():
+        place = _existing(folder)
+        shared[place.stat().st_dev].append((what, place, size))
+    for parts in shared.values():
+        free, needed = shutil.disk_usage(parts[0][1]).free, sum(size for *_, size in parts)
+        if needed > free:
+            listed = " and ".join(f"{_decimal(size)} for {what}" for what, _, size in parts)
+            raise InputError(
+                f"too little disk space: the run needs {listed} on the file system of "
+                f"{parts[0][1]}, where {_decimal(free)} are free; make room, or give another "
+                "--output or --run-dir"
+            )
+
+
+def run_directory_bytes(plan: Plan, recipe: Recipe, source: SourceModel) -> int:
+    """Bytes of the tensors that stages will keep: packed weights, and networks that prune."""
+    quantiser = next((s for s in recipe.stages if isinstance(s, GPTQQuantize)), None)
+    sizes = model_sizes(source)
+    copied = sizes.bytes
+    if quantiser is not None and plan.nominal_bits is not None:
+        copied -= sizes.expert_bytes
+        copied -= sizes.linear_bytes if quantiser.other_bits is not None else 0
+    return max(0, plan.bytes_after - copied)
+
+
+def _copied_bytes(model: Path) -> int:
+    files = {file for pattern in TOKENIZER_FILES for file in model.glob(pattern) if file.is_file()}
+    return sum(file.stat().st_size for file in files)
+
+
+def _size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there."""
+    absolute = Path(os.path.abspath(folder))
+    return next(place for place in (absolute, *absolute.parents) if place.is_dir())
+
+
+def _decimal(size: int) -> str:
+    """A size as people read it, e.g. ``1.5 GB``."""
+    number, unit = float(size), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if number < 1000:
+            break
+        number, unit = number / 1000, larger
+    return f"{number:.3g} {unit}"

@@ -1,0 +1,67 @@
+"""Read a whole model folder and say whether it is what was written, and numbers throughout."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mcsharp_sdk.checked_files import CHECKSUMS_FILE, changed_files, read_checksums
+from mcsharp_sdk.errors import InputProblems
+from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
+from mcsharp_sdk.models.shards import Checkpoint
+from mcsharp_sdk.models.weight_checks import numbers_of
+from mcsharp_sdk.runtime.stored_tensors import check_compressed
+
+NO_CHECKSUMS = f"no {CHECKSUMS_FILE}: whether files are as written cannot be told"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was looked at, and found to be right.
+
+    Attributes
+    ----------
+    model : the folder.
+    compressed : whether its tensors were compared with what its config says.
+    checksums : files that have the checksum of ``SHA256SUMS``; 0 if the folder has none.
+    tensors : how many were read.
+    """
+
+    model: str
+    compressed: bool
+    checksums: int
+    tensors: int
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def verify(model: str | Path) -> Verification:
+    """Read every byte of a model folder, original or compressed, and check what can be checked.
+
+    Files are compared with ``SHA256SUMS`` where there is one, headers with the config of a
+    compressed model, and all numbers must be finite. A flipped bit in a file without a checksum
+    shows only if it makes a header wrong or a number NaN or infinite.
+
+    Raises
+    ------
+    InputError
+        With every file and tensor that is wrong.
+    """
+    folder = Path(model)
+    compressed = read_layout(read_config_json(folder), folder) is not None
+    sums = read_checksums(folder)
+    problems = changed_files(folder, sums)
+    try:
+        if compressed:
+            check_compressed(folder)
+        checkpoint = Checkpoint.open(folder)
+    except InputProblems as error:
+        raise InputProblems(str(folder), [*problems, *error.problems]) from None
+    for name in checkpoint.names:
+        problems += numbers_of(checkpoint, name)
+    if problems:
+        raise InputProblems(str(folder), problems)
+    return Verification(str(folder), compressed, len(sums), len(checkpoint.names))

@@ -1,0 +1,69 @@
+"""What can be said of a ``config.json`` without transformers: whether it is one, and its sizes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mcsharp_sdk.artifact_file import read_json_object
+from mcsharp_sdk.errors import InputError
+
+MOST_LAYERS = 4096
+MOST_OF_ANYTHING = 1 << 40
+LAYER_COUNT = re.compile(r"(layers?|depths?|blocks)$")
+"""Settings that say how many modules are made, one after the other."""
+
+
+def check_config(path: Path) -> dict[str, Any]:
+    """The content of ``config.json``, in which no size is beyond all that is known.
+
+    Raises
+    ------
+    InputError
+        If there is none, it is no JSON object, or it gives a size that would take up all memory or
+        time before it is found out to be wrong.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise InputError(f"{path} is not a model folder: it has no config.json")
+    try:
+        config = read_json_object(file)
+    except InputError as error:
+        raise InputError(f"{file} {error}") from None
+    for name, value in _settings(config):
+        most = MOST_LAYERS if LAYER_COUNT.search(name) else MOST_OF_ANYTHING
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(n, int | float) and abs(n) > most for n in numbers):
+            raise InputError(f"{file}: {name} is {value}: more than {most} cannot be")
+    return config
+
+
+def _settings(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and value of every setting, also in the parts of a config."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
+def check_layer_count(config: Any, tensors: int, path: Path) -> None:
+    """InputError if a config asks for more decoder layers than there are tensors."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > tensors:
+        raise InputError(
+            f"{path / 'config.json'} says {layers} layers, but {tensors} tensors are stored"
+        )
+
+
+def quantisation_method(config: Any) -> str | None:
+    """``quant_method`` of a config whose weights are quantised; None if they are not."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        settings = getattr(config.get_text_config(), "quantization_config", None)
+    if settings is None:
+        return None
+    found = settings if isinstance(settings, dict) else settings.to_dict()
+    return str(found.get("quant_method", "not named"))
