@@ -116,9 +116,7 @@ def _stacked(info: TensorInfo) -> int:
     return info.shape[0] if len(info.shape) == 3 else 1
 
 
-def _cases(
-    key: tuple[str, int, int, int], group_size: int, dtype: torch.dtype
-) -> tuple[Case, ...]:
+def _cases(key: tuple[str, int, int, int], group_size: int, dtype: torch.dtype) -> tuple[Case, ...]:
     _, bits, rows, columns = key
     fields: dict[str, Any] = {"rows": rows, "columns": columns, "bits": bits, "device": "cpu"}
     return tuple(Case(tokens=n, group_size=group_size, dtype=dtype, **fields) for n in TOKENS)

@@ -73,7 +73,6 @@ Quad = Vector("Quad", _FLOAT, 4)
 Levels = Vector("Levels", _I16, 16)
 
 
-
 def _operation(result: Any, *arguments: Any) -> Callable[[Any], Any]:
     """Make an operation of ``emit(builder, *operands) -> value`` with these types."""
 
