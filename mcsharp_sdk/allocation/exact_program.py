@@ -202,6 +202,8 @@ def _minimise(
     from ortools.sat.python import cp_model
 
     solver = cp_model.CpSolver()
+    # Its own handler would leave Ctrl-C killing the process at once, for the rest of the run.
+    solver.parameters.catch_sigint_signal = False
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
     solver.parameters.absolute_gap_limit = 0
