@@ -68,15 +68,14 @@ def ratios(distances: Distances, bits: Sequence[float], texts: Sequence[str], be
     lines = []
     for budget in bits:
         for text in texts:
-            pairs = zip(
-                distances[best, budget, text], distances["released", budget, text], strict=True
-            )
-            found = [ours / theirs for ours, theirs in pairs]
+            ours, theirs = (distances[m, budget, text] for m in (best, "released"))
+            what = f"d_best / d_released at {budget:g} bits on {text}"
+            if min(theirs) <= 0:
+                lines.append(f"{what}: no meaning, the model does not feel these bits")
+                continue
+            found = [one / other for one, other in zip(ours, theirs, strict=True)]
             reached = "reached" if sum(found) / len(found) <= GOAL else "not reached"
-            lines.append(
-                f"d_best / d_released at {budget:g} bits on {text}: {mean_and_spread(found)}, "
-                f"goal {GOAL:g} {reached}"
-            )
+            lines.append(f"{what}: {mean_and_spread(found)}, goal {GOAL:g} {reached}")
     return "\n".join(lines)
 
 
