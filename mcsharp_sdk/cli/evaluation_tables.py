@@ -81,9 +81,9 @@ def show_tasks(results: Sequence[TaskEvaluation]) -> None:
         rows.append([found.task, shots, found.metric, *cells])
     means = [result.means() for result in results]
     counts = Counter(found.num_fewshot for found in first.results if found.metric == "acc")
-    for shots in (shots for shots, count in counts.items() if count > 1):
-        name = "" if shots is None else str(shots)
-        rows.append(["mean", name, "acc", *(f"{mean[shots]:.4f}" for mean in means)])
+    for number in (number for number, count in counts.items() if count > 1):
+        name = "" if number is None else str(number)
+        rows.append(["mean", name, "acc", *(f"{mean[number]:.4f}" for mean in means)])
     limit = f", at most {first.limit} samples each" if first.limit else ""
     columns = ["task", "shots", "metric", *(result.model for result in results)]
     print_table(f"lm-eval {first.harness}{limit}", columns, rows)
