@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +80,10 @@ def show_tasks(results: Sequence[TaskEvaluation]) -> None:
         shots = "" if found.num_fewshot is None else str(found.num_fewshot)
         rows.append([found.task, shots, found.metric, *cells])
     means = [result.means() for result in results]
-    for shots in means[0]:
-        name = "" if shots is None else str(shots)
-        rows.append(["mean", name, "acc", *(f"{mean[shots]:.4f}" for mean in means)])
+    counts = Counter(found.num_fewshot for found in first.results if found.metric == "acc")
+    for number in (number for number, count in counts.items() if count > 1):
+        name = "" if number is None else str(number)
+        rows.append(["mean", name, "acc", *(f"{mean[number]:.4f}" for mean in means)])
     limit = f", at most {first.limit} samples each" if first.limit else ""
     columns = ["task", "shots", "metric", *(result.model for result in results)]
     print_table(f"lm-eval {first.harness}{limit}", columns, rows)
