@@ -3,8 +3,8 @@
 Every kernel, and onnxruntime's MatMulNBits beside them where it is installed, multiplies the same
 activations by a random matrix of the shape of an expert's, in turns with the dense product in one
 process. Matrices are rotated so that no cache holds them. Printed are medians over the rounds of
-milliseconds, and of dense time over time ("x"). With one thread it is the thread's CPU time, so that
-other programs on the machine disturb it less; with more it is the time on the wall.
+milliseconds, and of dense time over time ("x"). With one thread it is the thread's CPU time, so
+that other programs on the machine disturb it less; with more it is the time on the wall.
 
     python benchmarks/cpu_kernels.py [--rows 14336 --columns 4096 --bits 1 2 3 4 --threads 1]
 """

@@ -58,7 +58,7 @@ def dequantise_into(scratch: Tensor, stack: PackedStack, slot: int, start: int, 
     scratch : [>= stop - start, K up to the next multiple of 32], contiguous; its dtype is that of
         the weights.
     """
-    from mcsharp_sdk.kernels import compiled
+    from mcsharp_sdk.kernels.row_dequantisation import dequantise_rows
 
     addresses, _kept = stack.matrix(slot).stack().addresses()
     form = (stack.rows, stack.columns, stack.bits, stack.group_size)
@@ -66,6 +66,6 @@ def dequantise_into(scratch: Tensor, stack: PackedStack, slot: int, start: int, 
     target = scratch.data_ptr()
 
     def job(share: int, shares: int) -> None:
-        compiled.dequantise_rows(*addresses, form, start, stop, kind, target, share, shares)
+        dequantise_rows(*addresses, form, start, stop, kind, target, share, shares)
 
     in_shares(job, (stop - start) * stack.columns * 8)

@@ -36,7 +36,7 @@ def integer_dot(
     x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int]
 ) -> Tensor:
     """As :class:`mcsharp_sdk.kernels.linear.Kernel` says."""
-    from mcsharp_sdk.kernels import compiled
+    from mcsharp_sdk.kernels import integer_products
 
     unit = min(stack.group_size, BLOCK)
     blocks = -(-stack.columns // BLOCK)
@@ -44,7 +44,7 @@ def integer_dot(
     values = np.empty((len(x), 2 * BLOCK * blocks), np.int8)
     scales, weights = np.empty((2, len(x), units), np.float32)
     activations = x.detach().float().contiguous().numpy()
-    compiled.quantise_activations(
+    integer_products.quantise_activations(
         activations, activations.view(np.int32), unit, values, scales, weights
     )
     ends = np.cumsum(counts)
@@ -55,8 +55,8 @@ def integer_dot(
     target = out.numpy()
 
     def job(share: int, shares: int) -> None:
-        compiled.integer_dot(
-            values, scales, weights, *addresses, spans, form, target, share, shares
+        integer_products.integer_dot(
+            values, (scales, weights), *addresses, spans, form, target, share, shares
         )
 
     in_shares(job, stack.rows * stack.columns * (len(x) + len(slots)))

@@ -83,3 +83,38 @@ def test_a_folder_without_weights_is_refused(
     (tmp_path / "config.json").write_text((model / "config.json").read_text())
     assert run("inspect", tmp_path) == 2
     assert "no safetensors weights" in capsys.readouterr().err
+
+
+def test_kernels_are_shown_for_every_matrix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mcsharp_sdk.models.source import SourceModel
+    from mcsharp_sdk.runtime.hf_quantizer import pack_modules
+    from mcsharp_sdk.runtime.layout import PackedLayout
+
+    save_tiny_model(tmp_path / "original", "mixtral")
+    layout = PackedLayout(32, dict.fromkeys(range(3), (1, 2, 3, 2)), {"self_attn.q_proj": 4})
+    model = SourceModel(tmp_path / "original").model
+    pack_modules(model, layout)
+    save_packed(model, tmp_path / "packed", layout.to_dict())
+    monkeypatch.setenv("MCSHARP_KERNEL", "chunked")
+    assert run("inspect", tmp_path / "packed", "--kernels", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    numbers = {entry["matrix"]: entry["count"] for entry in found["matrices"]}
+    assert numbers["model.layers.*.mlp.experts.width_2.gate_up"] == 3 * 2
+    assert numbers["model.layers.*.self_attn.q_proj"] == 3
+    assert len(numbers) == 3 * 2 + 1
+    kernels = {name for entry in found["matrices"] for name in entry["kernels"].values()}
+    assert kernels == {"chunked"}
+    assert run("inspect", tmp_path / "packed", "--kernels") == 0
+    assert "self_attn.q_proj" in capsys.readouterr().out
+    monkeypatch.setenv("MCSHARP_KERNEL", "quickest")
+    assert run("inspect", tmp_path / "packed", "--kernels") == 2
+    assert "MCSHARP_KERNEL=quickest: no such kernel" in capsys.readouterr().err
+
+
+def test_kernels_of_a_model_that_is_not_compressed_are_refused(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("inspect", model, "--kernels") == 2
+    assert "has no packed matrices: it is not compressed" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -295,13 +296,9 @@ print("done")
 @compiled_only
 @pytest.mark.slow
 def test_processors_without_byte_products_get_the_same_results() -> None:
-    settings = {
-        "NUMBA_CPU_NAME": "haswell",
-        "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2",
-    }
+    features = "+avx,+avx2,+fma,+f16c,+bmi,+bmi2"
+    settings = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
     command = [sys.executable, "-c", OLDER_PROCESSOR]
-    import os
-
     run = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
     assert run.stdout.strip() == "done", run.stderr[-2000:]
 

@@ -1,0 +1,140 @@
+"""How long does loading a compressed model with many experts take, against reading its bytes?
+
+Makes a compressed model of random codes on disk (by default 48 layers of 128 small experts, whose
+widths are mixed), then in turns reads the bytes of its weight files and loads it, each time in a
+new process. The files are in the page cache. Printed are medians over the rounds, and the memory
+that the loaded model takes against its size on disk; imports count in neither.
+
+    python benchmarks/loading.py [--layers 48 --experts 128 --hidden 512 --intermediate 128]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+WIDTHS = (1, 2, 3)
+
+
+def make(folder: Path, options: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from mcsharp_sdk.models.topology import read_topology
+    from mcsharp_sdk.runtime.hf_quantizer import McSharpConfig, make_savable, pack_modules
+    from mcsharp_sdk.runtime.layout import PackedLayout
+
+    config: Any = AutoConfig.for_model(
+        "qwen3_moe",
+        hidden_size=options.hidden,
+        moe_intermediate_size=options.intermediate,
+        intermediate_size=options.intermediate,
+        num_hidden_layers=options.layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=options.experts,
+        num_experts_per_tok=8,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        vocab_size=4096,
+    )
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        bits = tuple(WIDTHS[e % len(WIDTHS)] for e in range(options.experts))
+        linears = dict.fromkeys(read_topology(model, config).linears[0], 4)
+        layout = PackedLayout(64, dict.fromkeys(range(options.layers), bits), linears)
+        pack_modules(model, layout)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        if parameter.dtype == torch.uint8:
+            parameter.data.random_(0, 256)
+        else:
+            parameter.data.normal_(std=0.02)
+    model._weight_conversions = []
+    make_savable(model)
+    model.config.quantization_config = McSharpConfig(**layout.to_dict())
+    model.save_pretrained(folder)
+
+
+def resident_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1]) * 1024
+
+
+def load(folder: Path) -> dict[str, float]:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.qwen3_moe import modeling_qwen3_moe  # noqa: F401
+
+    import mcsharp_sdk.runtime.hf_quantizer  # noqa: F401
+
+    torch.zeros(1)
+    before, start = resident_bytes(), time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    seconds = time.perf_counter() - start
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    return {"seconds": seconds, "bytes": resident_bytes() - before, "tensors": held}
+
+
+def profile(folder: Path) -> None:
+    import cProfile
+    import pstats
+
+    profiler = cProfile.Profile()
+    profiler.enable()
+    load(folder)
+    profiler.disable()
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+
+
+def read_seconds(folder: Path) -> float:
+    start = time.perf_counter()
+    for file in sorted(folder.glob("*.safetensors")):
+        file.read_bytes()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--intermediate", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="show where the time goes")
+    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.load:
+        print(json.dumps(load(options.load)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        make(folder, options)
+        if options.profile:
+            profile(folder)
+        reading, loading = [], []
+        for _ in range(options.rounds):
+            reading.append(read_seconds(folder))
+            command = [sys.executable, __file__, "--load", str(folder)]
+            run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            loading.append(json.loads(run.stdout.splitlines()[-1]))
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    read = statistics.median(reading)
+    loaded = statistics.median(found["seconds"] for found in loading)
+    held = statistics.median(found["bytes"] for found in loading)
+    print(f"{options.layers} layers of {options.experts} experts, {size / 1e6:.0f} MB on disk")
+    print(f"reading the bytes  {read:8.2f} s")
+    print(f"loading            {loaded:8.2f} s   (2 x reading + 2 s = {2 * read + 2:.2f} s)")
+    print(f"memory             {held / 1e6:8.0f} MB   {held / size:.2f} x the size on disk")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Reading packed codes in functions that numba compiles; what the compiled kernels share.
+
+The stored format is read as it is, see :mod:`mcsharp_sdk.quantization.packing` and
+:mod:`mcsharp_sdk.quantization.grid`: nothing is repacked or kept. Columns are taken in *blocks* of
+128, as they are packed. Addresses are int64.
+
+Imported only where numba is installed. What was compiled is cached on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
+from mcsharp_sdk.kernels.simd import (
+    field,
+    load_byte,
+    load_bytes,
+    no_bytes,
+    store_byte,
+    store_bytes,
+    two_bits,
+    with_third_bit,
+)
+
+BLOCK = 128
+VECTOR = 32
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile to run without Python's lock, and cache on disk where there is a folder for it."""
+    try:
+        return numba.njit(function, nogil=True, cache=True)
+    except RuntimeError:
+        return numba.njit(function, nogil=True)
+
+
+inlined: Any = numba.njit(nogil=True, inline="always")
+"""Put into the caller before types are known, so that constants and operations can be handed on."""
+
+
+@compiled
+def packed_row(columns, bits):
+    """As ``packed_bytes``."""
+    return (columns + 7) // 8 * bits
+
+
+@inlined
+def codes_of(source, bits, vector):
+    """Codes of the 32 columns from 32·vector on, of the full block at ``source``."""
+    if bits == 1:
+        return two_bits(source, 2 * vector)
+    if bits == 2:
+        return field(load_bytes(source), 2 * vector, 3)
+    if bits == 3:
+        low = field(load_bytes(source), 2 * vector, 3)
+        return with_third_bit(low, two_bits(source + 32, 2 * vector))
+    if bits == 4:
+        return field(load_bytes(source + 32 * (vector & 1)), 4 * (vector >> 1), 15)
+    return load_bytes(source + 32 * vector)
+
+
+@compiled
+def unpack_short_block(source, bits, columns, target, stride):
+    """Codes of a block of fewer than 128 columns, 0 behind them; targets as ``unpack``."""
+    for vector in range(BLOCK // VECTOR):
+        store_bytes(target + stride * vector, no_bytes())
+    padded = (columns + 7) // 8 * 8
+    low = 0
+    while low < bits:
+        width = 2 if bits == 3 and low == 0 else bits - low
+        length = padded * width // 8
+        for place in range(8 // width):
+            for byte in range(length):
+                code = (load_byte(source + byte) >> (width * place)) & (2**width - 1)
+                column = length * place + byte
+                to = target + stride * (column // VECTOR) + column % VECTOR
+                store_byte(to, load_byte(to) | (code << low))
+        source += length
+        low += width
+
+
+@inlined
+def unpack_blocks(source, bits, blocks, target, stride):
+    for block in range(blocks):
+        for vector in range(BLOCK // VECTOR):
+            codes = codes_of(source + 16 * bits * block, bits, vector)
+            store_bytes(target + stride * (4 * block + vector), codes)
+
+
+@compiled
+def unpack(source, bits, columns, target, stride):
+    """Codes of a packed row, one a byte, 32 of them every ``stride`` bytes from ``target`` on.
+
+    The last block is filled up with zeros.
+    """
+    blocks = columns // BLOCK
+    if bits == 1:
+        unpack_blocks(source, 1, blocks, target, stride)
+    elif bits == 2:
+        unpack_blocks(source, 2, blocks, target, stride)
+    elif bits == 3:
+        unpack_blocks(source, 3, blocks, target, stride)
+    elif bits == 4:
+        unpack_blocks(source, 4, blocks, target, stride)
+    else:
+        unpack_blocks(source, 8, blocks, target, stride)
+    if columns > BLOCK * blocks:
+        source, target = source + 16 * bits * blocks, target + 4 * stride * blocks
+        unpack_short_block(source, bits, columns - BLOCK * blocks, target, stride)
+
+
+@compiled
+def unpack_zeros(zeros, bits, rows, first, groups, target):
+    """Zero-point codes of the rows first to first+127 of a matrix, to uint8 [groups, 128]."""
+    for group in range(groups):
+        source = zeros + group * packed_row(rows, bits) + first // BLOCK * 16 * bits
+        unpack(source, bits, min(BLOCK, rows - first), target + BLOCK * group, VECTOR)
