@@ -2,7 +2,8 @@
 
     python tests/kernels/compile_kernels.py CAPABILITY [--all]
 
-Prints registers and spilled bytes of each. Run by ``tests/kernels/test_triton.py``.
+Prints registers and spilled bytes of each, and of the matrix-vector kernels for one width the
+instructions in the loop over blocks per code. Run by ``tests/kernels/test_triton.py``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from triton.compiler import ASTSource
 
 from mcsharp_sdk.kernels import triton_decode, triton_gemm, triton_gptq
 
+WARPS = 4
 WEIGHT = ("*u8", "*fp16", "*u8")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -127,7 +129,7 @@ def compiled(kernel: Any, types: Mapping[str, Any], constants: Mapping[str, Any]
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=attributes,
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": WARPS})
 
 
 def tool(name: str, code: bytes, option: str) -> str:
@@ -137,6 +139,20 @@ def tool(name: str, code: bytes, option: str) -> str:
         file.flush()
         command = [str(TOOLS / name), option, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def instructions_in_longest_loop(code: bytes) -> int:
+    """Machine instructions of the longest stretch that a branch goes back over."""
+    listing = tool("cuobjdump", code, "-sass")
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", listing)
+    addresses = [int(address, 16) for address, _ in lines]
+    longest = 0
+    for address, (_, text) in zip(addresses, lines, strict=True):
+        branch = re.search(r"BRA.* 0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < address:
+            target = int(branch[1], 16)
+            longest = max(longest, sum(target <= at <= address for at in addresses))
+    return longest
 
 
 def main() -> None:
@@ -150,7 +166,12 @@ def main() -> None:
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         if found is None:
             raise SystemExit(f"{name}: no machine code came out")
-        print(f"sm_{options.capability} {name}: {found[1]} registers, {found[2]} bytes spilled")
+        line = f"sm_{options.capability} {name}: {found[1]} registers, {found[2]} bytes spilled"
+        if name.startswith("gemv") and len(constants["WIDTHS"]) == 1:
+            codes = constants["BN"] * 128 / (32 * WARPS)
+            per_code = instructions_in_longest_loop(result.asm["cubin"]) / codes
+            line += f", {per_code:.1f} instructions per code"
+        print(line)
 
 
 if __name__ == "__main__":
