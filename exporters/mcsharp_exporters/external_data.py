@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from types import TracebackType
@@ -28,11 +29,17 @@ class ExternalData:
     Parameters
     ----------
     path : file to make; graphs name it without its folder, in which they must lie too.
+
+    Attributes
+    ----------
+    bytes : written so far.
     """
 
     def __init__(self, path: Path) -> None:
         self._name = path.name
         self._file = path.open("xb")
+        self._hash = hashlib.sha256()
+        self.bytes = 0
 
     def __enter__(self) -> ExternalData:
         return self
@@ -50,10 +57,10 @@ class ExternalData:
 
     def store(self, name: str, tensor: torch.Tensor) -> onnx.TensorProto:
         """Write a tensor (a dtype of ``ONNX_DTYPES``); what a graph says of it."""
-        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
-        offset = self._file.tell()
+        self._write(b"\0" * (-self.bytes % ALIGNMENT))
+        offset = self.bytes
         values = tensor.detach().cpu().contiguous()
-        self._file.write(memoryview(values.view(torch.uint8).reshape(-1).numpy()))
+        self._write(memoryview(values.view(torch.uint8).reshape(-1).numpy()))
         proto = TensorProto(
             name=name,
             data_type=ONNX_DTYPES[tensor.dtype],
@@ -64,3 +71,12 @@ class ExternalData:
         for key, value in entries.items():
             proto.external_data.add(key=key, value=str(value))
         return proto
+
+    def sha256(self) -> str:
+        """Hash of all that has been written."""
+        return self._hash.hexdigest()
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.bytes += len(data)

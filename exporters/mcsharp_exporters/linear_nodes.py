@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mcsharp_exporters.model_nodes import ModelNodes
 from mcsharp_exporters.model_tensors import LayerTensors, Weight, join_rows, take_rows
-from mcsharp_exporters.packed_product import Operand, packed_product
+from mcsharp_exporters.packed_product import Operand, packed_products
 
 
 def linear(
@@ -89,7 +89,14 @@ def layer_norm(graph: ModelNodes, layer: LayerTensors, value: str, path: str) ->
 
 def _product(graph: ModelNodes, operand: Operand, weight: Weight, what: str) -> str:
     if isinstance(weight, Tensor):
-        return graph.add("Gemm", operand.value, graph.weight(weight, what), transB=1)
-    product = packed_product(graph, weight)
+        return graph.add("Gemm", operand.value, plain_matrix(graph, weight, what), transB=1)
+    (product,) = packed_products(graph, [weight])
     sums = operand.sums(product.block) if product.correction else None
     return product.apply(graph, operand.value, sums)
+
+
+def plain_matrix(graph: ModelNodes, weight: Tensor, what: str) -> str:
+    """Store a matrix that is not packed; its value in the model's precision."""
+    graph.matrices.plain_weights += weight.numel()
+    graph.matrices.plain_bytes += weight.nbytes
+    return graph.weight(weight, what)

@@ -14,10 +14,10 @@ import numpy as np
 from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
-from mcsharp_exporters.linear_nodes import gated_mlp, linear_layers
+from mcsharp_exporters.linear_nodes import gated_mlp, linear_layers, plain_matrix
 from mcsharp_exporters.model_nodes import ModelNodes
 from mcsharp_exporters.model_tensors import LayerTensors, Weight
-from mcsharp_exporters.packed_product import Operand, PackedProduct, packed_product
+from mcsharp_exporters.packed_product import Operand, PackedProduct, packed_products
 from mcsharp_exporters.pruning_graph import LayerPruning
 from mcsharp_exporters.router_graph import route_nodes
 from mcsharp_sdk.models.experts import Matrix
@@ -99,7 +99,7 @@ class _ExpertRows:
 
     def multiply(self, layer: LayerTensors, matrix: Matrix, rows: Operand) -> str:
         """Each expert's rows times its matrix: (pairs, rows of the matrix)."""
-        products = [self._store(layer, matrix, e) for e in range(self.experts)]
+        products = self._store([layer.expert(matrix, e) for e in range(self.experts)], layer, matrix)
         values = self._split(rows.value)
         packed = [p for p in products if isinstance(p, PackedProduct)]
         sums: Sequence[str | None] = [None] * self.experts
@@ -113,11 +113,19 @@ class _ExpertRows:
         ]
         return self.graph.add("Concat", *outputs, axis=0)
 
-    def _store(self, layer: LayerTensors, matrix: Matrix, expert: int) -> PackedProduct | str:
-        weight: Weight = layer.expert(matrix, expert)
-        if isinstance(weight, Tensor):
-            return self.graph.weight(weight, f"layer {layer.index}: {matrix} of expert {expert}")
-        return packed_product(self.graph, weight)
+    def _store(
+        self, weights: list[Weight], layer: LayerTensors, matrix: Matrix
+    ) -> list[PackedProduct] | list[str]:
+        """All packed, or none is."""
+        packed = [weight for weight in weights if not isinstance(weight, Tensor)]
+        if packed:
+            return packed_products(self.graph, packed)
+        what = f"layer {layer.index}: {matrix} of expert"
+        return [
+            plain_matrix(self.graph, weight, f"{what} {e}")
+            for e, weight in enumerate(weights)
+            if isinstance(weight, Tensor)
+        ]
 
     def _split(self, value: str) -> list[str]:
         return self.graph.add_many("Split", [value, self.counts], self.experts, axis=0)

@@ -23,7 +23,7 @@ from mcsharp_exporters.attention_nodes import (
     attend,
 )
 from mcsharp_exporters.graph_nodes import IR_VERSION, OPSET
-from mcsharp_exporters.linear_nodes import gated_mlp, layer_norm, linear, norm
+from mcsharp_exporters.linear_nodes import gated_mlp, layer_norm, norm
 from mcsharp_exporters.mixture_nodes import mixture
 from mcsharp_exporters.model_nodes import CONTRIB, ModelNodes
 from mcsharp_exporters.model_tensors import LayerTensors, ModelTensors
@@ -50,22 +50,23 @@ EMBEDDINGS, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_h
 
 
 def check_family(config: Any) -> None:
-    """Check that a model of this config can be one graph.
-
-    Raises
-    ------
-    InputError
-        If its family is not known here.
-    InputProblems
-        With everything in it that a graph cannot do.
-    """
-    if config.model_type not in FAMILIES:
-        raise InputError(
-            f"{config.model_type} cannot be exported as one ONNX graph; "
-            f"{', '.join(FAMILIES)} can. Its routers can be: see `mcsharp export onnx_routers`"
-        )
-    if problems := list(_problems(config)):
+    """Raise InputProblems, with everything that is in the way, unless such a model can be a graph."""
+    if problems := family_problems(config):
         raise InputProblems(f"onnx_model of {config.model_type}", problems)
+
+
+def family_problems(config: Any) -> list[Problem]:
+    """What of a model of this config a graph cannot do."""
+    if config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        return [
+            Problem(
+                "",
+                f"{config.model_type} cannot be exported as one ONNX graph; {known} can. Its "
+                "routers may be: see the exporter onnx_routers",
+            )
+        ]
+    return list(_problems(config))
 
 
 def _problems(config: Any) -> Iterator[Problem]:
@@ -209,8 +210,8 @@ def _head(
     if HEAD not in outer and source.config.tie_word_embeddings:
         weight = graph.in_precision(table, outer[EMBEDDINGS].dtype)
         return graph.add("Gemm", hidden, weight, transB=1)
-    operand = Operand(graph, hidden, source.config.hidden_size)
-    return linear(graph, operand, [_outer(source, outer, HEAD)], HEAD)
+    weight = graph.weight(_outer(source, outer, HEAD), HEAD)
+    return graph.add("Gemm", hidden, weight, transB=1)
 
 
 def _model(source: ModelTensors, graph: ModelNodes) -> onnx.ModelProto:

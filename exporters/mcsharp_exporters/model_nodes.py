@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,37 @@ INLINE_BYTES = 256
 """Constants up to this size lie in the graph itself, once each."""
 
 
+@dataclass
+class MatrixTally:
+    """The matrices of a model's decoder layers that were stored, by what is kept of them.
+
+    Attributes
+    ----------
+    weights : packed weights.
+    bits : sum of their widths.
+    bytes : stored for them: codes, scales and zero points.
+    plain_weights, plain_bytes : the same of matrices that are not packed.
+    """
+
+    weights: int = 0
+    bits: int = 0
+    bytes: int = 0
+    plain_weights: int = 0
+    plain_bytes: int = 0
+
+    def nominal_bits(self) -> float:
+        """Mean width of the packed weights; of a model without any, of all."""
+        if self.weights:
+            return self.bits / self.weights
+        return 8 * self.plain_bytes / max(1, self.plain_weights)
+
+    def stored_bits(self) -> float:
+        """8 · bytes of all that is kept for them, per weight."""
+        if self.weights:
+            return 8 * self.bytes / self.weights
+        return self.nominal_bits()
+
+
 class ModelNodes(GraphNodes):
     """Nodes and constants of one model.
 
@@ -38,6 +70,7 @@ class ModelNodes(GraphNodes):
         super().__init__()
         self.dtype: Dtype = DTYPES[precision]
         self.accuracy_level = accuracy_level
+        self.matrices = MatrixTally()
         self._data = data
         self._inline: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
@@ -62,6 +95,11 @@ class ModelNodes(GraphNodes):
         name = f"constant_{len(self.constants)}"
         self.constants.append(self._data.store(name, tensor))
         return name
+
+    @property
+    def bytes(self) -> int:
+        """Stored beside the graph so far."""
+        return self._data.bytes
 
     def weight(self, tensor: torch.Tensor, what: str) -> str:
         """Store a floating tensor in its own dtype; its value in the model's precision.

@@ -31,6 +31,10 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 TWO_BIT_BLOCKS = (32, 64, 128)
 """Those for which it has a fast kernel for two bits (onnxruntime 1.31, CPU)."""
 
+DECODED_AT_ONCE = 2**26
+"""Most weights that are decoded by the same nodes; onnxruntime holds a few bytes for each of them
+while it opens the model."""
+
 
 @dataclass(frozen=True)
 class Container:
@@ -132,19 +136,56 @@ class PackedProduct:
         return graph.add("Gemm", sums, self.correction, product)
 
 
-def packed_product(graph: ModelNodes, weight: QuantizedWeight) -> PackedProduct:
-    """Store a matrix (codes [R, K]) and add the nodes that decode it."""
-    rows, columns = weight.codes.shape
-    block, bits = weight.group_size, weight.bits
+def packed_products(graph: ModelNodes, weights: Sequence[QuantizedWeight]) -> list[PackedProduct]:
+    """Store matrices (codes [R, K] each, all of one shape) and add the nodes that decode them.
+
+    Those of one width are decoded together, as far as ``DECODED_AT_ONCE`` goes: a graph with fewer
+    nodes is smaller and is opened faster.
+    """
+    products: dict[int, PackedProduct] = {}
+    for width in sorted({weight.bits for weight in weights}):
+        places = [place for place, weight in enumerate(weights) if weight.bits == width]
+        most = max(1, DECODED_AT_ONCE // weights[places[0]].codes.numel())
+        for start in range(0, len(places), most):
+            some = places[start : start + most]
+            products |= zip(some, _stored(graph, [weights[p] for p in some]), strict=True)
+    return [products[place] for place in range(len(weights))]
+
+
+def _stored(graph: ModelNodes, weights: Sequence[QuantizedWeight]) -> list[PackedProduct]:
+    """Those of one width and shape."""
+    whole = stack(weights)
+    count, columns, block, bits = len(weights), whole.codes.shape[1], whole.group_size, whole.bits
+    before = graph.bytes
     held = container(bits, block, graph.accuracy_level)
-    padded = torch.nn.functional.pad(weight.codes, (0, -columns % block))
-    codes = _decoded(graph, padded.unflatten(1, (-1, block)), bits, held)
-    stored = graph.stored(weight.scales.contiguous())
+    padded = torch.nn.functional.pad(whole.codes, (0, -columns % block))
+    blocks = padded.unflatten(1, (-1, block))
+    if held.bits == bits:
+        codes = [graph.stored(pack_in_order(part, bits)) for part in blocks.chunk(count)]
+    else:
+        codes = _split(graph, _decoded(graph, blocks, bits, held), count, axis=0)
+    stored = graph.stored(whole.scales.contiguous())
     scales = graph.in_precision(stored, torch.float16)
     if held.factor != 1:
         scales = graph.add("Mul", scales, graph.number(1 / held.factor))
-    correction = _correction(graph, weight, stored, held)
-    return PackedProduct(codes, scales, correction, rows, columns, block, held.bits)
+    correction = _correction(graph, whole, stored, held)
+    corrections = _split(graph, correction, count, axis=1) if correction else [None] * count
+    tally = graph.matrices
+    tally.weights += whole.codes.numel()
+    tally.bits += whole.codes.numel() * bits
+    tally.bytes += graph.bytes - before
+    rows = len(whole.codes) // count
+    return [
+        PackedProduct(*values, rows, columns, block, held.bits)
+        for values in zip(codes, _split(graph, scales, count, axis=0), corrections, strict=True)
+    ]
+
+
+def _split(graph: ModelNodes, value: str, count: int, axis: int) -> list[str]:
+    """``count`` equal parts."""
+    if count == 1:
+        return [value]
+    return graph.add_many("Split", [value], count, axis=axis, num_outputs=count)
 
 
 def stack(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
@@ -185,7 +226,7 @@ def _correction(
 
 def _decoded(graph: ModelNodes, codes: Tensor, bits: int, held: Container) -> str:
     """Codes [..., n] (n a multiple of 8), stored at ``bits``, as bytes of the container's codes."""
-    if bits == held.bits and len(PARTS[bits]) == 1:
+    if bits == held.bits:
         return graph.stored(pack_in_order(codes, bits))
     shape = [*codes.shape[:-1], codes.shape[-1] * held.bits // 8]
     low, joined = 0, ""

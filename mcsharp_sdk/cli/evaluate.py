@@ -31,7 +31,10 @@ def evaluate(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure perplexity, bits, bytes and activated experts of a model, compressed or not."""
+    """Measure perplexity, bits, bytes and activated experts of a model, compressed or not.
+
+    An exported ONNX model runs with onnxruntime.
+    """
     from mcsharp_sdk.evaluation.evaluate import evaluate as measure
 
     result = measure(
@@ -63,12 +66,15 @@ def show_evaluation(result: Evaluation) -> None:
         ("bits per weight", bits if result.compressed else f"{bits}; not compressed"),
         ("weights on disk", decimal(result.bytes)),
         ("expert pruning", result.pruning),
-        ("activated experts", f"{result.activated_expert_ratio:.1%}"),
-        ("weights read per token", decimal(round(result.activated_bytes_per_token))),
-        ("computed", computed),
     ]
+    if result.activated_expert_ratio is not None:
+        facts.append(("activated experts", f"{result.activated_expert_ratio:.1%}"))
+    if result.activated_bytes_per_token is not None:
+        read = decimal(round(result.activated_bytes_per_token))
+        facts.append(("weights read per token", read))
+    facts.append(("computed", computed))
     print_table(result.model, ["", ""], facts)
-    if result.pruning != "off":
+    if result.activated_expert_ratio_per_layer and result.pruning != "off":
         shares = result.activated_expert_ratio_per_layer.items()
         rows = [(str(layer), f"{share:.1%}") for layer, share in shares]
         print_table("Activated experts", ["layer", "share"], rows)

@@ -95,6 +95,7 @@ def check_model(recipe: Recipe, model: str | os.PathLike[str] | SourceModel) -> 
     misfits = [
         *_stage_misfits(recipe, source),
         *_routing_misfits(recipe, source),
+        *_export_misfits(recipe, source),
         *_calibration_misfits(recipe, source),
     ]
     if misfits:
@@ -122,6 +123,13 @@ def _routing_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
         for position, exporter in enumerate(recipe.exports):
             if exporter.reads_routing:
                 yield ("exports", position), str(error)
+
+
+def _export_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
+    for position, exporter in enumerate(recipe.exports):
+        for problem in exporter.check_model(source.config):
+            setting = (problem.where,) if problem.where else ()
+            yield ("exports", position, *setting), problem.message
 
 
 def _calibration_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:

@@ -72,17 +72,42 @@ def perplexity(
     RunError
         If the loss of a window is not a number.
     """
+    device = model.get_input_embeddings().weight.device
+
+    def read(windows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        return _logits(model, windows.to(device))
+
+    with fast_linears():
+        return perplexity_of(
+            read, tokens, window, together=max(1, TOKENS_PER_FORWARD // window), track=track
+        )
+
+
+def perplexity_of(
+    read: Callable[[Tensor], Iterator[tuple[Tensor, Tensor]]],
+    tokens: Tensor,
+    window: int,
+    *,
+    together: int = 1,
+    track: Callable[[range], Iterable[int]] = iter,
+) -> Perplexity:
+    """As :func:`perplexity`, of anything that predicts tokens.
+
+    Parameters
+    ----------
+    read : gives, of windows (b, n), positions (p,) that together are all but the last, and the
+        logits (b, p, vocabulary) there.
+    together : windows of equal length that it is given at once.
+    """
     if tokens.ndim != 1 or tokens.numel() < 2:
         raise InputError(f"perplexity needs two tokens or more, got {list(tokens.shape)}")
     if window < 2:
         raise InputError(f"a window of {window} predicts nothing: use 2 tokens or more")
     windows = [part for part in tokens.split(window) if part.numel() >= 2]
-    device = model.get_input_embeddings().weight.device
     total = 0.0
-    batches = _batches(windows, max(1, TOKENS_PER_FORWARD // window))
+    batches = _batches(windows, together)
     for index in track(range(len(batches))):
-        with fast_linears():
-            losses = _window_nlls(model, batches[index].to(device))
+        losses = _window_nlls(read, batches[index])
         if losses.isnan().any():
             raise RunError("the loss of a window is not a number: the model is broken")
         total += losses.sum().item()
@@ -100,11 +125,13 @@ def _batches(windows: Sequence[Tensor], most: int) -> list[Tensor]:
     return batches
 
 
-def _window_nlls(model: Any, windows: Tensor) -> Tensor:
+def _window_nlls(
+    read: Callable[[Tensor], Iterator[tuple[Tensor, Tensor]]], windows: Tensor
+) -> Tensor:
     """Summed negative log-likelihood of each window (b, n) behind its first token: (b,) float64."""
     totals = torch.zeros(len(windows), dtype=torch.float64)
-    for positions, logits in _logits(model, windows):
-        targets = windows[:, positions + 1].to(logits.device)
+    for positions, logits in read(windows):
+        targets = windows[:, positions.to(windows.device) + 1].to(logits.device)
         losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
         totals += losses.double().sum(1).cpu()
     return totals
