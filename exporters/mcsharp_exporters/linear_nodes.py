@@ -32,7 +32,11 @@ def linear(
 
 
 def linear_layers(
-    graph: ModelNodes, layer: LayerTensors, operand: Operand, *paths: str, rows: Tensor | None = None
+    graph: ModelNodes,
+    layer: LayerTensors,
+    operand: Operand,
+    *paths: str,
+    rows: Tensor | None = None,
 ) -> str:
     """Linear layers of a decoder layer that read the same input, side by side.
 

@@ -33,9 +33,7 @@ ZERO = numpy_helper.from_array(np.zeros(1, np.float32))
 """What ``ConstantOfShape`` fills with."""
 
 
-def mixture(
-    graph: ModelNodes, layer: LayerTensors, hidden: Operand, pruning: LayerPruning
-) -> str:
+def mixture(graph: ModelNodes, layer: LayerTensors, hidden: Operand, pruning: LayerPruning) -> str:
     """The output of a layer's mixture of experts, (tokens, hidden)."""
     router = layer.router()
     pruning.check(router)
@@ -67,9 +65,7 @@ class _Handed:
     counts: str
 
 
-def _hand_out(
-    graph: ModelNodes, router: Router, hidden: Operand, pruning: LayerPruning
-) -> _Handed:
+def _hand_out(graph: ModelNodes, router: Router, hidden: Operand, pruning: LayerPruning) -> _Handed:
     exact = graph.in_float32(hidden.value)
     weight = graph.stored(router.weight.t())
     weight = graph.add("Cast", weight, to=TensorProto.FLOAT)
@@ -99,7 +95,9 @@ class _ExpertRows:
 
     def multiply(self, layer: LayerTensors, matrix: Matrix, rows: Operand) -> str:
         """Each expert's rows times its matrix: (pairs, rows of the matrix)."""
-        products = self._store([layer.expert(matrix, e) for e in range(self.experts)], layer, matrix)
+        products = self._store(
+            [layer.expert(matrix, e) for e in range(self.experts)], layer, matrix
+        )
         values = self._split(rows.value)
         packed = [p for p in products if isinstance(p, PackedProduct)]
         sums: Sequence[str | None] = [None] * self.experts
@@ -142,4 +140,3 @@ def _with_shared(graph: ModelNodes, layer: LayerTensors, hidden: Operand, routed
                 shared = graph.add("Mul", graph.add("Sigmoid", gate), shared)
             routed = graph.add("Add", routed, shared)
     return routed
-

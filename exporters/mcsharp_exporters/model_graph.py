@@ -50,7 +50,7 @@ EMBEDDINGS, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_h
 
 
 def check_family(config: Any) -> None:
-    """Raise InputProblems, with everything that is in the way, unless such a model can be a graph."""
+    """Raise InputProblems, with all that is in the way, unless such a model can be a graph."""
     if problems := family_problems(config):
         raise InputProblems(f"onnx_model of {config.model_type}", problems)
 
@@ -188,7 +188,9 @@ def _rotary_tables(graph: ModelNodes, source: ModelTensors) -> tuple[str, str]:
         "Range",
         *(graph.constant(np.array(value, np.int64)) for value in (0, positions, 1)),
     )
-    column = graph.add("Unsqueeze", graph.add("Cast", numbers, to=TensorProto.FLOAT), graph.integers(1))
+    column = graph.add(
+        "Unsqueeze", graph.add("Cast", numbers, to=TensorProto.FLOAT), graph.integers(1)
+    )
     angles = graph.add("Mul", column, graph.float32(rotary.inv_freq[None]))
     tables = []
     for function in ("Cos", "Sin"):

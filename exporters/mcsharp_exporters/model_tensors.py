@@ -219,5 +219,3 @@ def take_rows(weight: Weight, order: Tensor) -> Weight:
     return replace(
         weight, codes=weight.codes[order], scales=weight.scales[order], zeros=weight.zeros[order]
     )
-
-

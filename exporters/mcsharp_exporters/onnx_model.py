@@ -199,5 +199,3 @@ def _manifest(
 
 def _write_json(path: Path, content: Any) -> None:
     write_file(path, json.dumps(content, indent=2).encode() + b"\n")
-
-

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -144,7 +143,7 @@ class OnnxModel:
             ids = np.array([[token]], np.int64)
 
     def logits(self, windows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Positions (p,) but the last, and float32 logits (1, p, vocabulary) there, a few at a time.
+        """Positions (p,) but the last and float32 logits (1, p, vocabulary) there, in pieces.
 
         Parameters
         ----------
@@ -193,6 +192,6 @@ class OnnxModel:
             raise InputError("rows are padded at their end, not before a token")
         total = cache.mask.shape[1] + ids.shape[1]
         if total > self.manifest.context_length:
-            raise InputError(f"{total} tokens are more than {self.manifest.context_length} positions")
-
-
+            raise InputError(
+                f"{total} tokens are more than {self.manifest.context_length} positions"
+            )

@@ -20,9 +20,7 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def check_free(
-    output: Path, overwrite: bool, is_ours: Callable[[str], bool], what: str
-) -> None:
+def check_free(output: Path, overwrite: bool, is_ours: Callable[[str], bool], what: str) -> None:
     """Refuse a path that is taken, unless it holds earlier exports only and may be overwritten.
 
     Parameters

@@ -22,7 +22,8 @@ def export(
         typer.Option("--output", metavar="DIR", help="Folder to make. Default: DIR/KIND."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of onnx_routers: fp32 (the default), fp16 or bf16; as --set dtype=.")
+        str | None,
+        typer.Option(help="Of onnx_routers: fp32 (the default), fp16 or bf16; as --set dtype=."),
     ] = None,
     overrides: Annotated[
         list[str] | None,

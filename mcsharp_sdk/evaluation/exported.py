@@ -25,9 +25,10 @@ def exported_manifest(
     Raises
     ------
     InputError
-        If something is asked for that was settled when the model was exported.
+        If something is asked for that was settled when the model was exported, or a file is
+        missing, cut short or changed.
     """
-    from mcsharp_exporters.onnx_manifest import is_exported_model, read_manifest
+    from mcsharp_exporters.onnx_manifest import check_files, is_exported_model, read_manifest
 
     if not is_exported_model(directory):
         return None
@@ -44,6 +45,7 @@ def exported_manifest(
             f"{directory} was exported with pruning {manifest.pruning!r}: "
             "another one is a setting of the export"
         )
+    check_files(directory, manifest, hashes=True)
     return manifest
 
 
@@ -55,10 +57,13 @@ def measure_exported(
     window: int,
     track: Callable[[range], Iterable[int]],
 ) -> dict[str, Any]:
-    """Fields of an :class:`~mcsharp_sdk.evaluation.evaluate.Evaluation`, but model and text."""
+    """Fields of an :class:`~mcsharp_sdk.evaluation.evaluate.Evaluation`, but model and text.
+
+    The files have been checked.
+    """
     from mcsharp_exporters.onnx_model_runner import OnnxModel
 
-    model = OnnxModel(directory, cast(Any, device))
+    model = OnnxModel(directory, cast(Any, device), hashes=False)
     start = time.perf_counter()
     result = perplexity_of(model.logits, tokens, window, track=track)
     seconds = time.perf_counter() - start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,7 @@ def test_rows_of_a_padded_batch_are_read_as_if_alone(case: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_models_that_are_not_compressed_can_be_exported(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_models_that_are_not_compressed_can_be_exported(dtype: torch.dtype, tmp_path: Path) -> None:
     source = original(tmp_path / "model", "qwen2_moe", dtype)
     model = exported(source, tmp_path / "onnx")
     assert distance(model(IDS)[0], logits_of(reference(source), IDS)) < 1e-4
@@ -104,17 +103,13 @@ def test_half_precision_and_level_4_come_close(tmp_path: Path) -> None:
         assert np.median(error) < 0.05
 
 
-@pytest.mark.parametrize(
-    ("mode", "exported_as"), [("learned", "default"), ("rule", "default"), ("rule", "weights")]
-)
+@pytest.mark.parametrize(("mode", "exported_as"), [("learned", "default"), ("rule", "weights")])
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
 def test_experts_are_dropped_as_the_loaded_model_drops_them(
     family: str, mode: str, exported_as: str, tmp_path: Path
 ) -> None:
     settings = FAMILIES[family][1]
-    source = compressed(
-        tmp_path / "model", family, pruning=pruning_of(family, mode), **settings
-    )
+    source = compressed(tmp_path / "model", family, pruning=pruning_of(family, mode), **settings)
     loaded = reference(source)
     pruned = logits_of(loaded, IDS)
     set_expert_pruning(loaded, "off")
@@ -129,7 +124,9 @@ def test_experts_are_dropped_as_the_loaded_model_drops_them(
 def test_what_a_graph_cannot_know_is_refused_with_the_nearest_that_it_can(
     metric: str, tmp_path: Path
 ) -> None:
-    source = compressed(tmp_path / "model", "mixtral", pruning=pruning_of("mixtral", "rule", metric))
+    source = compressed(
+        tmp_path / "model", "mixtral", pruning=pruning_of("mixtral", "rule", metric)
+    )
     nearest = "off, or learned" if metric == "drop_insignificant" else "pruning: weights"
     with pytest.raises(InputError, match=nearest):
         mcsharp_sdk.export("onnx_model", source, tmp_path / "onnx")
@@ -140,7 +137,7 @@ def test_what_a_graph_cannot_know_is_refused_with_the_nearest_that_it_can(
     ("family", "settings", "message"),
     [
         ("granitemoe", {}, "granitemoe cannot be exported as one ONNX graph; mixtral, olmoe"),
-        ("deepseek_v3", {}, "its routers|Its routers may be: see the exporter onnx_routers"),
+        ("deepseek_v3", {}, "Its routers may be: see the exporter onnx_routers"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act: is 'gelu'; only 'silu'"),
         ("mixtral", {"head_dim": 24}, "head size: is 24; onnxruntime takes multiples of 16"),
         ("deepseek_v2", {}, "qk_rope_head_dim: is 8"),
@@ -212,26 +209,19 @@ def test_an_earlier_export_is_overwritten_and_nothing_else(tmp_path: Path) -> No
 
 def test_only_a_layer_is_in_memory(tmp_path: Path) -> None:
     source = ModelTensors.of_directory(compressed(tmp_path / "model", "mixtral"))
-    alive: list[int] = []
-    most = 0
+    layer, most, alive = source.layer, 0, weakref.WeakSet[torch.Tensor]()
 
-    class Counted(torch.Tensor):
-        def __del__(self) -> None:
-            alive.pop()
-
-    layer = source.layer
-
-    def counted(index: int) -> Any:
+    def watched(index: int) -> Any:
         nonlocal most
         for name, tensor in layer(index):
-            alive.append(index)
+            alive.add(tensor)
             most = max(most, len(alive))
-            yield name, tensor.as_subclass(Counted)
+            yield name, tensor
 
     of_one_layer = len(list(layer(0)))
-    object.__setattr__(source, "layer", counted)
+    object.__setattr__(source, "layer", watched)
     export_onnx_model(source, tmp_path / "onnx")
-    assert most < 2 * of_one_layer
+    assert of_one_layer <= most < 2 * of_one_layer
 
 
 def test_external_data_beyond_two_gigabytes_is_read(tmp_path: Path) -> None:
@@ -363,6 +353,9 @@ def test_settings_of_the_config_are_those_of_the_folder(tmp_path: Path) -> None:
     decoder = json.loads((tmp_path / "onnx" / "genai_config.json").read_text())["model"]["decoder"]
     config = tiny_config("deepseek_v2")
     assert decoder["num_hidden_layers"] == config.num_hidden_layers
-    inputs = {i.name for i in onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph.input}
+    inputs = {
+        i.name
+        for i in onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph.input
+    }
     named = {decoder["inputs"]["past_key_names"] % 2, decoder["inputs"]["past_value_names"] % 0}
     assert named | {"input_ids", "attention_mask"} <= inputs
