@@ -20,6 +20,7 @@ from mcsharp_exporters.onnx_runner import (
     import_onnxruntime,
 )
 from mcsharp_sdk.errors import InputError, RunError
+from mcsharp_sdk.models.memory import keep_large_blocks_out_of_the_heap, release_free_memory
 
 LOGITS_AT_ONCE = 2**24
 """Logits held at once, in elements: 64 MiB of float32."""
@@ -76,9 +77,12 @@ class OnnxModel:
         self.manifest = read_manifest(folder)
         self.manifest.entry(GRAPH)
         check_files(folder, self.manifest, hashes=hashes)
+        keep_large_blocks_out_of_the_heap()
         ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        # What decoding the weights took goes back to the system, not into a pool.
+        options.enable_cpu_mem_arena = False
         if threads is not None:
             options.intra_op_num_threads = threads
         providers = execution_providers(ort, provider, strict=False)
@@ -86,6 +90,7 @@ class OnnxModel:
             self._session = ort.InferenceSession(str(folder / GRAPH), options, providers=providers)
         except Exception as error:  # onnxruntime's own exceptions share no public base class
             raise RunError(f"{folder / GRAPH}: onnxruntime cannot open it: {error}") from error
+        release_free_memory()
         self.provider: str = self._session.get_providers()[0]
         if provider == "cuda" and self.provider != CUDA:
             warnings.warn(f"CUDA is not there: the model runs on {self.provider}", stacklevel=2)
