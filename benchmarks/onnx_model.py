@@ -3,8 +3,8 @@
 python benchmarks/onnx_model.py models --model MODEL --compressed DIR
 python benchmarks/onnx_model.py experts
 
-A table each in Markdown. The first compares MODEL in transformers, as it is, its compressed form DIR
-in our own runtime, and exports of DIR in onnxruntime: tokens per second of a prompt and of
+A table each in Markdown. The first compares MODEL in transformers, as it is, its compressed form
+DIR in our own runtime, and exports of DIR in onnxruntime: tokens per second of a prompt and of
 generation, and memory. Each is loaded in a process of its own, and they take turns; the ratio is
 the median over the rounds of that to the first in the same round. The second runs one layer of
 random weights while the number of experts, or of those that a token selects, changes.

@@ -81,8 +81,6 @@ class OnnxModel:
         ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        # What decoding the weights took goes back to the system, not into a pool.
-        options.enable_cpu_mem_arena = False
         if threads is not None:
             options.intra_op_num_threads = threads
         providers = execution_providers(ort, provider, strict=False)
@@ -90,7 +88,7 @@ class OnnxModel:
             self._session = ort.InferenceSession(str(folder / GRAPH), options, providers=providers)
         except Exception as error:  # onnxruntime's own exceptions share no public base class
             raise RunError(f"{folder / GRAPH}: onnxruntime cannot open it: {error}") from error
-        release_free_memory()
+        release_free_memory()  # what decoding the weights took
         self.provider: str = self._session.get_providers()[0]
         if provider == "cuda" and self.provider != CUDA:
             warnings.warn(f"CUDA is not there: the model runs on {self.provider}", stacklevel=2)
