@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -42,6 +42,10 @@ class Exporter(BaseModel, ABC):
 
         ``where`` of each problem is the name of the setting that it is about.
         """
+        return []
+
+    def check_model(self, config: Any) -> list[Problem]:
+        """What cannot be exported of a model with this config of transformers."""
         return []
 
     @abstractmethod

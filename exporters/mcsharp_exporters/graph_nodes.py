@@ -50,6 +50,14 @@ class GraphNodes:
         self.nodes.append(helper.make_node(operator, inputs, names, **attributes))
         return names
 
+    def add_named(
+        self, operator: str, inputs: Sequence[str], named: Sequence[str], **attributes: Any
+    ) -> str:
+        """Add a node whose outputs behind the first are outputs of the graph; the first's name."""
+        first = f"{operator}_{len(self.nodes)}_0"
+        self.nodes.append(helper.make_node(operator, inputs, [first, *named], **attributes))
+        return first
+
     def name_output(self, value: str, name: str) -> None:
         """Let the graph's output ``name`` be ``value``."""
         self.nodes.append(helper.make_node("Identity", [value], [name]))

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -18,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from mcsharp_exporters.base import Exporter
 from mcsharp_exporters.graph_nodes import IR_VERSION, OPSET, DtypeName
+from mcsharp_exporters.output_folder import check_free, folder_in_one_go, write_file
 from mcsharp_exporters.pruning_graph import LayerPruning
 from mcsharp_exporters.router_graph import (
     FORMAT_VERSION,
@@ -182,9 +179,9 @@ def export_onnx_routers(
     """
     output = Path(output)
     pruning = pruning or RouterPruning()
-    _check_free(output, overwrite)
+    check_free(output, overwrite, _is_ours, "exported router")
     entries: dict[int, RouterFile] = {}
-    with _folder_in_one_go(output) as folder:
+    with folder_in_one_go(output) as folder:
         for router in routers:
             if router.layer in entries:
                 raise InputError(f"two routers of layer {router.layer} were given")
@@ -200,7 +197,7 @@ def export_onnx_routers(
             ir_version=IR_VERSION,
             layers=[entries[layer] for layer in sorted(entries)],
         )
-        _write(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2).encode() + b"\n")
+        write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2).encode() + b"\n")
     return manifest.model_dump()
 
 
@@ -233,7 +230,7 @@ def _write_router(
     onnx.checker.check_model(model, full_check=True)
     data = model.SerializeToString(deterministic=True)
     name = f"router_layer_{router.layer:05d}.onnx"
-    _write(folder / name, data)
+    write_file(folder / name, data)
     slots: Shape = ["tokens", router.top_k]
     return RouterFile(
         layer=router.layer,
@@ -251,44 +248,5 @@ def _write_router(
     )
 
 
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _check_free(output: Path, overwrite: bool) -> None:
-    """Refuse a path that is taken, unless it holds exported routers and may be overwritten."""
-    if not output.exists() and not output.is_symlink():
-        return
-    if not output.is_dir() or output.is_symlink():
-        raise InputError(f"{output}: is there already and is not a folder")
-    names = sorted(path.name for path in output.iterdir())
-    if names and not overwrite:
-        raise InputError(f"{output}: is there already; give another output, or overwrite it")
-    strangers = [n for n in names if n != MANIFEST_NAME and not re.match(FILE_PATTERN, n)]
-    if strangers:
-        raise InputError(
-            f"{output}: holds {strangers[0]!r}, which is no exported router; it is not overwritten"
-        )
-
-
-@contextmanager
-def _folder_in_one_go(output: Path) -> Iterator[Path]:
-    """A new folder that takes ``output``'s place when the block ends well, else vanishes."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex[:8]
-    fresh = output.with_name(f".{output.name}.{token}.new")
-    fresh.mkdir()
-    try:
-        yield fresh
-        if output.exists():
-            former = output.with_name(f".{output.name}.{token}.old")
-            output.rename(former)
-            fresh.rename(output)
-            shutil.rmtree(former)
-        else:
-            fresh.rename(output)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+def _is_ours(name: str) -> bool:
+    return name == MANIFEST_NAME or re.match(FILE_PATTERN, name) is not None

@@ -65,9 +65,9 @@ class OnnxRouters:
         self.pruning: PruningMode = manifest.pruning
         self._entries = {entry.layer: entry for entry in manifest.layers}
         models = {entry.layer: _checked_bytes(folder, entry) for entry in manifest.layers}
-        self._ort = _onnxruntime()
+        self._ort = import_onnxruntime()
         strict = provider == "cuda" and not allow_fallback
-        providers = _providers(self._ort, provider, strict)
+        providers = execution_providers(self._ort, provider, strict)
         self._sessions = {
             layer: _session(self._ort, folder / self._entries[layer].file, data, providers, strict)
             for layer, data in models.items()
@@ -226,7 +226,8 @@ def _check_graph(folder: Path, entry: RouterFile, manifest: RouterManifest, sess
             )
 
 
-def _onnxruntime() -> ModuleType:
+def import_onnxruntime() -> ModuleType:
+    """onnxruntime; RunError if it is not installed, a warning if it is so twice."""
     try:
         ort = importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -251,7 +252,7 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _providers(ort: ModuleType, choice: ProviderChoice, strict: bool) -> list[Any]:
+def execution_providers(ort: ModuleType, choice: ProviderChoice, strict: bool) -> list[Any]:
     """What to ask onnxruntime for. That it lists CUDA says only that its build could use it."""
     if choice == "cpu":
         return [CPU]

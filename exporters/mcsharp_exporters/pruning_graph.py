@@ -32,16 +32,18 @@ class LayerPruning:
         layer alone.
     network : of modes ``learned`` and ``both``: the parameters of a
         :class:`mcsharp_sdk.pruning.top_any.TopAnyNetwork` by name; None if the layer has none.
+    protects : modes ``rule`` and ``both`` protect tokens; otherwise weights and network decide.
     """
 
     mode: PruningMode = "off"
     thresholds: tuple[float, ...] | None = None
     network: Mapping[str, Tensor] | None = None
+    protects: bool = True
 
     @property
     def takes_protected(self) -> bool:
         """Whether the graph has the input ``protected``, be the layer itself pruned or not."""
-        return self.mode in ("rule", "both")
+        return self.protects and self.mode in ("rule", "both")
 
     @property
     def units(self) -> int | None:

@@ -61,14 +61,34 @@ def router_graph(
     hidden = HIDDEN_STATES
     if dtype != "fp32":
         hidden = graph.add("Cast", hidden, to=TensorProto.FLOAT)
-    indices, weights = _choose(graph, router, _logits(graph, router, hidden, dtype))
-    weights = _scaled(graph, router.settings, weights)
-    is_sorted = _falls_from_slot_to_slot(router.settings)
-    pruned = prune(graph, pruning, hidden, weights, router.top_k, is_sorted)
-    weights, keep = pruned or (weights, _keep_all(graph, indices))
+    weight = _weight(graph, router, dtype)
+    indices, weights, kept = route_nodes(graph, router, hidden, weight, pruning)
+    keep = kept or _keep_all(graph, indices)
     for value, name in ((indices, INDICES), (weights, WEIGHTS), (keep, KEEP)):
         graph.name_output(value, name)
     return _model(graph, router, dtype, pruning)
+
+
+def route_nodes(
+    graph: GraphNodes, router: Router, hidden: str, weight: str, pruning: LayerPruning
+) -> tuple[str, str, str | None]:
+    """Add the nodes that choose and prune experts.
+
+    Parameters
+    ----------
+    hidden : (tokens, hidden) float32.
+    weight : (hidden, experts) float32, the router's weight.
+
+    Returns
+    -------
+    indices, weights, keep : (tokens, top_k) int64, float32 and bool; ``keep`` is None if nothing
+        is ever dropped. A dropped slot has weight 0.
+    """
+    indices, weights = _choose(graph, router, _logits(graph, router, hidden, weight))
+    weights = _scaled(graph, router.settings, weights)
+    is_sorted = _falls_from_slot_to_slot(router.settings)
+    pruned = prune(graph, pruning, hidden, weights, router.top_k, is_sorted)
+    return indices, *(pruned or (weights, None))
 
 
 def inputs_of(router: Router, pruning: LayerPruning) -> dict[str, list[int | str]]:
@@ -103,12 +123,15 @@ def _keep_all(graph: GraphNodes, indices: str) -> str:
     return graph.add("GreaterOrEqual", indices, graph.constant(np.zeros((), np.int64)))
 
 
-def _logits(graph: GraphNodes, router: Router, hidden: str, dtype: DtypeName) -> str:
-    """Logits (tokens, experts) float32 of float32 hidden states."""
+def _weight(graph: GraphNodes, router: Router, dtype: DtypeName) -> str:
+    """The weight (hidden, experts), stored in ``dtype``, in float32."""
     weight = "router_weight"
     graph.constants.append(_stored(weight, router, dtype))
-    if dtype != "fp32":
-        weight = graph.add("Cast", weight, to=TensorProto.FLOAT)
+    return weight if dtype == "fp32" else graph.add("Cast", weight, to=TensorProto.FLOAT)
+
+
+def _logits(graph: GraphNodes, router: Router, hidden: str, weight: str) -> str:
+    """Logits (tokens, experts) float32 of float32 hidden states."""
     logits = graph.add("MatMul", hidden, weight)
     if router.bias is not None:
         logits = graph.add("Add", logits, graph.float32(router.bias))

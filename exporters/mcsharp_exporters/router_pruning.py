@@ -56,10 +56,12 @@ class RouterPruning:
     ----------
     mode : of all layers.
     model : where thresholds and networks are; None only with mode ``off``.
+    protects : graphs are told which tokens are protected; otherwise none is.
     """
 
     mode: PruningMode = "off"
     model: ModelPruning | None = None
+    protects: bool = True
 
     @classmethod
     def choose(cls, choice: PruningChoice, model: ModelPruning | None) -> RouterPruning:
@@ -89,9 +91,11 @@ class RouterPruning:
             return LayerPruning()
         rule, learned = self.model.layout.rule, self.model.layout.learned
         if self.mode == "rule" and rule is not None:
-            return LayerPruning(self.mode, thresholds=rule.thresholds.get(layer))
+            thresholds = rule.thresholds.get(layer)
+            return LayerPruning(self.mode, thresholds=thresholds, protects=self.protects)
         has_network = learned is not None and layer in learned.layers
-        return LayerPruning(self.mode, network=self.model.network(layer) if has_network else None)
+        network = self.model.network(layer) if has_network else None
+        return LayerPruning(self.mode, network=network, protects=self.protects)
 
 
 def pruning_of_directory(path: Path) -> ModelPruning | None:

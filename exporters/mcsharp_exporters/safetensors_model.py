@@ -53,10 +53,10 @@ class SafetensorsExporter(Exporter):
     def run(self, context: RunContext, output: Path) -> None:
         from mcsharp_sdk.models.architecture import auto_class
 
-        layout = _layout(context)
+        layout = model_layout(context)
         self._write_weights(context, layout, output)
         _write_config(context.model, layout, output)
-        _copy_files(context.model.path, output)
+        copy_files(context.model.path, output)
         _write_artifacts(context, output)
         (output / "recipe.yaml").write_text(context.recipe.as_run, encoding="utf-8")
         report = _report(context, layout, output)
@@ -71,15 +71,15 @@ class SafetensorsExporter(Exporter):
         from mcsharp_sdk.runtime.saving import ShardWriter
 
         writer = ShardWriter(output, WEIGHTS_NAME, int(self.max_shard_size * 1e9))
-        for name, tensor in _outer_tensors(context.model):
+        for name, tensor in outer_tensors(context.model):
             writer.add(name, tensor)
         for index in context.track(range(context.model.topology.num_layers), "writing"):
-            for name, tensor in _layer_tensors(context, layout, index):
+            for name, tensor in named_layer_tensors(context, layout, index):
                 writer.add(name, tensor)
         writer.finish()
 
 
-def _outer_tensors(model: SourceModel) -> Iterator[tuple[str, Tensor]]:
+def outer_tensors(model: SourceModel) -> Iterator[tuple[str, Tensor]]:
     """What is outside the decoder layers (embeddings, head, vision tower), as it was.
 
     One module's own tensors are held at a time.
@@ -97,7 +97,7 @@ def _outer_tensors(model: SourceModel) -> Iterator[tuple[str, Tensor]]:
         yield from model.stored_tensors(*names)
 
 
-def _layout(context: RunContext) -> PackedLayout:
+def model_layout(context: RunContext) -> PackedLayout:
     """How the stages left the model: what is packed, and how it is pruned."""
     from mcsharp_sdk.runtime.layout import PackedLayout
 
@@ -105,7 +105,7 @@ def _layout(context: RunContext) -> PackedLayout:
     return replace(quantised, pruning=context.pruning_layout())
 
 
-def _layer_tensors(
+def named_layer_tensors(
     context: RunContext, layout: PackedLayout, index: int
 ) -> Iterator[tuple[str, Tensor]]:
     """A decoder layer: what stages made from the run directory, the rest from the model."""
@@ -164,7 +164,8 @@ def _write_config(model: SourceModel, layout: PackedLayout, output: Path) -> Non
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_files(source: Path, output: Path) -> None:
+def copy_files(source: Path, output: Path) -> None:
+    """Copy tokenizer, chat template and the like from one model folder to another."""
     for pattern in COPIED_FILES:
         for file in sorted(source.glob(pattern)):
             if file.is_file():

@@ -66,7 +66,10 @@ def evaluate(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Measure perplexity, bits, bytes and activated experts of models, or run tasks on them."""
+    """Measure perplexity, bits, bytes and activated experts of models, or run tasks on them.
+
+    An exported ONNX model runs with onnxruntime.
+    """
     of_text: dict[str, Any] = {"text": text, "window": window, "max_tokens": max_tokens}
     of_tasks: dict[str, Any] = {
         "include": include,

@@ -27,13 +27,13 @@ def show_evaluation(result: Evaluation) -> None:
         ("bits per weight", bits if result.compressed else f"{bits}; not compressed"),
         ("weights on disk", decimal(result.bytes)),
         ("expert pruning", result.pruning),
-        ("activated experts", f"{result.activated_expert_ratio:.1%}"),
-        ("weights read per token", decimal(round(result.activated_bytes_per_token))),
-        ("parameters used per token", f"{round(result.activated_parameters_per_token):,}"),
+        ("activated experts", _percent(result.activated_expert_ratio)),
+        ("weights read per token", _bytes(result.activated_bytes_per_token)),
+        ("parameters used per token", _count(result.activated_parameters_per_token)),
         ("computed", computed),
     ]
-    print_table(result.model, ["", ""], facts)
-    if result.pruning != "off":
+    print_table(result.model, ["", ""], [fact for fact in facts if fact[1] is not None])
+    if result.pruning != "off" and result.activated_expert_ratio_per_layer:
         shares = result.activated_expert_ratio_per_layer.items()
         rows = [(str(layer), f"{share:.1%}") for layer, share in shares]
         print_table("Activated experts", ["layer", "share"], rows)
@@ -56,19 +56,37 @@ def show_comparison(result: Comparison) -> None:
 def _compared_row(compared: Compared) -> list[Any]:
     from rich.filesize import decimal
 
-    found, agreement = compared.evaluation, compared.top1_agreement
+    found = compared.evaluation
     return [
         found.model,
         f"{found.perplexity:.4g}",
         compared.kl_divergence,
-        None if agreement is None else f"{agreement:.1%}",
+        _percent(compared.top1_agreement),
         f"{found.nominal_bits:.3f}",
         f"{found.stored_bits:.3f}",
         decimal(found.bytes),
-        f"{found.activated_parameters_per_token / 1e6:,.2f} M",
-        decimal(round(found.activated_bytes_per_token)),
-        f"{found.activated_expert_ratio:.1%}",
+        _millions(found.activated_parameters_per_token),
+        _bytes(found.activated_bytes_per_token),
+        _percent(found.activated_expert_ratio),
     ]
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"
+
+
+def _bytes(size: float | None) -> str | None:
+    from rich.filesize import decimal
+
+    return None if size is None else decimal(round(size))
+
+
+def _count(number: float | None) -> str | None:
+    return None if number is None else f"{round(number):,}"
+
+
+def _millions(number: float | None) -> str | None:
+    return None if number is None else f"{number / 1e6:,.2f} M"
 
 
 def show_tasks(results: Sequence[TaskEvaluation]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from mcsharp_sdk.cli.output import print_json, print_text
 
 
 def export(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="onnx_routers")],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="onnx_model or onnx_routers")],
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="Model folder, compressed or not.")
     ],
@@ -21,7 +22,8 @@ def export(
         typer.Option("--output", metavar="DIR", help="Folder to make. Default: DIR/KIND."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="fp32 (the default), fp16 or bf16; as --set dtype=.")
+        str | None,
+        typer.Option(help="Of onnx_routers: fp32 (the default), fp16 or bf16; as --set dtype=."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -36,7 +38,7 @@ def export(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Export from a model folder; onnx_routers writes one graph per MoE layer."""
+    """Export from a model folder: onnx_model the whole model, onnx_routers one graph per router."""
     from mcsharp_sdk.engine.export import export as run
 
     settings = _settings([*(overrides or ()), *([f"dtype={dtype}"] if dtype else ())])
@@ -45,7 +47,18 @@ def export(
         print_json(manifest)
     else:
         target = directory / kind if output is None else output
-        print_text(f"{len(manifest['layers'])} graphs are in {target}")
+        print_text(f"{_summary(manifest)} {target}")
+
+
+def _summary(manifest: Mapping[str, Any]) -> str:
+    """What lies in the folder that is named next."""
+    from rich.filesize import decimal
+
+    if isinstance(manifest["layers"], list):
+        return f"{len(manifest['layers'])} graphs are in"
+    size = decimal(sum(entry["bytes"] for entry in manifest["files"]))
+    bits = f"{manifest['nominal_bits']:.3f} nominal, {manifest['stored_bits']:.3f} stored bits"
+    return f"{manifest['layers']} layers, {size}, {bits}, pruning '{manifest['pruning']}', are in"
 
 
 def _settings(overrides: list[str]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def export(
 
     Parameters
     ----------
-    kind : ``onnx_routers``.
+    kind : ``onnx_model`` or ``onnx_routers``.
     model : folder of an original or a compressed model.
     output : folder to make; by default ``model``/``kind``.
     overwrite : replace what is there.
@@ -74,6 +74,16 @@ def _onnx_routers(
     return export_onnx_routers(routers, output, chosen.dtype, pruning, overwrite=overwrite)
 
 
+def _onnx_model(
+    model: Path, output: Path, overwrite: bool, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    from mcsharp_exporters.model_tensors import ModelTensors
+    from mcsharp_exporters.onnx_model import OnnxModelExporter, export_onnx_model
+
+    chosen = _checked(OnnxModelExporter, "onnx_model", settings)
+    return export_onnx_model(ModelTensors.of_directory(model), output, chosen, overwrite=overwrite)
+
+
 def _checked(exporter: type[AnyExporter], kind: str, settings: Mapping[str, Any]) -> AnyExporter:
     """An exporter with these settings; InputProblems names everything that is wrong with them."""
     from mcsharp_sdk.recipe.document import Document, Finding
@@ -95,6 +105,7 @@ def _checked(exporter: type[AnyExporter], kind: str, settings: Mapping[str, Any]
 
 
 FOLDER_EXPORTS: dict[str, Callable[[Path, Path, bool, Mapping[str, Any]], dict[str, Any]]] = {
+    "onnx_model": _onnx_model,
     "onnx_routers": _onnx_routers,
 }
 """Exporters that need no more than a model folder."""

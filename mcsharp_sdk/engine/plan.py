@@ -97,6 +97,7 @@ def check_model(recipe: Recipe, model: str | os.PathLike[str] | SourceModel) -> 
     misfits = [
         *_stage_misfits(recipe, source),
         *_routing_misfits(recipe, source),
+        *_export_misfits(recipe, source),
         *_calibration_misfits(recipe, source),
     ]
     if misfits:
@@ -129,6 +130,13 @@ def _routing_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
             for problem in stage.check_routers(routers):
                 setting = (problem.where,) if problem.where else ()
                 yield ("stages", position, *setting), problem.message
+
+
+def _export_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
+    for position, exporter in enumerate(recipe.exports):
+        for problem in exporter.check_model(source.config):
+            setting = (problem.where,) if problem.where else ()
+            yield ("exports", position, *setting), problem.message
 
 
 def _calibration_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:

@@ -18,6 +18,7 @@ from mcsharp_sdk.embedded.text import evaluation_text
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.activation import ExpertActivity, watch_experts
 from mcsharp_sdk.evaluation.cost import ModelCost, cost_facts, model_cost
+from mcsharp_sdk.evaluation.exported import exported_manifest, measure_exported
 from mcsharp_sdk.evaluation.loading import (
     check_pruning,
     choose_device,
@@ -51,12 +52,14 @@ class Evaluation:
     directory_bytes : size of everything in the folder.
     parameters : of the whole model.
     pruning : how experts were pruned: ``off``, ``rule``, ``learned`` or ``both``.
-    activated_expert_ratio : activated (token, expert) pairs over tokens·k.
-    activated_expert_ratio_per_layer : the same per decoder layer that has experts.
-    activated_bytes_per_token : mean bytes of stored weights that a token of this text reads.
-    activated_parameters_per_token : mean number of those weights.
+    activated_expert_ratio : activated (token, expert) pairs over tokens·k; None where nobody can
+        look inside: an ONNX model.
+    activated_expert_ratio_per_layer : the same per decoder layer that has experts; then empty.
+    activated_bytes_per_token : mean bytes of stored weights that a token of this text reads; then
+        None.
+    activated_parameters_per_token : mean number of those weights; then None.
     seconds : of the forward passes, loading excluded.
-    device, dtype : where and in which dtype it was computed.
+    device, dtype : where (of an ONNX model, by which provider) and in which dtype it was computed.
     """
 
     model: str
@@ -75,10 +78,10 @@ class Evaluation:
     directory_bytes: int
     parameters: int
     pruning: str
-    activated_expert_ratio: float
+    activated_expert_ratio: float | None
     activated_expert_ratio_per_layer: dict[int, float]
-    activated_bytes_per_token: float
-    activated_parameters_per_token: float
+    activated_bytes_per_token: float | None
+    activated_parameters_per_token: float | None
     seconds: float
     device: str
     dtype: str
@@ -100,11 +103,12 @@ def evaluate(
     pruning: str | None = None,
     track: Callable[[range], Iterable[int]] = iter,
 ) -> Evaluation:
-    """Evaluate a model, compressed or not.
+    """Evaluate a model, compressed or not, or one that was exported as ONNX.
 
     Parameters
     ----------
-    model_dir : folder with config, safetensors and tokenizer.
+    model_dir : folder with config, safetensors and tokenizer, or as the exporter ``onnx_model``
+        wrote it; that runs with onnxruntime, in the precision and pruning of the export.
     text : a file of UTF-8 text, JSON lines or parquet; None for the embedded evaluation text.
     window : tokens per window; None for 2048, or all the model's positions if fewer.
     max_tokens : use only so many tokens from the start of the text.
@@ -121,8 +125,16 @@ def evaluate(
         If the folder, its tokenizer, the text, the window, the device, the dtype or the pruning
         cannot be used.
     """
+    directory = Path(model_dir)
+    manifest = exported_manifest(directory, device, dtype, pruning)
+    if manifest is not None:
+        length = _choose_window(window, manifest.context_length)
+        name, pieces = _pieces(text)
+        tokens = _read_tokens(pieces, directory, max_tokens, manifest.vocabulary)
+        measured = measure_exported(directory, manifest, device, tokens, length, track)
+        return Evaluation(model=str(directory), text=name, **measured)
     conditions = prepare(
-        model_dir,
+        directory,
         text,
         window=window,
         max_tokens=max_tokens,
@@ -172,14 +184,17 @@ def prepare(
 ) -> Conditions:
     """Check everything that :func:`evaluate` takes, and read the text; no weight is loaded."""
     directory = Path(model_dir)
+    if exported_manifest(directory, device, dtype, pruning) is not None:
+        raise InputError(f"{directory} is a model as ONNX: evaluate it by itself")
     config = read_config(directory)
     cost = model_cost(directory)
     check_pruning(pruning, directory)
-    window = _choose_window(window, config)
+    text_config = config.get_text_config()
+    window = _choose_window(window, getattr(text_config, "max_position_embeddings", None))
     place = choose_device(device)
     computed_in = choose_dtype(dtype, config, place)
     name, pieces = _pieces(text)
-    tokens = _read_tokens(pieces, directory, max_tokens, config)
+    tokens = _read_tokens(pieces, directory, max_tokens, text_config.vocab_size)
     return Conditions(directory, cost, name, tokens, window, place, computed_in, pruning)
 
 
@@ -240,8 +255,7 @@ def _activity_fields(activity: ExpertActivity, cost: ModelCost) -> dict[str, Any
     }
 
 
-def _choose_window(window: int | None, config: Any) -> int:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+def _choose_window(window: int | None, positions: int | None) -> int:
     if window is None:
         return min(DEFAULT_WINDOW, positions or DEFAULT_WINDOW)
     if window < 2:
@@ -258,14 +272,15 @@ def _pieces(text: str | Path | None) -> tuple[str, Iterable[str]]:
     return str(text), text_pieces(Path(text))
 
 
-def _read_tokens(text: Iterable[str], directory: Path, limit: int | None, config: Any) -> Tensor:
+def _read_tokens(
+    text: Iterable[str], directory: Path, limit: int | None, vocabulary: int
+) -> Tensor:
     """Token ids of the text, (n,) int64, checked against the model's vocabulary."""
     if limit is not None and limit < 2:
         raise InputError(f"max_tokens is {limit}: perplexity needs 2 tokens or more")
     tokens = token_stream(text, load_tokenizer(directory), limit=limit)
     if tokens.numel() < 2:
         raise InputError(f"the text has {tokens.numel()} tokens: 2 are needed at least")
-    vocabulary = config.get_text_config().vocab_size
     if int(tokens.max()) >= vocabulary:
         raise InputError(
             f"the tokenizer gives token {int(tokens.max())}, but the model knows {vocabulary}: "

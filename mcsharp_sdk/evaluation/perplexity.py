@@ -23,6 +23,10 @@ LOGITS_AT_ONCE = 2**24
 Observer = Callable[[int, Tensor, Tensor], None]
 """Gets the index of a batch of windows, positions (p,) and the logits (b, p, vocabulary) there."""
 
+Reader = Callable[[Tensor], Iterator[tuple[Tensor, Tensor]]]
+"""Gives, of windows (b, n), positions (p,) and the logits (b, p, vocabulary) there, a few at a
+time; the positions together are all but the last."""
+
 TOKENS_PER_FORWARD = 4096
 """Short windows go through the model together, up to so many tokens: a packed expert is then
 dequantised once for all of them."""
@@ -77,16 +81,41 @@ def perplexity(
     RunError
         If the loss of a window is not a number.
     """
+    device = model.get_input_embeddings().weight.device
+
+    def read(windows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        return _logits(model, windows.to(device))
+
+    with fast_linears():
+        return perplexity_of(
+            read, tokens, window, together=windows_together(window), track=track, observe=observe
+        )
+
+
+def perplexity_of(
+    read: Reader,
+    tokens: Tensor,
+    window: int,
+    *,
+    together: int = 1,
+    track: Callable[[range], Iterable[int]] = iter,
+    observe: Observer | None = None,
+) -> Perplexity:
+    """As :func:`perplexity`, of anything that predicts tokens.
+
+    Parameters
+    ----------
+    read : what predicts.
+    together : windows of equal length that it is given at once.
+    """
     if tokens.ndim != 1 or tokens.numel() < 2:
         raise InputError(f"perplexity needs two tokens or more, got {list(tokens.shape)}")
     if window < 2:
         raise InputError(f"a window of {window} predicts nothing: use 2 tokens or more")
-    batches = window_batches(tokens, window)
-    device = model.get_input_embeddings().weight.device
+    batches = window_batches(tokens, window, together)
     total = 0.0
     for index in track(range(len(batches))):
-        with fast_linears():
-            losses = _window_nlls(model, batches[index].to(device), index, observe)
+        losses = _window_nlls(read, batches[index], index, observe)
         if losses.isnan().any():
             raise RunError("the loss of a window is not a number: the model is broken")
         total += losses.sum().item()
@@ -95,26 +124,31 @@ def perplexity(
     return Perplexity(_exp(mean), mean, used, used - windows, windows)
 
 
-def window_batches(tokens: Tensor, window: int) -> list[Tensor]:
-    """Windows of a stream that go through a model together, [b, n] each, in order.
+def windows_together(window: int) -> int:
+    """How many windows of so many tokens a model of torch reads at once."""
+    return max(1, TOKENS_PER_FORWARD // window)
 
-    Windows of equal length are stacked; what is left over and has a single token is not in any.
+
+def window_batches(tokens: Tensor, window: int, together: int) -> list[Tensor]:
+    """Windows of a stream that go through a model together, at most ``together``: [b, n] each.
+
+    They are in order. Windows of equal length are stacked; what is left over and has a single token
+    is not in any.
     """
     windows = [part for part in tokens.split(window) if part.numel() >= 2]
-    most = max(1, TOKENS_PER_FORWARD // window)
     batches: list[Tensor] = []
     for _, equal in groupby(windows, key=len):
-        batches += torch.stack(list(equal)).split(most)
+        batches += torch.stack(list(equal)).split(together)
     return batches
 
 
-def _window_nlls(model: Any, windows: Tensor, index: int, observe: Observer | None) -> Tensor:
+def _window_nlls(read: Reader, windows: Tensor, index: int, observe: Observer | None) -> Tensor:
     """Summed negative log-likelihood of each window (b, n) behind its first token: (b,) float64."""
     totals = torch.zeros(len(windows), dtype=torch.float64)
-    for positions, logits in _logits(model, windows):
+    for positions, logits in read(windows):
         if observe is not None:
             observe(index, positions, logits)
-        targets = windows[:, positions + 1].to(logits.device)
+        targets = windows[:, positions.to(windows.device) + 1].to(logits.device)
         losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
         totals += losses.double().sum(1).cpu()
     return totals

@@ -22,7 +22,12 @@ from torch.nn import functional as F
 
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.evaluate import Conditions, Evaluation, measure
-from mcsharp_sdk.evaluation.perplexity import has_separate_head, head_logits, window_batches
+from mcsharp_sdk.evaluation.perplexity import (
+    has_separate_head,
+    head_logits,
+    window_batches,
+    windows_together,
+)
 
 HIDDEN, LOGITS = "last_hidden_state", "logits"
 
@@ -49,7 +54,8 @@ class Reference:
         track: Callable[[range], Iterable[int]] = iter,
     ) -> None:
         self._folder = folder
-        self._batches = window_batches(conditions.tokens, conditions.window)
+        window = conditions.window
+        self._batches = window_batches(conditions.tokens, window, windows_together(window))
         self._model = conditions.load()
         self._separate = has_separate_head(self._model)
         self._check_room(conditions)

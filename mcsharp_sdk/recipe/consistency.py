@@ -51,7 +51,9 @@ def misfits(
             )
         known = [stage for stage in stages if isinstance(stage, Modifier)]
         findings += [
-            Finding(("exports", index, problem.where), problem.message)
+            Finding(
+                ("exports", index, *([problem.where] if problem.where else [])), problem.message
+            )
             for problem in exporter.check_stages(known)
         ]
     return findings

@@ -1,0 +1,149 @@
+"""``manifest.json`` of an exported model: what the folder holds, and whether it still does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mcsharp_exporters.model_nodes import AccuracyLevel, Precision
+from mcsharp_exporters.model_pruning import GraphPruning
+from mcsharp_sdk.errors import InputError, InputProblems, Problem
+
+MANIFEST = "manifest.json"
+FORMAT = "mcsharp.onnx_model"
+GRAPH, DATA = "model.onnx", "model.onnx.data"
+
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
+
+_CHUNK = 2**22
+
+
+class FileEntry(BaseModel):
+    """A file of the folder: its size and what it must hash to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: FileName
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ModelManifest(BaseModel):
+    """What an exported folder says of itself.
+
+    ``nominal_bits`` and ``stored_bits`` are those of the packed weights, or of all matrices of the
+    decoder layers if none is packed; ``context_length`` is the number of positions.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["mcsharp.onnx_model"] = "mcsharp.onnx_model"
+    version: Literal[1] = 1
+    sdk_version: str
+    model_type: str
+    precision: Precision
+    accuracy_level: AccuracyLevel
+    pruning: GraphPruning
+    compressed: bool
+    nominal_bits: float
+    stored_bits: float
+    parameters: Annotated[int, Field(gt=0)]
+    layers: Annotated[int, Field(gt=0)]
+    cache_heads: Annotated[int, Field(gt=0)]
+    head_size: Annotated[int, Field(gt=0)]
+    vocabulary: Annotated[int, Field(gt=0)]
+    context_length: Annotated[int, Field(gt=0)]
+    opset: int
+    ir_version: int
+    files: Annotated[list[FileEntry], Field(min_length=2)]
+
+    def entry(self, name: str) -> FileEntry:
+        """The file of a name; InputError if the manifest does not have it."""
+        found = next((entry for entry in self.files if entry.file == name), None)
+        if found is None:
+            raise InputError(f"{MANIFEST} names no {name}")
+        return found
+
+
+def is_exported_model(folder: Path) -> bool:
+    """Whether a folder says that it holds an exported model."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def read_manifest(folder: Path) -> ModelManifest:
+    """Read and check ``manifest.json``; the files that it names are not opened.
+
+    Raises
+    ------
+    InputError
+        If it is missing, not JSON, of another version, or names files outside of the folder.
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not the manifest of an ONNX model: {error}") from error
+    try:
+        return ModelManifest.model_validate_json(text)
+    except ValidationError as error:
+        problems = [Problem(".".join(map(str, f["loc"])), f["msg"]) for f in error.errors()]
+        raise InputProblems(str(path), problems) from error
+
+
+def check_files(folder: Path, manifest: ModelManifest, *, hashes: bool) -> None:
+    """Check that the files are those that were written.
+
+    Parameters
+    ----------
+    hashes : read every file and compare its SHA-256; otherwise only sizes are compared.
+
+    Raises
+    ------
+    InputProblems
+        With every file that is missing, cut short or changed.
+    """
+    if problems := list(_problems(folder, manifest, hashes)):
+        raise InputProblems(str(folder), problems)
+
+
+def _problems(folder: Path, manifest: ModelManifest, hashes: bool) -> Iterator[Problem]:
+    for entry in manifest.files:
+        path = folder / entry.file
+        if not path.is_file():
+            yield Problem(entry.file, f"missing; {_together(entry.file)}")
+        elif (size := path.stat().st_size) != entry.bytes:
+            state = "cut short" if size < entry.bytes else "too long"
+            yield Problem(
+                entry.file, f"{state}: {size} bytes, {MANIFEST} says {entry.bytes}; copy it again"
+            )
+        elif hashes and file_sha256(path) != entry.sha256:
+            yield Problem(entry.file, f"damaged: its SHA-256 is not the one in {MANIFEST}")
+
+
+def _together(name: str) -> str:
+    if name == DATA:
+        return f"the weights of {GRAPH} are in it: keep both in the same folder"
+    return f"{MANIFEST} names it: copy the whole folder"
+
+
+def file_entry(path: Path) -> FileEntry:
+    """A file as the manifest names it."""
+    return FileEntry(file=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,62 @@
+"""Folders that exporters make, all or nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mcsharp_sdk.errors import InputError
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Make a file, and have it on disk."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_free(output: Path, overwrite: bool, is_ours: Callable[[str], bool], what: str) -> None:
+    """Refuse a path that is taken, unless it holds earlier exports only and may be overwritten.
+
+    Parameters
+    ----------
+    is_ours : tells by a file's name whether such an export wrote it.
+    what : what it exports, for the error.
+    """
+    if not output.exists() and not output.is_symlink():
+        return
+    if not output.is_dir() or output.is_symlink():
+        raise InputError(f"{output}: is there already and is not a folder")
+    names = sorted(path.name for path in output.iterdir())
+    if names and not overwrite:
+        raise InputError(f"{output}: is there already; give another output, or overwrite it")
+    strangers = [name for name in names if not is_ours(name)]
+    if strangers:
+        raise InputError(
+            f"{output}: holds {strangers[0]!r}, which is no {what}; it is not overwritten"
+        )
+
+
+@contextmanager
+def folder_in_one_go(output: Path) -> Iterator[Path]:
+    """A new folder that takes ``output``'s place when the block ends well, else vanishes."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex[:8]
+    fresh = output.with_name(f".{output.name}.{token}.new")
+    fresh.mkdir()
+    try:
+        yield fresh
+        if output.exists():
+            former = output.with_name(f".{output.name}.{token}.old")
+            output.rename(former)
+            fresh.rename(output)
+            shutil.rmtree(former)
+        else:
+            fresh.rename(output)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
