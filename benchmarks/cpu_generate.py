@@ -98,9 +98,8 @@ def median_ratio_thresholds(model: Any, tokens: Tensor) -> None:
         if isinstance(pruner, ExpertPruner):
 
             def note(experts: Any, args: Any, kwargs: Any, layer: int = pruner.layer) -> None:
-                weights = {**dict(zip(("h", "i", "w"), args, strict=False)), **kwargs}
-                found = weights.get("w", weights.get("top_k_weights"))
-                top = found.sort(-1, descending=True).values
+                weights: Tensor = args[2] if len(args) > 2 else kwargs["top_k_weights"]
+                top = weights.sort(-1, descending=True).values
                 ratios[layer] = top[:, 1] / top[:, 0]
 
             handles.append(module.register_forward_pre_hook(note, with_kwargs=True))

@@ -41,8 +41,9 @@ def integer_dot(
     unit = min(stack.group_size, BLOCK)
     blocks = -(-stack.columns // BLOCK)
     units = blocks * BLOCK // unit
-    values = np.empty((len(x), 2 * BLOCK * blocks), np.int8)
-    scales, weights = np.empty((2, len(x), units), np.float32)
+    values: np.ndarray = np.empty((len(x), 2 * BLOCK * blocks), np.int8)
+    grid: np.ndarray = np.empty((2, len(x), units), np.float32)
+    scales, weights = grid
     activations = x.detach().float().contiguous().numpy()
     integer_products.quantise_activations(
         activations, activations.view(np.int32), unit, values, scales, weights

@@ -31,6 +31,7 @@ from mcsharp_sdk.kernels.simd import (
     load_quad,
     no_floats,
     no_ints,
+    prefetch,
     quad,
     scaled,
     store_quad,
@@ -40,6 +41,10 @@ from mcsharp_sdk.kernels.simd import (
 
 TILE = 4
 """Rows that are multiplied together."""
+
+CACHE_LINE = 64
+AHEAD = 12
+"""Rows from the one at work to the one that is asked for: its products hide what memory takes."""
 
 TOP = 127 * 256
 """Magnitude of a unit's largest activation after quantisation: 15 bits and a sign."""
@@ -166,6 +171,9 @@ def tile_grid(source, lines, zero_codes, middle, groups, stretch, scales, zeros)
     stretch : units per group.
     """
     at, line = scales.ctypes.data, 2 * groups
+    for row in range(TILE):
+        for place in range(0, line, CACHE_LINE):
+            prefetch(source + line * (lines[row] + AHEAD) + place)
     r0, r1 = source + line * lines[0], source + line * lines[1]
     r2, r3 = source + line * lines[2], source + line * lines[3]
     for group in range(0, groups - 7, 8):
@@ -229,6 +237,8 @@ def tile_products(x, x_grid, qweight, lines, form, tokens, grid, scratch, out, r
         if alone:
             for i in range(TILE):
                 source = qweight + row_size * lines[i]
+                for line in range(0, row_size, CACHE_LINE):
+                    prefetch(source + AHEAD * row_size + line)
                 sums[i] = packed_row_sum(source, bits, columns // BLOCK, at, factors, i)
         else:
             unpacked_tile_sums(codes.ctypes.data, unit // VECTOR, units, at, factors, sums)

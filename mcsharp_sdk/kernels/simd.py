@@ -131,6 +131,15 @@ def load_bytes(builder: Any, address: Any) -> Any:
     return _load(builder, address, Bytes.llvm)
 
 
+@_operation(types.void, types.int64)
+def prefetch(builder: Any, address: Any) -> None:
+    """Ask for the cache line of an address that will be read soon; it need not exist."""
+    pointer = _pointer(builder, address, _I8)
+    # To read, to be kept in every cache, as data.
+    hints = [ir.Constant(_I32, value) for value in (0, 3, 1)]
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *hints)
+
+
 @_operation(types.void, types.int64, Bytes)
 def store_bytes(builder: Any, address: Any, value: Any) -> None:
     """Write 32 bytes."""

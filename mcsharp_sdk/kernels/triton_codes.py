@@ -6,7 +6,7 @@ Device functions only. A ``matrix`` [R, K] is a tuple: pointers to its ``qweight
 This module needs triton, so it is imported only by what runs on a GPU.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 

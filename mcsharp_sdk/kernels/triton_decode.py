@@ -14,7 +14,7 @@ A block is one of packing, 128 columns. Groups of whole blocks take the fast way
 and block; smaller groups get a scale per word and field.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ registers, rounded to the activations' type as ``chunked`` does, and go to the t
 are fp32. Any shape and group size is taken.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ The arithmetic is that of :mod:`mcsharp_sdk.quantization.gptq`, in units of the 
 order of sums differs.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -60,6 +60,13 @@ class Modifier(BaseModel, ABC):
     def files(self) -> dict[str, Path]:
         """Files that the settings name: setting -> path, for existence checks and fingerprints."""
         return {}
+
+    def check_earlier(self, stages: Sequence[Modifier]) -> list[Problem]:
+        """What the stages before this one do not make as this one needs it.
+
+        ``where`` of each problem is the name of the setting that it is about.
+        """
+        return []
 
     def check_experts(self, experts: Mapping[int, int]) -> list[Problem]:
         """What does not fit a model with so many experts per MoE layer (decoder layer -> count).

@@ -16,6 +16,7 @@ from mcsharp_sdk.allocation.significance import Exponents, Factors, allocation_c
 from mcsharp_sdk.allocation.solver import BudgetRule, check_budget
 from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, LayerStatistics, check_layers
 from mcsharp_sdk.errors import InputError, Problem
+from mcsharp_sdk.modifiers.allocation_needs import unmeasured
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.recipe.paths import RecipePath
 
@@ -149,6 +150,10 @@ class BitAllocation(Modifier):
     def budget_bits(self, experts: int) -> int:
         """Whole bits that so many experts may use."""
         return math.floor(self.target_bits * experts + 1e-9)
+
+    def check_earlier(self, stages: Sequence[Modifier]) -> list[Problem]:
+        """Whether ExpertStats measures what the allocator and its settings need."""
+        return unmeasured(self, stages)
 
     def check_experts(self, experts: Mapping[int, int]) -> list[Problem]:
         """Whether the budget can be met, and a given factor file fits the model."""

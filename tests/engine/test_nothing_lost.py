@@ -34,6 +34,7 @@ STAGES: list[dict[str, Any]] = [
     {"type": "TokenProtection"},
     {"type": "TopAnyRouter", "steps": 20, "checkpoint_steps": 5, "batch_tokens": 64},
 ]
+SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
 CHANGES = 150
 """About how many changes of the folder a run makes before it brings its result to its place."""
 
@@ -89,7 +90,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 # Killed
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=SLOW)])
 def test_a_run_that_is_killed_again_and_again_loses_nothing(
     kills: int, base: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -115,6 +116,7 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_run_that_is_killed_at_any_time_ends_with_the_same_bytes(
     base: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -142,7 +144,7 @@ def prepared(finished: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("step", [31, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [31, pytest.param(1, marks=SLOW)])
 def test_a_result_that_is_replaced_is_there_whole_before_or_after(
     step: int, base: Path, finished: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:

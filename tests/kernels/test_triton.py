@@ -14,6 +14,9 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: it is for Linux only")
 
+# Seconds of work each, but of many small steps, which a busy machine stretches.
+pytestmark = pytest.mark.timeout(1200)
+
 HERE = Path(__file__).parent
 TESTS = HERE.parent
 CAPABILITIES = (80, 90, 100)

@@ -17,8 +17,9 @@ from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, LayerStatistics
 from mcsharp_sdk.engine.context import RunContext
 from mcsharp_sdk.engine.progress import ProgressBars
 from mcsharp_sdk.engine.run_directory import RunDirectory
-from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.errors import InputError, InputProblems
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation, allocate
+from mcsharp_sdk.recipe.schema import Recipe
 
 
 def measured(*experts: int, widths: tuple[int, ...] = (1, 2, 3)) -> ExpertStatistics:
@@ -247,3 +248,34 @@ def test_block_scores_have_one_budget_for_all_layers(allocator: str) -> None:
 def test_the_hessian_allocator_says_what_statistics_lack() -> None:
     with pytest.raises(InputError, match="layer 0: no Hessian error at 1, 2, 3 bits"):
         allocate(measured(4), BitAllocation(target_bits=2, allocator="hessian"))
+
+
+@pytest.mark.parametrize(
+    ("allocation", "statistics", "message"),
+    [
+        ({"allocator": "block_score_oracle"}, {}, r"allocator: .* needs 'block_scores: true'"),
+        (
+            {"budget_scope": "global", "loss_weighting": True},
+            {},
+            r"loss_weighting: needs gradients .*'loss_tokens: 4096'",
+        ),
+        ({}, {"bits": [2, 3]}, r"widths: ExpertStats measures no error at 1 bits: add 1"),
+        ({"allocator": "block_score_oracle"}, {"block_scores": True, "bits": [2]}, None),
+        ({"allocator": "frequency"}, {"bits": [2]}, None),
+        ({"factors": "factors.json"}, {"bits": [2]}, None),
+    ],
+)
+def test_statistics_that_will_lack_something_are_refused_before_they_are_measured(
+    allocation: dict[str, Any], statistics: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    measured(4).save(tmp_path / "factors.json")
+    stages = [
+        {"type": "ExpertStats", **statistics},
+        {"type": "BitAllocation", "target_bits": 2, **allocation},
+    ]
+    recipe = {"version": 1, "calibration": {"source": "embedded"}, "stages": stages, "exports": []}
+    if message is None:
+        Recipe.from_dict(recipe, base=tmp_path)
+        return
+    with pytest.raises(InputProblems, match=message):
+        Recipe.from_dict(recipe, base=tmp_path)
