@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPT, GENERATED, ROUNDS = 128, 8, 3
-HIDDEN, INTERMEDIATE, STEPS = 1024, 2048, 40
+HIDDEN, INTERMEDIATE, STEPS = 512, 1024, 40
 
 Step = Callable[[Any, Any], tuple[int, Any]]
 """Token ids (1, n) as a list, and a cache, to the next token and the cache."""
