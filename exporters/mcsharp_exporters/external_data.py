@@ -60,7 +60,7 @@ class ExternalData:
         self._write(b"\0" * (-self.bytes % ALIGNMENT))
         offset = self.bytes
         values = tensor.detach().cpu().contiguous()
-        self._write(memoryview(values.view(torch.uint8).reshape(-1).numpy()))
+        self._write(values.view(torch.uint8).reshape(-1).numpy().data)
         proto = TensorProto(
             name=name,
             data_type=ONNX_DTYPES[tensor.dtype],
