@@ -79,7 +79,7 @@ def perplexity(
 
     with fast_linears():
         return perplexity_of(
-            read, tokens, window, together=max(1, TOKENS_PER_FORWARD // window), track=track
+            read, tokens, window, together=max(1, TOKENS_PER_FORWARD // max(1, window)), track=track
         )
 
 
