@@ -126,7 +126,7 @@ def perplexity_of(
 
 def windows_together(window: int) -> int:
     """How many windows of so many tokens a model of torch reads at once."""
-    return max(1, TOKENS_PER_FORWARD // window)
+    return max(1, TOKENS_PER_FORWARD // max(1, window))
 
 
 def window_batches(tokens: Tensor, window: int, together: int) -> list[Tensor]:
