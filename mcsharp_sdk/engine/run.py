@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.checked_files import CHECKSUMS_FILE
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.data.gathering import gather
 from mcsharp_sdk.engine.context import RunContext
@@ -30,7 +31,7 @@ from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.recipe.library import open_recipe
 from mcsharp_sdk.recipe.schema import Recipe
 
-RESULT_FILES = ("mcsharp_report.json", "onnx_routers/manifest.json")
+RESULT_FILES = ("mcsharp_report.json", "onnx_routers/manifest.json", "onnx_model/manifest.json")
 """A folder with one of these was written by an exporter, and may be overwritten."""
 
 logger = logging.getLogger("mcsharp_sdk")
@@ -217,7 +218,7 @@ def check_output(output: Path, run_directory: Path, overwrite: bool) -> None:
         raise InputError(f"{output} is a file; the output must be a folder to make")
     if output.exists() and not overwrite:
         raise InputError(f"{output} exists already; give --overwrite to replace it")
-    if output.exists() and any(output.iterdir()) and not _is_ours(output):
+    if output.exists() and _holds_something(output) and not _is_ours(output):
         raise InputError(
             f"{output} holds something else than a result of mcsharp, so it is not overwritten; "
             "give another --output, or empty the folder yourself"
@@ -233,6 +234,11 @@ def check_writable(folder: Path) -> None:
     existing = next(p for p in (parent, *parent.parents) if p.exists())
     if not os.access(existing, os.W_OK):
         raise InputError(f"{folder} cannot be made: {existing} is not writable")
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether there is more in a folder than what a run without exporters leaves."""
+    return any(entry.name != CHECKSUMS_FILE for entry in folder.iterdir())
 
 
 def _is_ours(folder: Path) -> bool:

@@ -59,8 +59,11 @@ class PackedStack:
         return PackedMatrix(weight, self.bits, self.group_size, self.columns)
 
     def addresses(self) -> tuple[tuple[int, int, int], list[Tensor]]:
-        """Where codes, scales and zero-point codes are in memory, and what has to stay alive."""
-        parts = (self.weight.qweight, self.weight.scales, self.weight.zeros)
+        """Where codes, scales and zero-point codes are in memory, and what has to stay alive.
+
+        Scales are read as float16, also where a model was cast to another dtype as a whole.
+        """
+        parts = (self.weight.qweight, self.weight.scales.half(), self.weight.zeros)
         kept = [part.contiguous() for part in parts]
         codes, scales, zeros = (part.data_ptr() for part in kept)
         return (codes, scales, zeros), kept

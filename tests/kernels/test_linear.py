@@ -117,6 +117,17 @@ def test_a_kernel_agrees_with_float64(
     assert_close(found, x, exact.flatten(0, 1), by_experts(x, exact, slots, used))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_model_that_was_cast_as_a_whole_gives_the_same_products(kernel: str) -> None:
+    stack, _ = random_stack(2, 64, 256, 3, 64)
+    if KERNELS[kernel].refuses(case_of(stack, 4, torch.float32)):
+        return
+    cast = replace(stack, weight=replace(stack.weight, scales=stack.weight.scales.float()))
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(1))
+    found = KERNELS[kernel].run(x, cast, [1], [4])
+    torch.testing.assert_close(found, KERNELS[kernel].run(x, stack, [1], [4]))
+
+
 @compiled_only
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES)

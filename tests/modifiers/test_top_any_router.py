@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,9 @@ from torch.nn import functional as F
 
 import mcsharp_sdk
 from mcsharp_sdk.artifacts import TopAnyTraining
+from mcsharp_sdk.checked_files import read_checked_json
 from mcsharp_sdk.data.calibration_set import CalibrationSet
+from mcsharp_sdk.engine.layer_store import LayerStore
 from mcsharp_sdk.errors import RunError
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import stream_layers
@@ -179,8 +180,7 @@ def test_training_beats_what_the_start_knows(
     source = SourceModel(models["mixtral"])
     for layer in stream_layers(source, CalibrationSet.of_tokens(calibration_tokens(text)), iter):
         task = BlockTask.of_layer(layer)
-        notes = tmp_path / "run" / "top_any_router" / f"layer_{layer.index:05d}.json"
-        told = json.loads(notes.read_text())
+        told = LayerStore(tmp_path / "run" / "top_any_router").notes(layer.index)
         generator = torch.Generator().manual_seed(1)
         for _ in range(20):
             keep = torch.ones_like(task.weights)
@@ -295,7 +295,7 @@ def test_a_loss_that_is_not_finite_is_told_and_leaves_what_is_finished(
     recipe = pruning_recipe(text, QUANTISE, {**SHORT, "scope": scope})
     with pytest.raises(RunError, match=r"(layer 0|the networks): the loss is inf at step 3.*learn"):
         run(models["mixtral"], recipe, tmp_path)
-    finished = json.loads((tmp_path / "run" / "finished_stages.json").read_text())
+    finished = read_checked_json(tmp_path / "run" / "finished_stages.json")
     assert len(finished) == 1
     assert (tmp_path / "run" / "quantized_weights" / "summary.json").exists()
     assert not (tmp_path / "out").exists()
