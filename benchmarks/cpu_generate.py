@@ -62,14 +62,16 @@ def fill(model: nn.Module) -> None:
 def dense_model(options: argparse.Namespace) -> Any:
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = MixtralForCausalLM(configuration(options)).to(torch.bfloat16)
+        model: Any = MixtralForCausalLM(configuration(options))
+        model.to(torch.bfloat16)
     return materialised(model)
 
 
 def packed_model(options: argparse.Namespace) -> Any:
     torch.manual_seed(0)
     with torch.device("meta"):
-        model: Any = MixtralForCausalLM(configuration(options)).to(torch.bfloat16)
+        model: Any = MixtralForCausalLM(configuration(options))
+        model.to(torch.bfloat16)
         layers = range(options.layers)
         topology = read_topology(model, model.config)
         bits = dict.fromkeys(layers, (options.bits,) * EXPERTS)

@@ -68,7 +68,7 @@ def library_call(rows: int, columns: int, bits: int, group_size: int, threads: i
     from onnx import TensorProto, helper, numpy_helper
 
     groups, random = columns // group_size, np.random.default_rng(0)
-    parts = {
+    parts: dict[str, Any] = {
         "codes": random.integers(0, 256, (rows, groups, group_size * bits // 8), dtype=np.uint8),
         "scales": random.random((rows, groups), dtype=np.float32),
         "zeros": random.integers(0, 256, (rows, -(-groups * bits // 8)), dtype=np.uint8),

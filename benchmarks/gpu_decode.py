@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -50,7 +51,7 @@ def packed_bytes_read(layer: ExpertLayer, chosen: Tensor) -> int:
 
 def bf16_products(weight: Tensor) -> list[Product]:
     """x -> x · Wᵀ of each expert."""
-    return [lambda x, matrix=matrix: x @ matrix.T for matrix in weight]
+    return [partial(torch.nn.functional.linear, weight=matrix) for matrix in weight]
 
 
 def one_after_the_other(first: Sequence[Product], second: Sequence[Product], order: Tensor) -> Step:
@@ -68,6 +69,11 @@ def one_after_the_other(first: Sequence[Product], second: Sequence[Product], ord
     return step
 
 
+def every_token(step: Step, tokens: Sequence[tuple[Tensor, Tensor]], routing: Tensor) -> None:
+    for x, chosen in tokens:
+        step(x, chosen, routing)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="mixtral-8x7b")
@@ -82,21 +88,19 @@ def main() -> None:
     chosen = [row.view(1, -1).cuda() for row in order]
     routing = torch.full((1, slots), 1 / slots, device="cuda")
 
-    dense = [bf16_products(weight) for weight in dense_weights(layer)]
-    peers = [
+    dense_up, dense_down = (bf16_products(weight) for weight in dense_weights(layer))
+    peer_up, peer_down = (
         [FourBitPeer(rows, columns) for _ in range(experts)]
         for rows, columns in ((2 * inner, hidden), (hidden, inner))
-    ]
+    )
     steps: dict[str, Step] = {
         "ours, 16-bit activations": lambda x, c, r: run_experts(layer, x, c, r),
         "ours, 8-bit activations": lambda x, c, r: run_experts(layer, x, c, r, dp4a=True),
-        "dense bf16": one_after_the_other(*dense, order),
-        "torch int4, group 128": one_after_the_other(*peers, order),
+        "dense bf16": one_after_the_other(dense_up, dense_down, order),
+        "torch int4, group 128": one_after_the_other(peer_up, peer_down, order),
     }
     graphs = {
-        name: graphed(
-            lambda step=step: [step(x, c, routing) for x, c in zip(tokens, chosen, strict=True)]
-        )
+        name: graphed(partial(every_token, step, list(zip(tokens, chosen, strict=True)), routing))
         for name, step in steps.items()
     }
     report(milliseconds(graphs), packed_bytes_read(layer, order), options.shape, options.bits)

@@ -10,6 +10,7 @@ large matmul.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 from gpu_timing import SHAPES, leave_without_gpu, matmul_flops_per_second, milliseconds
@@ -66,9 +67,7 @@ def main() -> None:
                 "Hessians, fp32": lambda: hessians_of(inputs, "highest"),  # noqa: B023
                 "Hessians, TF32": lambda: hessians_of(inputs, "high"),  # noqa: B023
                 "factors": lambda: factorise(hessians),  # noqa: B023
-                **{
-                    f"columns, {n}": (lambda loop=loop: quantise(loop)) for n, loop in loops.items()
-                },
+                **{f"columns, {n}": partial(quantise, loop) for n, loop in loops.items()},
             },
             rounds=ROUNDS,
         )

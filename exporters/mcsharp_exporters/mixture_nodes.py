@@ -113,7 +113,7 @@ class _ExpertRows:
 
     def _store(
         self, weights: list[Weight], layer: LayerTensors, matrix: Matrix
-    ) -> list[PackedProduct] | list[str]:
+    ) -> Sequence[PackedProduct | str]:
         """All packed, or none is."""
         packed = [weight for weight in weights if not isinstance(weight, Tensor)]
         if packed:

@@ -223,12 +223,12 @@ def _model(source: ModelTensors, graph: ModelNodes) -> onnx.ModelProto:
         helper.make_tensor_value_info(INPUT_IDS, TensorProto.INT64, ["batch", "sequence"]),
         helper.make_tensor_value_info(ATTENTION_MASK, TensorProto.INT64, ["batch", "total"]),
     ]
-    logits = ["batch", "sequence", config.vocab_size]
+    logits: list[str | int] = ["batch", "sequence", config.vocab_size]
     outputs = [helper.make_tensor_value_info(LOGITS, kind, logits)]
     for layer in range(source.topology.num_layers):
         for part in CACHED:
             for values, name, length in ((inputs, PAST, "past"), (outputs, PRESENT, "total")):
-                shape = ["batch", cache.heads, length, cache.head_size]
+                shape: list[str | int] = ["batch", cache.heads, length, cache.head_size]
                 named = name.format(layer=layer, part=part)
                 values.append(helper.make_tensor_value_info(named, kind, shape))
     return helper.make_model(

@@ -113,6 +113,8 @@ def test_a_compressed_model_equals_the_weights_it_stands_for(
     assert result.activated_expert_ratio == 1.0
     unpacked = evaluate(original, text, window=100, max_tokens=100, device="cpu")
     assert result.bytes < unpacked.bytes
+    assert result.activated_bytes_per_token is not None
+    assert unpacked.activated_bytes_per_token is not None
     assert result.activated_bytes_per_token < unpacked.activated_bytes_per_token
 
 

@@ -93,6 +93,7 @@ def test_a_model_that_is_only_pruned_is_not_compressed(tmp_path: Path) -> None:
     assert result.pruning == "rule"
     assert not result.compressed
     assert result.nominal_bits == 32
+    assert result.activated_expert_ratio is not None
     assert 0.5 < result.activated_expert_ratio < 1
     found = inspect_model(tmp_path)
     assert found.widths is None

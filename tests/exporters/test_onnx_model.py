@@ -301,7 +301,7 @@ def test_evaluating_the_export_gives_the_perplexity_of_the_model(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The sons of the king went to the city, and there they stayed. " * 40)
-    given = {"text": text, "window": 128, "max_tokens": 512}
+    given: dict[str, Any] = {"text": text, "window": 128, "max_tokens": 512}
     expected, found = (mcsharp_sdk.evaluate(folder, **given) for folder in trained)
     assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-4)
     assert found.tokens == expected.tokens
