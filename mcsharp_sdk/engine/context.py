@@ -13,10 +13,12 @@ from mcsharp_sdk.engine.progress import ProgressBars
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import AnyArtifact, LayerStore, RunDirectory
 from mcsharp_sdk.models.routing import Router
+from mcsharp_sdk.models.scratch import Scratch
+from mcsharp_sdk.models.shards import TensorSlice
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import StreamedLayer, stream_layers
 from mcsharp_sdk.modifiers.gptq_quantize import QUANTIZED_WEIGHTS
-from mcsharp_sdk.modifiers.layer_restoration import restore_packed
+from mcsharp_sdk.modifiers.layer_restoration import restore_packed, restore_whole
 from mcsharp_sdk.modifiers.top_any_router import TOP_ANY_ROUTER
 from mcsharp_sdk.recipe.schema import Recipe
 from mcsharp_sdk.runtime.layout import PackedLayout
@@ -43,6 +45,7 @@ class RunContext:
     directory : the run directory, open.
     progress : bars for long loops.
     report : what the reader should be told.
+    spill : keep activations in files of the run directory.
     """
 
     model: SourceModel
@@ -51,8 +54,11 @@ class RunContext:
     directory: RunDirectory
     progress: ProgressBars
     report: RunReport = field(default_factory=RunReport)
+    spill: bool = False
 
-    def stream(self, description: str, *, quantised: bool = False) -> Iterator[StreamedLayer]:
+    def stream(
+        self, description: str, *, quantised: bool = False, by_expert: bool = False
+    ) -> Iterator[StreamedLayer]:
         """Decoder layers one at a time, loaded, with the activations that reach them.
 
         What the consumer changes in a layer's weights, the layers behind it see.
@@ -61,12 +67,30 @@ class RunContext:
         ----------
         description : of the progress bar.
         quantised : with the weights that an earlier stage quantised them to, if there is one.
+        by_expert : with routed experts on disk, to be read one by one through ``layer.experts``.
+            Otherwise they are loaded with the layer.
         """
-        layers = stream_layers(self.model, self.calibration, lambda r: self.track(r, description))
+        layout = self.quantised_layout() if quantised else None
+        layers = stream_layers(
+            self.model,
+            self.calibration,
+            lambda r: self.track(r, description),
+            by_expert=by_expert,
+            scratch=self.scratch(),
+        )
         for layer in layers:
-            if quantised:
-                self.restore_quantised(layer.source, layer.index)
+            if layout is not None and by_expert:
+                restore_packed(layer, self._packed(layer.index), layout)
+            elif layout is not None:
+                restore_whole(layer.source, layer.index, self._packed(layer.index), layout)
             yield layer
+
+    def scratch(self) -> Scratch:
+        """Where activations are kept: in memory, or in the run directory."""
+        return Scratch(self.directory.path if self.spill else None, self.model.device)
+
+    def _packed(self, layer: int) -> dict[str, TensorSlice]:
+        return self.layers(QUANTIZED_WEIGHTS).slices(layer)
 
     def quantised_layout(self) -> PackedLayout | None:
         """How an earlier stage quantised the model; None if none did."""
@@ -96,8 +120,7 @@ class RunContext:
         """Give a loaded decoder layer the weights that an earlier stage quantised it to, if any."""
         layout = self.quantised_layout()
         if layout is not None:
-            tensors = self.layers(QUANTIZED_WEIGHTS).tensors(layer)
-            restore_packed(source, layer, tensors, layout)
+            restore_whole(source, layer, self._packed(layer), layout)
 
     def routers(self) -> Iterator[Router]:
         """The routers of all MoE layers as the stages left them, one at a time."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from mcsharp_sdk.artifact_file import Artifact, readable_json, write_text_atomically
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.models.shards import write_safetensors
+from mcsharp_sdk.models.shards import Checkpoint, TensorSlice, write_safetensors
 
 FINGERPRINT_FILE = "fingerprint.json"
 FINISHED_FILE = "finished_stages.json"
@@ -226,6 +226,14 @@ class LayerStore:
         """The tensors of a finished layer; it may have none."""
         file = self._tensors(layer)
         return load_file(file) if file.exists() or not self.has(layer) else {}
+
+    def slices(self, layer: int) -> dict[str, TensorSlice]:
+        """The tensors of a finished layer, each read when it is asked for."""
+        file = self._tensors(layer)
+        if not file.exists() and self.has(layer):
+            return {}
+        checkpoint = Checkpoint.of_file(file)
+        return {name: checkpoint.slice(name) for name in checkpoint.names}
 
     def notes(self, layer: int) -> dict[str, Any]:
         """The notes of a finished layer."""

@@ -40,6 +40,16 @@ class RoutedInputs:
         """T."""
         return int(self.hidden.shape[0])
 
+    def tokens_of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Which tokens are routed to an expert, int64 [n], and their routing weights, [n]."""
+        token, slot = tokens_of_expert(self.top_k_index, expert)
+        return token, self.top_k_weights[token, slot]
+
+    def sample(self, most: int) -> tuple[Tensor, Tensor]:
+        """At most so many tokens [n, hidden], evenly spaced, and the mean routing weight, []."""
+        chosen = torch.linspace(0, len(self.hidden) - 1, min(len(self.hidden), most)).long()
+        return self.hidden[chosen], self.top_k_weights.mean()
+
     def of_expert(self, expert: int, most: int | None = None) -> tuple[Tensor, Tensor]:
         """Tokens routed to an expert, [n, hidden], and their routing weights, [n].
 
@@ -47,11 +57,11 @@ class RoutedInputs:
         ----------
         most : if more tokens than this select the expert, take this many, evenly spaced.
         """
-        token, slot = tokens_of_expert(self.top_k_index, expert)
+        token, routing = self.tokens_of(expert)
         if most is not None and token.numel() > most:
             chosen = torch.linspace(0, token.numel() - 1, most).long()
-            token, slot = token[chosen], slot[chosen]
-        return self.hidden[token], self.top_k_weights[token, slot]
+            token, routing = token[chosen], routing[chosen]
+        return self.hidden[token], routing
 
     def counts(self, num_experts: int) -> list[int]:
         """Tokens per expert."""
@@ -66,29 +76,60 @@ def routed_inputs(layer: StreamedLayer) -> RoutedInputs:
     """Run an MoE layer up to its experts and keep what they are called with."""
     experts: Any = layer.module.get_submodule(layer.moe.experts)
     router = layer.module.get_submodule(layer.moe.router)
-    routed: list[Tensor] = []
-    calls: list[tuple[Tensor, Tensor, Tensor]] = []
+    gathered = _Gathered(layer)
+    seen: list[Tensor] = []
     running = [0]
-    counts = [0] * len(layer.inputs.hidden)
 
     def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        routed.append(args[0].reshape(-1, args[0].shape[-1]))
+        seen.append(args[0].reshape(-1, args[0].shape[-1]))
 
     def record(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         hidden, index, weights = (*args, *kwargs.values())
-        calls.append((hidden.reshape(-1, hidden.shape[-1]), index, weights))
-        counts[running[0]] = calls[-1][0].shape[0]
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        gathered.add(running[0], hidden, seen.pop(), index, weights)
         raise _Enough
 
     with ExitStack() as stack:
         stack.callback(router.register_forward_pre_hook(note).remove)
         stack.callback(experts.register_forward_pre_hook(record, with_kwargs=True).remove)
         for running[0] in layer.inputs.batches():
+            seen.clear()
             _run_batch(layer, running[0])
-    hidden, index, weights = (torch.cat(parts) for parts in zip(*calls, strict=True))
-    same = routed[0].data_ptr() == calls[0][0].data_ptr()
-    router_hidden = hidden if same else torch.cat(routed)
-    return RoutedInputs(hidden, router_hidden, index, weights, tuple(counts))
+    return gathered.finish()
+
+
+class _Gathered:
+    """Collects what reaches a layer's experts, batch by batch, without holding it twice."""
+
+    def __init__(self, layer: StreamedLayer) -> None:
+        self._scratch = layer.inputs.scratch
+        self._most = sum(hidden.shape[:2].numel() for hidden in layer.inputs.hidden)
+        self._counts = [0] * len(layer.inputs.hidden)
+        self._rooms: dict[str, Tensor] = {}
+        self._routing: list[tuple[Tensor, Tensor]] = []
+
+    def add(
+        self, batch: int, hidden: Tensor, router_hidden: Tensor, index: Tensor, weights: Tensor
+    ) -> None:
+        start = sum(self._counts)
+        self._counts[batch] = len(hidden)
+        self._fill("hidden", hidden, start)
+        if router_hidden.data_ptr() != hidden.data_ptr():
+            self._fill("router_hidden", router_hidden, start)
+        self._routing.append((index, weights))
+
+    def finish(self) -> RoutedInputs:
+        total = sum(self._counts)
+        hidden = self._rooms["hidden"][:total]
+        router_hidden = self._rooms.get("router_hidden", hidden)[:total]
+        index, weights = (torch.cat(parts) for parts in zip(*self._routing, strict=True))
+        return RoutedInputs(hidden, router_hidden, index, weights, tuple(self._counts))
+
+    def _fill(self, name: str, rows: Tensor, start: int) -> None:
+        if name not in self._rooms:
+            columns = rows.shape[1]
+            self._rooms[name] = self._scratch.empty(self._most, columns, dtype=rows.dtype)
+        self._rooms[name][start : start + len(rows)] = rows
 
 
 def linear_inputs(

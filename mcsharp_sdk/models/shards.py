@@ -81,6 +81,20 @@ class Checkpoint:
             raise InputProblems(str(directory), problems)
         return cls(directory, files, tensors, metadata)
 
+    @classmethod
+    def of_file(cls, file: Path) -> Checkpoint:
+        """One safetensors file by itself.
+
+        Raises
+        ------
+        InputProblems
+            If it is not there or damaged.
+        """
+        tensors, metadata, _, problems = _read_headers((file,))
+        if problems:
+            raise InputProblems(str(file), problems)
+        return cls(file.parent, (file,), tensors, metadata)
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all tensors, in the order of files and bytes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.artifacts import LayerStatistics, SourceStatistics
-from mcsharp_sdk.models.bfloat16 import linear
 from mcsharp_sdk.models.capture import RoutedInputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
-from mcsharp_sdk.models.experts import MATRICES, Matrix, activate, finish, fused_weight, weigh
+from mcsharp_sdk.models.experts import Matrix, weigh
 from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.routing import router_scores
 from mcsharp_sdk.models.stream import StreamedLayer
@@ -69,22 +68,20 @@ class ExpertMeasurement:
         weighs the expert's input, that stands inside.
         """
         runs = ExpertRuns.of_layer(layer)
-        routed, experts = runs.routed, runs.experts
+        routed = runs.routed
         release_free_memory()
         count = layer.moe.num_experts
         reached = routed.counts(count)
         errors = {width: np.zeros(count) for width in self.widths} if self.block_errors else {}
         dropped = np.zeros(count)
-        for expert, variants in self.quantised_experts(runs):
-            tokens, routing = weigh(experts, *routed.of_expert(expert, self.error_tokens))
-            sampled = reached[expert] / max(1, tokens.shape[0])
-            output = _run_expert(experts, expert, tokens)
-            dropped[expert] = _norm(output, routing, sampled)
-            if not self.block_errors:
-                continue
-            for width, weights in variants:
-                change = output - _run_expert(experts, expert, tokens, weights)
-                errors[width][expert] = _norm(change, routing, sampled)
+        for chunk in expert_chunks(runs):
+            samples = {expert: self._sample(runs, expert) for expert in chunk}
+            for expert, sample in samples.items():
+                dropped[expert] = sample.norm_of(sample.output)
+            if self.block_errors:
+                for width, changes in self._changes(runs, chunk, samples):
+                    errors[width][chunk] = changes
+            runs.run(chunk)
         layer.expert_outputs = runs.outputs
         scores = _selected_scores(layer, routed)
         return LayerStatistics(
@@ -113,6 +110,41 @@ class ExpertMeasurement:
             found.append(SourceStatistics(name, int(own.sum()), counts, sums))
         return tuple(found)
 
+    def _sample(self, runs: ExpertRuns, expert: int) -> _Sample:
+        """Some of an expert's tokens with what it makes of them."""
+        hidden, routing = runs.routed.of_expert(expert, self.error_tokens)
+        tokens, routing = weigh(runs.weights.module, hidden, routing)
+        sampled = len(runs.routed.tokens_of(expert)[0]) / max(1, len(tokens))
+        output = runs.weights.finished(expert, runs.weights.activated(expert, tokens))
+        return _Sample(tokens, routing, output, sampled)
+
+    def _changes(
+        self, runs: ExpertRuns, chunk: Sequence[int], samples: Mapping[int, _Sample]
+    ) -> Iterator[tuple[int, list[float]]]:
+        """For each width, by how much quantising changes the output of each expert of a chunk.
+
+        Of the quantised gate and up projections only what they make of the sampled tokens is held
+        while the down projections are quantised.
+        """
+        inner: dict[int, list[Tensor]] = {}
+        for width, weights in self._variants(runs, "gate_up", chunk):
+            inner[width] = [
+                runs.weights.activated(e, samples[e].tokens, w)
+                for e, w in zip(chunk, weights, strict=True)
+            ]
+        for width, weights in self._variants(runs, "down", chunk):
+            outputs = [
+                runs.weights.finished(e, i, w)
+                for e, i, w in zip(chunk, inner.pop(width), weights, strict=True)
+            ]
+            yield (
+                width,
+                [
+                    samples[e].norm_of(samples[e].output - output)
+                    for e, output in zip(chunk, outputs, strict=True)
+                ],
+            )
+
     def quantised_experts(
         self, runs: ExpertRuns
     ) -> Iterator[tuple[int, Iterator[tuple[int, ExpertWeights]]]]:
@@ -121,31 +153,35 @@ class ExpertMeasurement:
         Hessians and their factors are computed once and serve all widths. Experts are run on all
         their tokens on the way, so that ``runs.outputs`` is complete behind the last one.
         """
-        for chunk in expert_chunks(runs.experts):
-            variants = self._chunk_variants(runs, chunk)
+        for chunk in expert_chunks(runs):
+            first = dict(self._variants(runs, "gate_up", chunk))
+            second = dict(self._variants(runs, "down", chunk))
+            runs.run(chunk)
             for position, expert in enumerate(chunk):
-                yield expert, _variants_of(variants, position)
-
-    def _chunk_variants(self, runs: ExpertRuns, chunk: Sequence[int]) -> dict[int, ExpertWeights]:
-        """Width -> matrix -> weights of the chunk's experts, [n, R, K] in the model's dtype."""
-        variants: dict[int, ExpertWeights] = {width: {} for width in self.widths}
-        for matrix in MATRICES:
-            weights = fused_weight(runs.experts, matrix)[chunk]
-            factor = self._factor(runs, matrix, chunk)
-            release_free_memory()
-            for width in self.widths:
-                widths = [width] * len(chunk)
-                batch = (
-                    quantise_rtn(weights, widths, self._grid)
-                    if factor is None
-                    else quantise_gptq(weights, factor, widths, self._grid)
+                yield (
+                    expert,
+                    (
+                        (w, {"gate_up": first[w][position], "down": second[w][position]})
+                        for w in self.widths
+                    ),
                 )
-                variants[width][matrix] = batch.dequantise(weights.dtype)
-                del batch
-                release_free_memory()
-        for expert in chunk:
-            runs.add_output(expert)
-        return variants
+
+    def _variants(
+        self, runs: ExpertRuns, matrix: Matrix, chunk: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Widths, each with the weights of the chunk's experts, [n, R, K] in the model's dtype."""
+        factor = self._factor(runs, matrix, chunk)
+        weights = torch.stack([runs.weights.read(matrix, expert) for expert in chunk])
+        release_free_memory()
+        for width in self.widths:
+            widths = [width] * len(chunk)
+            batch = (
+                quantise_rtn(weights, widths, self._grid)
+                if factor is None
+                else quantise_gptq(weights, factor, widths, self._grid)
+            )
+            release_free_memory()
+            yield width, batch.dequantise(weights.dtype)
 
     def _factor(
         self, runs: ExpertRuns, matrix: Matrix, chunk: Sequence[int]
@@ -162,27 +198,23 @@ class ExpertMeasurement:
         return GridSettings(group_size=self.group_size, **QUICK_SEARCH)
 
 
-def _variants_of(
-    variants: dict[int, ExpertWeights], position: int
-) -> Iterator[tuple[int, ExpertWeights]]:
-    for width, matrices in variants.items():
-        yield width, {matrix: stacked[position] for matrix, stacked in matrices.items()}
+@dataclass(frozen=True)
+class _Sample:
+    """Some of an expert's tokens.
 
+    ``tokens`` [n, hidden], ``routing`` [n] what its output is multiplied by, ``output``
+    [n, hidden], ``sampled`` tokens of the expert per token here.
+    """
 
-def _run_expert(
-    experts: Any, expert: int, tokens: Tensor, weights: ExpertWeights | None = None
-) -> Tensor:
-    """Output of an expert on tokens [n, hidden], with other weights than its own if given."""
-    if weights is None:
-        weights = {matrix: fused_weight(experts, matrix)[expert] for matrix in MATRICES}
-    inner = activate(experts, linear(tokens, weights["gate_up"]), expert)
-    return finish(experts, linear(inner, weights["down"]), expert)
+    tokens: Tensor
+    routing: Tensor
+    output: Tensor
+    sampled: float
 
-
-def _norm(change: Tensor, routing: Tensor, sampled: float) -> float:
-    """Frobenius norm of the routing-weighted change; ``sampled`` is tokens per measured token."""
-    weighted = change.float() * routing.float().unsqueeze(-1)
-    return float(weighted.norm()) * sampled**0.5
+    def norm_of(self, change: Tensor) -> float:
+        """Frobenius norm of the routing-weighted change, [n, hidden], over all its tokens."""
+        weighted = change.float() * self.routing.float().unsqueeze(-1)
+        return float(weighted.norm()) * self.sampled**0.5
 
 
 def _selected_scores(layer: StreamedLayer, routed: RoutedInputs) -> Tensor:

@@ -84,7 +84,7 @@ class ExpertStats(Modifier):
             context.calibration.sources,
         )
         layers = context.layers(self.writes)
-        for layer in context.stream("measuring experts"):
+        for layer in context.stream("measuring experts", by_expert=True):
             if layer.moe is None:
                 continue
             if layers.has(layer.index):

@@ -119,12 +119,12 @@ class GPTQQuantize(Modifier):
         bit_map = self._bit_map(context)
         quantiser = self._quantiser()
         layers = context.layers(self.writes)
-        for layer in context.stream("quantising"):
+        for layer in context.stream("quantising", by_expert=True):
             widths = bit_map.bits.get(layer.index)
             if layers.has(layer.index):
                 restore_layer(
                     layer,
-                    layers.tensors(layer.index),
+                    layers.slices(layer.index),
                     expert_bits=widths,
                     linear_bits=self.other_bits,
                     group_size=self.group_size,

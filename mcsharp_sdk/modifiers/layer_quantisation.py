@@ -16,10 +16,11 @@ from torch import Tensor
 
 from mcsharp_sdk.models.capture import linear_inputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
-from mcsharp_sdk.models.experts import MATRICES, Matrix, fused_weight
+from mcsharp_sdk.models.experts import MATRICES, Matrix
 from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.stream import StreamedLayer
 from mcsharp_sdk.models.topology import router_weight
+from mcsharp_sdk.modifiers.expert_buckets import ExpertBuckets
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.grid import (
     PackedWeight,
@@ -36,10 +37,7 @@ from mcsharp_sdk.quantization.hessian import (
 )
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
-from mcsharp_sdk.runtime.layout import (
-    expert_tensors,
-    linear_tensors,
-)
+from mcsharp_sdk.runtime.layout import linear_tensors
 
 QuantizerName = Literal["gptq", "rtn"]
 WORKING_SET_BYTES = 256 * 2**20
@@ -126,8 +124,9 @@ class LayerQuantiser:
         if expert_bits is not None:
             if self.router_bits is not None:
                 packed |= self._router(layer, self.router_bits)
-            weights = self._experts(layer, expert_bits, notes)
-            packed |= expert_tensors(f"{prefix}.{layer.moe.experts}", expert_bits, weights)
+            path = f"{prefix}.{layer.moe.experts}"
+            tensors = self._experts(layer, expert_bits, notes)
+            packed |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
         return packed, notes
 
     def _linears(
@@ -137,8 +136,9 @@ class LayerQuantiser:
 
         def collect(group: tuple[str, ...], inputs: Tensor) -> None:
             columns = inputs.shape[-1]
-            hessian = hessians.setdefault(group, torch.zeros(columns, columns))
-            accumulate(hessian, inputs)
+            if group not in hessians:
+                hessians[group] = torch.zeros(columns, columns, device=inputs.device)
+            accumulate(hessians[group], inputs)
 
         linear_inputs(layer, names, collect)
         for group in list(hessians):
@@ -146,8 +146,8 @@ class LayerQuantiser:
             linears: list[Any] = [layer.module.get_submodule(name) for name in group]
             rows = [linear.out_features for linear in linears]
             stacked = torch.cat([linear.weight for linear in linears]).unsqueeze(0)
-            hessian = hessians.pop(group).unsqueeze(0)
-            batch = self._quantise(stacked, hessian, [bits], group[:1], notes)
+            waiting = [hessians.pop(group).unsqueeze(0)]
+            batch = self._quantise(stacked, waiting, [bits], group[:1], notes)
             for name, linear, part in zip(group, linears, _split_rows(batch, rows), strict=True):
                 linear.weight.copy_(dequantise(part, linear.weight.dtype))
                 yield name, pack_weight(part)
@@ -163,25 +163,37 @@ class LayerQuantiser:
 
     def _experts(
         self, layer: StreamedLayer, bits: Sequence[int], notes: LayerNotes
-    ) -> dict[Matrix, list[PackedWeight]]:
+    ) -> dict[str, Tensor]:
+        """Packed tensors of the experts, by their names within the experts' module."""
         runs = ExpertRuns.of_layer(layer)
-        packed: dict[Matrix, list[PackedWeight]] = {"gate_up": [], "down": []}
-        for chunk in expert_chunks(runs.experts):
-            widths = [bits[e] for e in chunk]
+        buckets = ExpertBuckets(bits, layer.inputs.scratch)
+        for chunk in expert_chunks(runs):
             for matrix in MATRICES:
-                hessians = self.expert_hessians(runs, matrix, chunk, notes)
-                weights = fused_weight(runs.experts, matrix)
-                names = [f"experts.{e}.{matrix}" for e in chunk]
-                batch = self._quantise(weights[chunk], hessians, widths, names, notes)
+                batch = self._quantised_chunk(runs, matrix, chunk, bits, notes)
                 for position, expert in enumerate(chunk):
                     quantised = batch.expert(position)
-                    weights[expert] = dequantise(quantised, weights.dtype)
-                    packed[matrix].append(pack_weight(quantised))
+                    dtype = runs.routed.hidden.dtype
+                    runs.weights.replace(matrix, expert, dequantise(quantised, dtype))
+                    buckets.put(matrix, expert, pack_weight(quantised))
+                del batch, quantised
                 release_free_memory()
-            for expert in chunk:
-                runs.add_output(expert)
+            runs.run(chunk)
         layer.expert_outputs = runs.outputs
-        return packed
+        return buckets.tensors
+
+    def _quantised_chunk(
+        self,
+        runs: ExpertRuns,
+        matrix: Matrix,
+        chunk: Sequence[int],
+        bits: Sequence[int],
+        notes: LayerNotes,
+    ) -> QuantizedBatch:
+        """One matrix of some experts, quantised."""
+        waiting = [self.expert_hessians(runs, matrix, chunk, notes)]
+        weights = torch.stack([runs.weights.read(matrix, expert) for expert in chunk])
+        names = [f"experts.{expert}.{matrix}" for expert in chunk]
+        return self._quantise(weights, waiting, [bits[e] for e in chunk], names, notes)
 
     def expert_hessians(
         self,
@@ -196,8 +208,8 @@ class LayerQuantiser:
         Experts with few tokens are completed by tokens of the whole layer, and noted. Of more
         than ``most`` tokens, so many are taken.
         """
-        columns = fused_weight(runs.experts, matrix).shape[-1]
-        hessians = torch.zeros(len(chunk), columns, columns)
+        _, columns = runs.weights.shape(matrix)
+        hessians = torch.zeros(len(chunk), columns, columns, device=runs.routed.hidden.device)
         shared: Tensor | None = None
         for hessian, expert in zip(hessians, chunk, strict=True):
             tokens = 0
@@ -208,24 +220,31 @@ class LayerQuantiser:
             if tokens < columns:
                 notes.starved[str(expert)] = tokens
                 if shared is None or matrix == "down":
+                    shared = None  # the old one goes before the new one is made
                     shared = _mean_hessian(runs, matrix, expert)
-                hessian.copy_(shrink(hessian[None], [tokens], shared, 1)[0])
+                shrink(hessian[None], [tokens], shared, 1)
         return hessians
 
     def _quantise(
         self,
         weights: Tensor,
-        hessians: Tensor,
+        waiting: list[Tensor],
         bits: Sequence[int],
         names: Sequence[str],
         notes: LayerNotes,
     ) -> QuantizedBatch:
-        """Quantise matrices [n, R, K] with their Hessians [n, K, K]."""
+        """Quantise matrices [n, R, K] with their Hessians [n, K, K].
+
+        These are taken out of ``waiting``, so that nobody holds them once they are factorised.
+        """
         s = self.settings
+        hessians = waiting.pop()
         if s.quantizer == "rtn":
             importance = diagonal_importance(hessians)
             return quantise_rtn(weights, bits, s.grid, importance=importance)
         factor = factorise(hessians, damping=s.damping)
+        del hessians
+        release_free_memory()
         notes.raised_damping += [names[e] for e in factor.raised]
         notes.fallbacks += [names[e] for e in factor.failed]
         return quantise_gptq(
@@ -253,17 +272,16 @@ def components(names: Sequence[str]) -> list[list[str]]:
     return list(found.values())
 
 
-def expert_chunks(experts: Any) -> Iterator[list[int]]:
+def expert_chunks(runs: ExpertRuns) -> Iterator[list[int]]:
     """Experts in runs that fit the working set together; at least one a run.
 
     What a run has freed is given back to the system before the next begins.
     """
-    rows_columns = [fused_weight(experts, matrix).shape[1:] for matrix in ("gate_up", "down")]
+    rows_columns = [runs.weights.shape(matrix) for matrix in MATRICES]
     each = max(4 * (3 * rows * columns + 3 * columns**2) for rows, columns in rows_columns)
     size = max(1, WORKING_SET_BYTES // each)
-    count = int(experts.num_experts)
-    for start in range(0, count, size):
-        yield list(range(start, min(start + size, count)))
+    for start in range(0, len(runs.experts), size):
+        yield list(runs.experts[start : start + size])
         release_free_memory()
 
 
@@ -273,6 +291,7 @@ def _mean_hessian(runs: ExpertRuns, matrix: Matrix, expert: int) -> Tensor:
     For gate and up it is the same for all experts.
     """
     inputs = runs.inputs_from_all_tokens(expert, matrix, OVERALL_TOKENS)
-    hessian = torch.zeros(inputs.shape[-1], inputs.shape[-1])
+    columns = inputs.shape[-1]
+    hessian = torch.zeros(columns, columns, device=inputs.device)
     accumulate(hessian, inputs)
     return hessian.div_(len(inputs))

@@ -61,7 +61,7 @@ class ProtectionMeasurement:
         kept = self._kept(layer, runs.routed, received, thresholds)
         drops_tokens = self.rule.metric == DROP_INSIGNIFICANT
         pruned = weights * kept if drops_tokens else renormalise(weights, kept)
-        change = change_of_output(runs.experts, runs.routed, pruned)
+        change = change_of_output(runs.weights, runs.routed, pruned, runs.scratch)
         behind = float(squared_norms_behind(layer, runs.outputs).double().sum())
         return LayerProtection(
             layer=layer.index,
@@ -84,8 +84,7 @@ class ProtectionMeasurement:
             attention = received
         else:
             runs = ExpertRuns.of_layer(layer)
-        for expert in range(layer.moe.num_experts):
-            runs.add_output(expert)
+        runs.run(runs.experts)
         layer.expert_outputs = runs.outputs
         return runs, attention
 

@@ -103,7 +103,7 @@ class TokenProtection(Modifier):
         rule = RulePruning(self.metric, self.protect_ratio, self.drop_ratio, {})
         measurement = ProtectionMeasurement(rule, self.threshold, self.quantile)
         layers = context.layers(self.writes)
-        for layer in context.stream("measuring thresholds", quantised=True):
+        for layer in context.stream("measuring thresholds", quantised=True, by_expert=True):
             if layer.moe is None:
                 continue
             if layers.has(layer.index):

@@ -58,12 +58,12 @@ class BlockTask:
     def of_layer(cls, layer: StreamedLayer) -> BlockTask:
         """Run a loaded layer's experts once; its ``expert_outputs`` are known then."""
         routed = in_falling_order(routed_inputs(layer))
-        experts: Any = layer.module.get_submodule(layer.moe.experts)
-        weights = routed.top_k_weights.float()
-        summed = torch.empty_like(routed.hidden)
+        weights, scratch = routed.top_k_weights.float(), layer.inputs.scratch
+        summed = scratch.empty(*routed.hidden.shape, dtype=routed.hidden.dtype)
         top_k = weights.shape[1]
         gram = torch.empty(len(weights), top_k, top_k, device=weights.device)
-        for rows, outputs in slot_outputs(experts, routed):
+        for rows, found in slot_outputs(layer.expert_weights, routed, scratch):
+            outputs = found.float()
             gram[rows] = outputs @ outputs.transpose(1, 2)
             summed[rows] = (weights[rows].unsqueeze(1) @ outputs).squeeze(1).to(summed.dtype)
         layer.expert_outputs = summed

@@ -130,7 +130,8 @@ class TopAnyRouter(Modifier):
     def _train_blocks(self, context: RunContext, layers: LayerStore, state: Path) -> TopAnyTraining:
         from mcsharp_sdk.modifiers.top_any_block import BlockTask, train_block
 
-        for layer in context.stream("training top-any networks", quantised=True):
+        streamed = context.stream("training top-any networks", quantised=True, by_expert=True)
+        for layer in streamed:
             if layer.moe is None:
                 continue
             task = BlockTask.of_layer(layer)

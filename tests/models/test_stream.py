@@ -78,7 +78,7 @@ def test_an_experts_pieces_are_its_tokens_and_what_its_matrices_see(
     layer = next(_streamed(source, _tokens()))
     runs = expert_runs.ExpertRuns.of_layer(layer)
     tokens, routing = runs.routed.of_expert(1)
-    projected = tokens @ runs.experts.gate_up_proj[1].T
+    projected = tokens @ runs.weights.module.gate_up_proj[1].T
     gate, up = projected.chunk(2, dim=-1)
     inner = torch.nn.functional.silu(gate) * up
     for _ in range(2):
