@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mcsharp_sdk.cli.options import JsonOption, ModelOption, RecipeArgument, SetOption
+from mcsharp_sdk.cli.options import (
+    JsonOption,
+    MaxMemoryOption,
+    ModelOption,
+    RecipeArgument,
+    SetOption,
+)
 from mcsharp_sdk.cli.output import print_json, print_note, print_table
 
 if TYPE_CHECKING:
@@ -34,6 +40,7 @@ def compress(
         bool, typer.Option("--overwrite", help="Replace an output folder that is there.")
     ] = False,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 …")] = "cpu",
+    max_memory: MaxMemoryOption = None,
     log_file: Annotated[
         Path | None, typer.Option("--log-file", metavar="FILE", help="Also write a log here.")
     ] = None,
@@ -52,6 +59,7 @@ def compress(
         overrides=overrides or [],
         overwrite=overwrite,
         device=device,
+        max_memory=max_memory,
         on_plan=None if json else show_plan,
     )
     if json:
@@ -80,13 +88,14 @@ def _show(result: Compression) -> None:
 
     for warning in result.warnings:
         print_note(f"warning: {warning}")
-    cost = model_cost(result.output)
+    cost, planned = model_cost(result.output), result.plan.peak_memory
     rows = [(stage, f"{seconds:.1f} s") for stage, seconds in result.seconds.items()]
     rows += [
         ("weights before", decimal(result.plan.bytes_before)),
         ("weights after", decimal(cost.weight_bytes)),
         ("nominal bits", f"{cost.bits.nominal:.3f}"),
         ("stored bits", f"{cost.bits.stored:.3f}"),
+        ("peak memory", f"{decimal(result.peak_memory)}, planned {decimal(planned)}"),
         ("written to", str(result.output)),
     ]
     print_table("Done", ["", ""], rows)

@@ -14,6 +14,7 @@ from typing import Any
 
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.data.gathering import gather
+from mcsharp_sdk.engine.budget import read_bytes_of
 from mcsharp_sdk.engine.context import RunContext
 from mcsharp_sdk.engine.fingerprint import fingerprint, stage_keys
 from mcsharp_sdk.engine.plan import Plan, make_plan
@@ -22,6 +23,7 @@ from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.engine.stage_store import StageStore
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.memory import peak_resident_bytes
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.recipe.library import open_recipe
@@ -43,12 +45,14 @@ class Compression:
     seconds : per stage and exporter; a stage finished by an earlier run is absent.
     warnings : what was noticed on the way.
     plan : what was intended.
+    peak_memory : the most bytes of memory that this process has had so far.
     """
 
     output: Path
     seconds: Mapping[str, float]
     warnings: Sequence[str]
     plan: Plan
+    peak_memory: int
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
@@ -57,6 +61,7 @@ class Compression:
             "seconds": dict(self.seconds),
             "warnings": list(self.warnings),
             "plan": self.plan.to_json(),
+            "peak_memory": self.peak_memory,
         }
 
 
@@ -80,6 +85,7 @@ def compress(
     overrides: Sequence[str] = (),
     overwrite: bool = False,
     device: str = "cpu",
+    max_memory: str | int | None = None,
     progress: bool | None = None,
     on_plan: Callable[[Plan], None] | None = None,
 ) -> Compression:
@@ -98,27 +104,40 @@ def compress(
     overrides : e.g. ``stages.BitAllocation.target_bits=2.0``; only with a recipe file or name.
     overwrite : replace an output folder that is there.
     device : where to compute, e.g. ``cpu`` or ``cuda:0``.
+    max_memory : bytes of memory that the run keeps to, or a text such as ``8GB``; for device
+        ``cpu``. Activations lie in the run directory where they must. The result is the same.
     progress : show progress bars; by default where standard error is a terminal.
     on_plan : called with the plan before work begins.
 
     Raises
     ------
     InputError
-        If something given is wrong; nothing was written then.
+        If something given is wrong, or ``max_memory`` is too little; nothing was written then.
     """
     recipe = as_recipe(recipe, overrides)
+    allowed = _allowed(max_memory, device)
     output = Path(output)
     directory = Path(run_dir) if run_dir is not None else output.with_name(f".{output.name}.run")
     check_output(output, directory, overwrite)
     source = SourceModel(Path(model), device)
-    plan = make_plan(recipe, source)
+    plan = make_plan(recipe, source, allowed)
     calibration = read_calibration(recipe, source)
     if on_plan is not None:
         on_plan(plan)
     opened = RunDirectory(directory, fingerprint(recipe, source), keep=run_dir is not None)
-    work = Work(source, recipe, calibration, opened, output, overwrite=overwrite)
+    work = Work(source, recipe, calibration, opened, output, overwrite=overwrite, spill=plan.spill)
     seconds, warnings = work.run(progress)
-    return Compression(output, seconds, warnings, plan)
+    return Compression(output, seconds, warnings, plan, peak_resident_bytes())
+
+
+def _allowed(max_memory: str | int | None, device: str) -> int | None:
+    allowed = read_bytes_of(max_memory)
+    if allowed is not None and device != "cpu":
+        raise InputError(
+            f"max_memory counts the memory of this process, and device {device} has its own: "
+            "leave one of them out"
+        )
+    return allowed
 
 
 @dataclass(frozen=True)
@@ -131,6 +150,7 @@ class Work:
     directory : the run directory, not open yet.
     output, overwrite : folder to make, and whether it may replace one that is there.
     store : where finished stages are looked for and kept; None to run every stage.
+    spill : keep activations in files of the run directory.
     """
 
     source: SourceModel
@@ -140,12 +160,15 @@ class Work:
     output: Path
     overwrite: bool = False
     store: StageStore | None = None
+    spill: bool = False
 
     def run(self, progress: bool | None = None) -> tuple[Mapping[str, float], Sequence[str]]:
         """Run stages and exporters; seconds of each that was not finished before, and warnings."""
         watch = _Stopwatch()
         with self.directory as opened, ProgressBars(progress) as bars:
-            context = RunContext(self.source, self.recipe, self.calibration, opened, bars)
+            context = RunContext(
+                self.source, self.recipe, self.calibration, opened, bars, spill=self.spill
+            )
             _run_stages(context, watch, self.store)
             _export(context, self.output, self.overwrite, watch)
         return watch.seconds, context.report.warnings

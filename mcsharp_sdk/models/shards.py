@@ -153,6 +153,23 @@ class TensorSlice:
         """Shape of the whole tensor."""
         return self.checkpoint.info(self.name).shape
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype on disk."""
+        return self.checkpoint.info(self.name).dtype
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.checkpoint.info(self.name).numel
+
+    def element_size(self) -> int:
+        """Bytes of one element."""
+        return self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """The whole tensor."""
+        return self.checkpoint.read(self.name)
+
     def get_shape(self) -> list[int]:
         """Shape of the whole tensor, as safetensors gives it."""
         return list(self.shape)

@@ -277,12 +277,16 @@ def expert_chunks(runs: ExpertRuns) -> Iterator[list[int]]:
 
     What a run has freed is given back to the system before the next begins.
     """
-    rows_columns = [runs.weights.shape(matrix) for matrix in MATRICES]
-    each = max(4 * (3 * rows * columns + 3 * columns**2) for rows, columns in rows_columns)
-    size = max(1, WORKING_SET_BYTES // each)
+    size = experts_at_once([runs.weights.shape(matrix) for matrix in MATRICES])
     for start in range(0, len(runs.experts), size):
         yield list(runs.experts[start : start + size])
         release_free_memory()
+
+
+def experts_at_once(shapes: Sequence[tuple[int, int]]) -> int:
+    """Experts with matrices of such shapes, (R, K), that fit the working set together."""
+    each = max(4 * (3 * rows * columns + 3 * columns**2) for rows, columns in shapes)
+    return max(1, WORKING_SET_BYTES // each)
 
 
 def _mean_hessian(runs: ExpertRuns, matrix: Matrix, expert: int) -> Tensor:
