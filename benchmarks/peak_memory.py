@@ -105,6 +105,7 @@ def compress(model: Path, output: Path, errors: str) -> None:
     """Compress and print the peak of resident memory, in bytes, before and after."""
     import mcsharp_sdk
     from mcsharp_sdk.engine import run  # noqa: F401  brings torch and transformers along
+    from mcsharp_sdk.models.memory import peak_resident_bytes
 
     imports = peak_resident_bytes()
     calibration = {
@@ -122,15 +123,13 @@ def compress(model: Path, output: Path, errors: str) -> None:
         {"version": 1, "calibration": calibration, "stages": stages}
     )
     done = mcsharp_sdk.compress(recipe, model, output, progress=False)
-    measured = {"imports": imports, "peak": peak_resident_bytes(), "seconds": dict(done.seconds)}
+    measured = {
+        "imports": imports,
+        "peak": done.peak_memory,
+        "planned": done.plan.peak_memory,
+        "seconds": dict(done.seconds),
+    }
     print(json.dumps(measured))
-
-
-def peak_resident_bytes() -> int:
-    """Peak of this process's resident memory; ``getrusage`` would count its parent's as well."""
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
 
 
 def main() -> None:
@@ -161,6 +160,7 @@ def main() -> None:
     print(f"model                     {size / 1e9:6.2f} GB in {arguments.layers} layers")
     print(f"interpreter with imports  {found['imports'] / 1e9:6.2f} GB")
     print(f"peak of resident memory   {found['peak'] / 1e9:6.2f} GB")
+    print(f"planned                   {found['planned'] / 1e9:6.2f} GB")
     print(f"of which activations      {activations / 1e9:6.2f} GB")
     print(f"peak without activations  {(found['peak'] - activations) / 1e9:6.2f} GB")
     for stage, seconds in found["seconds"].items():

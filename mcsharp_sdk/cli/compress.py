@@ -48,6 +48,7 @@ def compress(
 ) -> None:
     """Compress a model as a recipe says. Cut off, the same command continues where it was."""
     from mcsharp_sdk.cli.plan import show_plan
+    from mcsharp_sdk.engine.ranks import is_first
     from mcsharp_sdk.engine.run import compress as run
 
     _log_to(log_file)
@@ -62,6 +63,8 @@ def compress(
         max_memory=max_memory,
         on_plan=None if json else show_plan,
     )
+    if not is_first():
+        return
     if json:
         print_json(result.to_json())
     else:

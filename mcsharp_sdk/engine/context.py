@@ -12,6 +12,7 @@ from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.engine.progress import ProgressBars
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import AnyArtifact, LayerStore, RunDirectory
+from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.routing import Router
 from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.models.shards import TensorSlice
@@ -46,6 +47,7 @@ class RunContext:
     progress : bars for long loops.
     report : what the reader should be told.
     spill : keep activations in files of the run directory.
+    ranks : the processes of the run. Each streams some of the calibration sequences.
     """
 
     model: SourceModel
@@ -55,6 +57,7 @@ class RunContext:
     progress: ProgressBars
     report: RunReport = field(default_factory=RunReport)
     spill: bool = False
+    ranks: Ranks = ALONE
 
     def stream(
         self, description: str, *, quantised: bool = False, by_expert: bool = False
@@ -77,6 +80,7 @@ class RunContext:
             lambda r: self.track(r, description),
             by_expert=by_expert,
             scratch=self.scratch(),
+            ranks=self.ranks,
         )
         for layer in layers:
             if layout is not None and by_expert:

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from mcsharp_sdk.engine.context import RunContext
 from mcsharp_sdk.engine.fingerprint import fingerprint, stage_keys
 from mcsharp_sdk.engine.plan import Plan, make_plan
 from mcsharp_sdk.engine.progress import ProgressBars
+from mcsharp_sdk.engine.ranks import joined, own_device
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.engine.stage_store import StageStore
-from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.errors import InputError, InputProblems, Problem
 from mcsharp_sdk.models.memory import peak_resident_bytes
+from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.recipe.library import open_recipe
@@ -115,19 +117,73 @@ def compress(
         If something given is wrong, or ``max_memory`` is too little; nothing was written then.
     """
     recipe = as_recipe(recipe, overrides)
+    with joined() as ranks:
+        return _compress(
+            recipe,
+            Path(model),
+            Path(output),
+            Path(run_dir) if run_dir is not None else None,
+            overwrite=overwrite,
+            device=own_device(device),
+            max_memory=max_memory,
+            progress=progress if ranks.first else False,
+            on_plan=on_plan if ranks.first else None,
+            ranks=ranks,
+        )
+
+
+def _compress(
+    recipe: Recipe,
+    model: Path,
+    output: Path,
+    run_dir: Path | None,
+    *,
+    overwrite: bool,
+    device: str,
+    max_memory: str | int | None,
+    progress: bool | None,
+    on_plan: Callable[[Plan], None] | None,
+    ranks: Ranks,
+) -> Compression:
+    """``compress`` with its arguments read, as one of several processes or alone."""
     allowed = _allowed(max_memory, device)
-    output = Path(output)
-    directory = Path(run_dir) if run_dir is not None else output.with_name(f".{output.name}.run")
+    directory = run_dir if run_dir is not None else output.with_name(f".{output.name}.run")
     check_output(output, directory, overwrite)
-    source = SourceModel(Path(model), device)
+    source = SourceModel(model, device)
     plan = make_plan(recipe, source, allowed)
     calibration = read_calibration(recipe, source)
+    _check_ranks(recipe, calibration, ranks)
     if on_plan is not None:
         on_plan(plan)
+    ranks.wait()  # all have checked, so that none finds what another one has begun
     opened = RunDirectory(directory, fingerprint(recipe, source), keep=run_dir is not None)
-    work = Work(source, recipe, calibration, opened, output, overwrite=overwrite, spill=plan.spill)
+    work = Work(
+        source,
+        recipe,
+        calibration,
+        opened if ranks.alone else SharedRunDirectory(opened, ranks),
+        output,
+        overwrite=overwrite,
+        spill=plan.spill,
+        ranks=ranks,
+    )
     seconds, warnings = work.run(progress)
     return Compression(output, seconds, warnings, plan, peak_resident_bytes())
+
+
+def _check_ranks(recipe: Recipe, calibration: CalibrationSet, ranks: Ranks) -> None:
+    """InputProblems if several processes cannot share this work."""
+    if ranks.alone:
+        return
+    problems = [
+        Problem(f"stages[{position}] {stage.type}", reason)
+        for position, stage in enumerate(recipe.stages)
+        if (reason := stage.why_not_shared()) is not None
+    ]
+    if calibration.groups:
+        calibration.share(ranks.rank, ranks.count)
+    if problems:
+        raise InputProblems(f"the run of {ranks.count} processes", problems)
 
 
 def _allowed(max_memory: str | int | None, device: str) -> int | None:
@@ -151,6 +207,7 @@ class Work:
     output, overwrite : folder to make, and whether it may replace one that is there.
     store : where finished stages are looked for and kept; None to run every stage.
     spill : keep activations in files of the run directory.
+    ranks : the processes that share the work.
     """
 
     source: SourceModel
@@ -161,16 +218,26 @@ class Work:
     overwrite: bool = False
     store: StageStore | None = None
     spill: bool = False
+    ranks: Ranks = ALONE
 
     def run(self, progress: bool | None = None) -> tuple[Mapping[str, float], Sequence[str]]:
         """Run stages and exporters; seconds of each that was not finished before, and warnings."""
         watch = _Stopwatch()
         with self.directory as opened, ProgressBars(progress) as bars:
             context = RunContext(
-                self.source, self.recipe, self.calibration, opened, bars, spill=self.spill
+                self.source,
+                self.recipe,
+                self.calibration,
+                opened,
+                bars,
+                spill=self.spill,
+                ranks=self.ranks,
             )
             _run_stages(context, watch, self.store)
-            _export(context, self.output, self.overwrite, watch)
+            if self.ranks.first:
+                own = replace(context, directory=opened.own)
+                _export(own, self.output, self.overwrite, watch)
+            self.ranks.wait()
         return watch.seconds, context.report.warnings
 
 
@@ -214,7 +281,11 @@ def _run_stage(context: RunContext, stage: Modifier, name: str, watch: _Stopwatc
     logger.info("%s begins", stage.type)
     context.report = RunReport()
     with watch.measure(stage.type):
-        stage.run(context)
+        if stage.needs_calibration() or context.ranks.alone:
+            stage.run(context)
+        elif context.ranks.first:
+            stage.run(replace(context, directory=context.directory.own, ranks=ALONE))
+        context.ranks.wait()
     files = context.directory.files_written(stage.writes)
     context.directory.mark_finished(name, FinishedStage(files, context.report))
     logger.info("%s took %.1f s", stage.type, watch.seconds[stage.type])

@@ -132,6 +132,11 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
 
+    @property
+    def own(self) -> RunDirectory:
+        """The folder as this process alone uses it."""
+        return self
+
     def _has_work(self) -> bool:
         return any(
             file.suffix in (".json", ".safetensors") for file in self.path.glob("*/*")

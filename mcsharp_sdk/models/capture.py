@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mcsharp_sdk.models.experts import answering, tokens_of_expert
+from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.stream import StreamedLayer
 
 
@@ -25,6 +26,8 @@ class RoutedInputs:
         get a projection of it.
     top_k_index : int64 [T, k]
     top_k_weights : [T, k], as the experts apply them.
+    num_experts : that there are to choose from.
+    ranks : the processes that have tokens of the layer, this one among them.
     batch_tokens : per forward batch, how many of the tokens are its own. Of sequences with images
         some models route the text alone here.
     """
@@ -34,6 +37,8 @@ class RoutedInputs:
     top_k_index: Tensor
     top_k_weights: Tensor
     batch_tokens: tuple[int, ...]
+    num_experts: int
+    ranks: Ranks = ALONE
 
     @property
     def num_tokens(self) -> int:
@@ -46,22 +51,21 @@ class RoutedInputs:
         return token, self.top_k_weights[token, slot]
 
     def sample(self, most: int) -> tuple[Tensor, Tensor]:
-        """At most so many tokens [n, hidden], evenly spaced, and the mean routing weight, []."""
-        chosen = torch.linspace(0, len(self.hidden) - 1, min(len(self.hidden), most)).long()
-        return self.hidden[chosen], self.top_k_weights.mean()
+        """At most so many tokens [n, hidden], evenly spaced, and the mean routing weight, [].
 
-    def of_expert(self, expert: int, most: int | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens routed to an expert, [n, hidden], and their routing weights, [n].
-
-        Parameters
-        ----------
-        most : if more tokens than this select the expert, take this many, evenly spaced.
+        They are from the tokens of all processes.
         """
-        token, routing = self.tokens_of(expert)
-        if most is not None and token.numel() > most:
-            chosen = torch.linspace(0, token.numel() - 1, most).long()
-            token, routing = token[chosen], routing[chosen]
-        return self.hidden[token], routing
+        own = torch.zeros(self.ranks.count, dtype=torch.int64)
+        own[self.ranks.rank] = len(self.hidden)
+        counts = self.ranks.sum_(own).tolist()
+        chosen = torch.linspace(0, sum(counts) - 1, min(sum(counts), most)).long()
+        chosen -= sum(counts[: self.ranks.rank])
+        chosen = chosen[(chosen >= 0) & (chosen < len(self.hidden))]
+        if self.ranks.alone:
+            return self.hidden[chosen], self.top_k_weights.mean()
+        total = self.ranks.total(float(self.top_k_weights.double().sum()))
+        mean = self.top_k_weights.new_tensor(total / (sum(counts) * self.top_k_weights.shape[1]))
+        return self.ranks.gather(self.hidden[chosen]), mean
 
     def counts(self, num_experts: int) -> list[int]:
         """Tokens per expert."""
@@ -102,7 +106,8 @@ class _Gathered:
     """Collects what reaches a layer's experts, batch by batch, without holding it twice."""
 
     def __init__(self, layer: StreamedLayer) -> None:
-        self._scratch = layer.inputs.scratch
+        self._scratch, self._ranks = layer.inputs.scratch, layer.inputs.ranks
+        self._experts = layer.moe.num_experts
         self._most = sum(hidden.shape[:2].numel() for hidden in layer.inputs.hidden)
         self._counts = [0] * len(layer.inputs.hidden)
         self._rooms: dict[str, Tensor] = {}
@@ -123,7 +128,10 @@ class _Gathered:
         hidden = self._rooms["hidden"][:total]
         router_hidden = self._rooms.get("router_hidden", hidden)[:total]
         index, weights = (torch.cat(parts) for parts in zip(*self._routing, strict=True))
-        return RoutedInputs(hidden, router_hidden, index, weights, tuple(self._counts))
+        counts = tuple(self._counts)
+        return RoutedInputs(
+            hidden, router_hidden, index, weights, counts, self._experts, self._ranks
+        )
 
     def _fill(self, name: str, rows: Tensor, start: int) -> None:
         if name not in self._rooms:

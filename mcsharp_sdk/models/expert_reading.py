@@ -7,7 +7,7 @@ its share of the first dimension where experts are stacked on disk already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -111,8 +111,8 @@ class StackedExperts:
             )
         return tensor[0]
 
-    def _reader(self, names: Sequence[str], expert: int, device: str) -> Callable[[], Tensor]:
-        """Reads what one expert has of a part of the conversion."""
+    def _reader(self, names: Sequence[str], expert: int, device: str) -> Any:
+        """A function that reads what one expert has of a part of the conversion."""
 
         def read() -> Tensor:
             if len(names) > 1 or len(self.like) == 1:

@@ -15,13 +15,17 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.models.capture import RoutedInputs, routed_inputs
+from mcsharp_sdk.models.expert_exchange import ExchangedTokens, ExpertTokens, OwnTokens
 from mcsharp_sdk.models.expert_weights import ExpertWeights
-from mcsharp_sdk.models.experts import Matrix, weigh
+from mcsharp_sdk.models.experts import MATRICES, Matrix, weigh
 from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.models.stream import StreamedLayer
 
 PIECE_TOKENS = 4096
 """Tokens that go through an expert at a time."""
+
+OVERALL_TOKENS = 4096
+"""Tokens of the whole layer that stand in where few tokens reach an expert."""
 
 KEPT_BYTES = 128 * 2**20
 """Inputs of down projections that are kept for the outputs; beyond it they are computed again."""
@@ -46,29 +50,52 @@ class ExpertRuns:
     Attributes
     ----------
     weights : of the experts.
-    routed : what reaches them.
-    outputs : [T, hidden], routing-weighted outputs of the experts done so far, summed.
+    routed : what reaches them from this process's sequences.
+    tokens : of the experts that this process works on.
+    outputs : [N, hidden], routing-weighted outputs of these on their tokens, summed.
     scratch : where they are kept.
     """
 
     weights: ExpertWeights
     routed: RoutedInputs
+    tokens: ExpertTokens
     outputs: Tensor
     scratch: Scratch
     _kept: dict[int, list[Piece]] = field(default_factory=dict)
+    _sampled: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of_layer(cls, layer: StreamedLayer) -> ExpertRuns:
         """Run a layer up to its experts; none of them is done yet."""
         routed = routed_inputs(layer)
-        scratch = layer.inputs.scratch
-        outputs = scratch.zeros(*routed.hidden.shape, dtype=routed.hidden.dtype)
-        return cls(layer.expert_weights, routed, outputs, scratch)
+        scratch, ranks, weights = layer.inputs.scratch, layer.inputs.ranks, layer.expert_weights
+        every = range(weights.num_experts)
+        tokens: ExpertTokens = OwnTokens(every, routed.hidden, [every], routed)
+        if not ranks.alone:
+            tokens = ExchangedTokens.of_layer(routed, _cost(weights), ranks, scratch)
+        outputs = scratch.zeros(*tokens.hidden.shape, dtype=routed.hidden.dtype)
+        runs = cls(weights, routed, tokens, outputs, scratch)
+        if not ranks.alone:
+            runs._sampled = routed.sample(OVERALL_TOKENS)  # all processes do this together
+        return runs
 
     @property
     def experts(self) -> Sequence[int]:
-        """The experts, in order."""
-        return range(self.weights.num_experts)
+        """The experts that this process works on, in order."""
+        return self.tokens.experts
+
+    def sample_of(self, expert: int, most: int) -> tuple[Tensor, Tensor, int]:
+        """At most so many of an expert's tokens [n, hidden], evenly spaced.
+
+        Returns
+        -------
+        The tokens, their routing weights [n], and how many the expert has in all.
+        """
+        token, routing = self.tokens.of(expert)
+        if len(token) > most:
+            chosen = torch.linspace(0, len(token) - 1, most).long()
+            return self.tokens.hidden[token[chosen]], routing[chosen], len(token)
+        return self.tokens.hidden[token], routing, len(token)
 
     def pieces(self, expert: int, matrix: Matrix, most: int | None = None) -> Iterator[Piece]:
         """The expert's tokens with the inputs of one of its matrices, some at a time.
@@ -78,7 +105,7 @@ class ExpertRuns:
         Those of ``down`` come from the ``gate_up`` that the expert has when they are first asked
         for; it must not change between that and :meth:`add_output`.
         """
-        token, routing = self.routed.tokens_of(expert)
+        token, routing = self.tokens.of(expert)
         every = 1 if most is None else max(1, -(-len(token) // most))
         for piece in self._all_pieces(expert, matrix, token, routing):
             yield piece if every == 1 else Piece(*(part[::every] for part in piece))
@@ -93,7 +120,7 @@ class ExpertRuns:
         for part, weight in zip(
             token.split(PIECE_TOKENS), routing.split(PIECE_TOKENS), strict=True
         ):
-            tokens, factor = weigh(self.weights.module, self.routed.hidden[part], weight)
+            tokens, factor = weigh(self.weights.module, self.tokens.hidden[part], weight)
             self.scratch.release()
             piece = Piece(part, factor, self.inputs(expert, matrix, tokens))
             if keep is not None:
@@ -106,13 +133,15 @@ class ExpertRuns:
         """Inputs of one of an expert's matrices, [n, K], from those of the expert, [n, hidden]."""
         return tokens if matrix == "gate_up" else self.weights.activated(expert, tokens)
 
-    def inputs_from_all_tokens(self, expert: int, matrix: Matrix, most: int) -> Tensor:
+    def inputs_from_all_tokens(self, expert: int, matrix: Matrix) -> Tensor:
         """Inputs of one of an expert's matrices, [n, K], as if any token of the layer chose it.
 
-        Of more than ``most`` tokens so many are taken, evenly spaced. Where routing weights
+        Of more than ``OVERALL_TOKENS`` so many are taken, evenly spaced. Where routing weights
         multiply inputs, the layer's mean one does.
         """
-        hidden, weight = self.routed.sample(most)
+        if self._sampled is None:
+            self._sampled = self.routed.sample(OVERALL_TOKENS)
+        hidden, weight = self._sampled
         tokens, _ = weigh(self.weights.module, hidden, weight.expand(len(hidden)))
         return self.inputs(expert, matrix, tokens)
 
@@ -131,6 +160,10 @@ class ExpertRuns:
             self.add_output(expert)
             self.weights.release(expert)
 
+    def finish(self) -> Tensor:
+        """[T, hidden], the summed outputs of all experts on this process's tokens."""
+        return self.tokens.returned(self.outputs)
+
     def _has_room(self, tokens: int) -> bool:
         kept = sum(p.inputs.nbytes for pieces in self._kept.values() for p in pieces)
         _, columns = self.weights.shape("down")
@@ -142,4 +175,11 @@ def run_experts(layer: StreamedLayer) -> Tensor:
     """Summed outputs of a layer's routed experts, [T, hidden], as if they had been calibrated."""
     runs = ExpertRuns.of_layer(layer)
     runs.run(runs.experts)
-    return runs.outputs
+    return runs.finish()
+
+
+def _cost(weights: ExpertWeights) -> tuple[float, float]:
+    """Multiplications for quantising an expert, and for each token of it."""
+    shapes = [weights.shape(matrix) for matrix in MATRICES]
+    fixed = sum(columns**3 + 6 * rows * columns**2 for rows, columns in shapes)
+    return float(fixed), float(sum(columns**2 + rows * columns for rows, columns in shapes))

@@ -17,6 +17,7 @@ from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.models.bfloat16 import fast_linears
 from mcsharp_sdk.models.expert_weights import ExpertWeights
 from mcsharp_sdk.models.experts import answering
+from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.topology import MoeBlock
@@ -55,6 +56,7 @@ class LayerInputs:
     sources : per batch, the source of its tokens in the calibration set.
     additions : (batch, layer) -> what the model adds in front of the layer, where it does.
     scratch : where activations are kept.
+    ranks : the processes that share the calibration set; these are this one's sequences.
     """
 
     hidden: list[Tensor]
@@ -62,6 +64,7 @@ class LayerInputs:
     sources: list[int]
     additions: dict[tuple[int, int], Addition] = field(default_factory=dict)
     scratch: Scratch = field(default_factory=Scratch)
+    ranks: Ranks = ALONE
 
     def token_sources(self, batch_tokens: Sequence[int]) -> Tensor:
         """int64 [T], the source of each token, given the number of tokens of each batch."""
@@ -144,6 +147,13 @@ class StreamedLayer:
             raise ValueError(f"decoder layer {self.index} has no routed experts")
         return self.experts
 
+    @property
+    def known_outputs(self) -> Tensor:
+        """``expert_outputs`` of a layer whose experts the consumer has run."""
+        if self.expert_outputs is None:
+            raise ValueError(f"the experts of decoder layer {self.index} have not been run")
+        return self.expert_outputs
+
     def advance(self) -> None:
         """Move the activations on through the layer as it is now."""
         from mcsharp_sdk.models.expert_runs import run_experts
@@ -165,6 +175,7 @@ def stream_layers(
     *,
     by_expert: bool = False,
     scratch: Scratch | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[StreamedLayer]:
     """Yield each decoder layer, loaded, with the activations that reach it.
 
@@ -177,6 +188,7 @@ def stream_layers(
         the consumer makes of them is seen by the layers behind only through
         ``layer.expert_outputs``.
     scratch : where activations are kept; by default in memory.
+    ranks : the processes that share the calibration set. Each runs some of its sequences.
 
     Raises
     ------
@@ -185,7 +197,8 @@ def stream_layers(
     """
     from mcsharp_sdk.models.embedding import embed
 
-    inputs = embed(source, calibration, scratch)
+    inputs = embed(source, calibration.share(ranks.rank, ranks.count), scratch)
+    inputs.ranks = ranks
     for index in track(range(source.topology.num_layers)):
         experts = source.load_layer(index, by_expert=by_expert)
         layer = StreamedLayer(source, index, source.layer(index), inputs, experts)

@@ -72,6 +72,7 @@ class ExpertMeasurement:
         release_free_memory()
         count = layer.moe.num_experts
         reached = routed.counts(count)
+        ranks = routed.ranks
         errors = {width: np.zeros(count) for width in self.widths} if self.block_errors else {}
         dropped = np.zeros(count)
         for chunk in expert_chunks(runs):
@@ -82,15 +83,19 @@ class ExpertMeasurement:
                 for width, changes in self._changes(runs, chunk, samples):
                     errors[width][chunk] = changes
             runs.run(chunk)
-        layer.expert_outputs = runs.outputs
+        layer.expert_outputs = runs.finish()
         scores = _selected_scores(layer, routed)
+
+        def summed(values: Any) -> Any:
+            return ranks.sum_(torch.as_tensor(values, dtype=torch.float64)).numpy()
+
         return LayerStatistics(
             layer=layer.index,
-            activation_count=np.array(reached, dtype=np.float64),
-            routing_weight_sum=_summed(routed.top_k_index, scores, count),
-            quant_error=errors,
-            tokens=routed.num_tokens,
-            drop_error=dropped,
+            activation_count=summed(reached),
+            routing_weight_sum=summed(_summed(routed.top_k_index, scores, count)),
+            quant_error={width: summed(error) for width, error in errors.items()},
+            tokens=int(ranks.total(routed.num_tokens)),
+            drop_error=summed(dropped),
             sources=self._of_sources(layer, routed, scores),
         )
 
@@ -107,14 +112,16 @@ class ExpertMeasurement:
             index, count = routed.top_k_index[own], layer.moe.num_experts
             counts = torch.bincount(index.reshape(-1), minlength=count).double().cpu().numpy()
             sums = _summed(index, scores[own], count)
-            found.append(SourceStatistics(name, int(own.sum()), counts, sums))
+            tokens = int(routed.ranks.total(float(own.sum())))
+            both = routed.ranks.sum_(torch.stack([torch.as_tensor(counts), torch.as_tensor(sums)]))
+            found.append(SourceStatistics(name, tokens, *both.numpy()))
         return tuple(found)
 
     def _sample(self, runs: ExpertRuns, expert: int) -> _Sample:
         """Some of an expert's tokens with what it makes of them."""
-        hidden, routing = runs.routed.of_expert(expert, self.error_tokens)
+        hidden, routing, of = runs.sample_of(expert, self.error_tokens)
         tokens, routing = weigh(runs.weights.module, hidden, routing)
-        sampled = len(runs.routed.tokens_of(expert)[0]) / max(1, len(tokens))
+        sampled = of / max(1, len(tokens))
         output = runs.weights.finished(expert, runs.weights.activated(expert, tokens))
         return _Sample(tokens, routing, output, sampled)
 

@@ -56,6 +56,7 @@ class ExpertStats(Modifier):
 
     writes: ClassVar[str] = ExpertStatistics.NAME
     uses_calibration: ClassVar[bool] = True
+    shares_work: ClassVar[bool] = True
     reads_routing: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"quantizer": "rtn", "scope": "model"},
@@ -69,6 +70,11 @@ class ExpertStats(Modifier):
         if unknown:
             raise ValueError(f"{unknown} are no widths that can be stored; these are {WIDTHS}")
         return tuple(sorted(set(bits)))
+
+    def why_not_shared(self) -> str | None:
+        if self.scope == "model":
+            return "errors at the model's output are measured by one process: give 'scope: block'"
+        return None
 
     def run(self, context: RunContext) -> None:
         from mcsharp_sdk.models.expert_runs import run_experts

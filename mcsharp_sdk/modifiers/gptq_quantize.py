@@ -77,6 +77,7 @@ class GPTQQuantize(Modifier):
     reads: ClassVar[tuple[str, ...]] = ("bit_allocation",)
     writes: ClassVar[str] = QUANTIZED_WEIGHTS
     uses_calibration: ClassVar[bool] = True
+    shares_work: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"binary": "paper", "router_bits": 4, "clip_search": "narrow"},
         "released": {

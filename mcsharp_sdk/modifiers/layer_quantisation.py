@@ -18,6 +18,7 @@ from mcsharp_sdk.models.capture import linear_inputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import MATRICES, Matrix
 from mcsharp_sdk.models.memory import release_free_memory
+from mcsharp_sdk.models.ranks import Ranks, divide
 from mcsharp_sdk.models.stream import StreamedLayer
 from mcsharp_sdk.models.topology import router_weight
 from mcsharp_sdk.modifiers.expert_buckets import ExpertBuckets
@@ -27,6 +28,7 @@ from mcsharp_sdk.quantization.grid import (
     QuantizedBatch,
     QuantizedWeight,
     dequantise,
+    group_count,
     pack_weight,
 )
 from mcsharp_sdk.quantization.hessian import (
@@ -42,9 +44,6 @@ from mcsharp_sdk.runtime.layout import linear_tensors
 QuantizerName = Literal["gptq", "rtn"]
 WORKING_SET_BYTES = 256 * 2**20
 """Memory for the float32 weights and Hessians of the experts that are quantised together."""
-
-OVERALL_TOKENS = 4096
-"""Tokens of the whole layer that stand in where few tokens reach an expert."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,27 @@ class LayerNotes:
     raised_damping: list[str] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     starved: dict[str, int] = field(default_factory=dict)
+
+    def merge(self, ranks: Ranks) -> LayerNotes:
+        """Those of all processes, in the order of the experts."""
+        if ranks.alone:
+            return self
+        notes = ranks.collect(self)
+        return LayerNotes(
+            sorted((n for note in notes for n in note.raised_damping), key=_place),
+            sorted((n for note in notes for n in note.fallbacks), key=_place),
+            dict(sorted((s for note in notes for s in note.starved.items()), key=_number)),
+        )
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Where a matrix comes: linears first, then by expert, gate and up before down."""
+    parts = name.split(".")
+    return (int(parts[1]), int(parts[2] == "down")) if parts[0] == "experts" else (-1, 0)
+
+
+def _number(starved: tuple[str, int]) -> int:
+    return int(starved[0])
 
 
 @dataclass(frozen=True)
@@ -127,7 +147,7 @@ class LayerQuantiser:
             path = f"{prefix}.{layer.moe.experts}"
             tensors = self._experts(layer, expert_bits, notes)
             packed |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
-        return packed, notes
+        return packed, notes.merge(layer.inputs.ranks)
 
     def _linears(
         self, layer: StreamedLayer, names: Sequence[str], bits: int, notes: LayerNotes
@@ -141,16 +161,48 @@ class LayerQuantiser:
             accumulate(hessians[group], inputs)
 
         linear_inputs(layer, names, collect)
-        for group in list(hessians):
-            # Linears that share their input are quantised as one tall matrix.
+        ranks = layer.inputs.ranks
+        costs = [float(ranks.sum_(hessian).shape[-1]) ** 3 for hessian in hessians.values()]
+        owned = divide(costs, ranks.count)
+        groups, batches = list(hessians), {}
+        for position in owned[ranks.rank]:
+            group = groups[position]
+            waiting = [hessians.pop(group).unsqueeze(0)]
+            weights = _stacked(layer, group).unsqueeze(0)
+            batches[position] = self._quantise(weights, waiting, [bits], group[:1], notes)
+        for position, group in enumerate(groups):
             linears: list[Any] = [layer.module.get_submodule(name) for name in group]
             rows = [linear.out_features for linear in linears]
-            stacked = torch.cat([linear.weight for linear in linears]).unsqueeze(0)
-            waiting = [hessians.pop(group).unsqueeze(0)]
-            batch = self._quantise(stacked, waiting, [bits], group[:1], notes)
+            owner = next(rank for rank, own in enumerate(owned) if position in own)
+            shape = (sum(rows), linears[0].in_features)
+            batch = self._spread(batches.pop(position, None), shape, bits, owner, layer)
             for name, linear, part in zip(group, linears, _split_rows(batch, rows), strict=True):
                 linear.weight.copy_(dequantise(part, linear.weight.dtype))
                 yield name, pack_weight(part)
+
+    def _spread(
+        self,
+        batch: QuantizedBatch | None,
+        shape: tuple[int, int],
+        bits: int,
+        owner: int,
+        layer: StreamedLayer,
+    ) -> QuantizedBatch:
+        """A matrix [1, R, K] that one process quantised, for all of them."""
+        if batch is None:
+            size = self.settings.grid.group_size
+            groups = group_count(shape[1], size)
+            like = torch.empty(0, dtype=torch.uint8, device=layer.source.device)
+            batch = QuantizedBatch(
+                like.new_empty(1, *shape),
+                like.new_empty(1, shape[0], groups, dtype=torch.float16),
+                like.new_empty(1, shape[0], groups),
+                (bits,),
+                size,
+            )
+        for tensor in (batch.codes, batch.scales, batch.zeros):
+            layer.inputs.ranks.spread(tensor, owner)
+        return batch
 
     def _router(self, layer: StreamedLayer, bits: int) -> dict[str, Tensor]:
         router = layer.module.get_submodule(layer.moe.router)
@@ -178,7 +230,9 @@ class LayerQuantiser:
                 del batch, quantised
                 release_free_memory()
             runs.run(chunk)
-        layer.expert_outputs = runs.outputs
+        layer.expert_outputs = runs.finish()
+        if not layer.inputs.ranks.alone:
+            buckets.gather(runs.tokens.owned, self.settings.grid.group_size, runs)
         return buckets.tensors
 
     def _quantised_chunk(
@@ -256,6 +310,12 @@ class LayerQuantiser:
         )
 
 
+def _stacked(layer: StreamedLayer, names: Sequence[str]) -> Tensor:
+    """The weights of linears that share their input, as one tall matrix [R, K]."""
+    linears: list[Any] = [layer.module.get_submodule(name) for name in names]
+    return torch.cat([linear.weight for linear in linears])
+
+
 def _split_rows(batch: QuantizedBatch, rows: Sequence[int]) -> Iterator[QuantizedWeight]:
     """Cut a batch of one tall matrix into the matrices that were stacked in it."""
     whole = batch.expert(0)
@@ -294,7 +354,7 @@ def _mean_hessian(runs: ExpertRuns, matrix: Matrix, expert: int) -> Tensor:
 
     For gate and up it is the same for all experts.
     """
-    inputs = runs.inputs_from_all_tokens(expert, matrix, OVERALL_TOKENS)
+    inputs = runs.inputs_from_all_tokens(expert, matrix)
     columns = inputs.shape[-1]
     hessian = torch.zeros(columns, columns, device=inputs.device)
     accumulate(hessian, inputs)

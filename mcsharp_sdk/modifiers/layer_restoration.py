@@ -117,7 +117,9 @@ def restore_whole(source: SourceModel, index: int, packed: Packed, layout: Packe
     """As :func:`restore_packed`, with all of the experts written into the loaded layer."""
     restore_linears(source, index, packed, layout)
     experts = packed_experts(source, index, packed, layout)
-    for expert in range(experts.num_experts) if experts is not None else ():
+    if experts is None:
+        return
+    for expert in range(experts.num_experts):
         for matrix in MATRICES:
             fused_weight(experts.module, matrix)[expert] = experts.read(matrix, expert)
         experts.release(expert)

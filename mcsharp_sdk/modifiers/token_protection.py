@@ -78,6 +78,7 @@ class TokenProtection(Modifier):
     uses: ClassVar[tuple[str, ...]] = ("quantized_weights",)
     writes: ClassVar[str] = TokenProtectionRule.NAME
     uses_calibration: ClassVar[bool] = True
+    shares_work: ClassVar[bool] = True
 
     def check_blocks(self, blocks: Mapping[int, MoeBlock]) -> list[Problem]:
         """Whether there are experts to drop, and as many layers as are to prune."""

@@ -85,6 +85,7 @@ class TopAnyRouter(Modifier):
     uses: ClassVar[tuple[str, ...]] = ("quantized_weights",)
     writes: ClassVar[str] = TOP_ANY_ROUTER
     uses_calibration: ClassVar[bool] = True
+    shares_work: ClassVar[bool] = True
 
     @model_validator(mode="before")
     @classmethod
@@ -125,7 +126,8 @@ class TopAnyRouter(Modifier):
         summary = {"units": self.units, "layers": list(context.model.topology.moe)}
         layers.write_summary(summary)
         self._report(context, training)
-        state.unlink(missing_ok=True)
+        if context.ranks.first:
+            state.unlink(missing_ok=True)
 
     def _train_blocks(self, context: RunContext, layers: LayerStore, state: Path) -> TopAnyTraining:
         from mcsharp_sdk.modifiers.top_any_block import BlockTask, train_block
