@@ -20,9 +20,6 @@ from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
 from mcsharp_sdk.modifiers.token_protection import TokenProtection
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
 
-INTERPRETER_BYTES = 650 * 10**6
-"""Resident memory of Python with torch and transformers imported, before a model is opened."""
-
 SOLVER_BYTES = 120 * 10**6
 """What the solver of the allocation adds once it is imported; it stays."""
 
@@ -77,8 +74,8 @@ class Work:
 
 
 def base_bytes() -> int:
-    """What this process takes before the work begins."""
-    return max(INTERPRETER_BYTES, resident_bytes())
+    """What this process takes before the work begins: torch, transformers, the module tree."""
+    return resident_bytes()
 
 
 @dataclass(frozen=True)

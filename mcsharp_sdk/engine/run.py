@@ -19,7 +19,7 @@ from mcsharp_sdk.engine.context import RunContext
 from mcsharp_sdk.engine.fingerprint import fingerprint, stage_keys
 from mcsharp_sdk.engine.plan import Plan, make_plan
 from mcsharp_sdk.engine.progress import ProgressBars
-from mcsharp_sdk.engine.ranks import joined, own_device
+from mcsharp_sdk.engine.ranks import SharedRunDirectory, joined, own_device
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.engine.stage_store import StageStore
