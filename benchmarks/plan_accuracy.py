@@ -4,7 +4,7 @@ Makes a Mixtral-architecture model of random weights as ``peak_memory.py`` does,
 it, runs it in a process of its own, and prints what was said beside what was measured.
 
     python benchmarks/plan_accuracy.py [--layers 2] [--hidden 2048] [--intermediate 2560] \
-        [--sequences 16] [--length 512] [--spill]
+        [--experts 8] [--sequences 16] [--length 512] [--spill]
 
 ``--spill`` allows so little memory that activations lie on disk.
 """
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=2560)
+    parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--spill", action="store_true")
@@ -99,7 +100,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "model").mkdir()
-        make_model(folder / "model", given.layers, given.hidden, given.intermediate)
+        sizes = (given.layers, given.hidden, given.intermediate, given.experts)
+        make_model(folder / "model", *sizes)
         save_tokenizer(folder / "model")
         command = [sys.executable, __file__, "--run", scratch, *sys.argv[1:]]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from mcsharp_sdk.cli.options import (
     JsonOption,
@@ -22,12 +24,15 @@ def plan(
     model: ModelOption,
     overrides: SetOption = None,
     max_memory: MaxMemoryOption = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that torchrun will start; memory is of each.")
+    ] = 1,
     json: JsonOption = False,
 ) -> None:
     """Show what a run would do, its size and its memory, without doing it."""
     from mcsharp_sdk.engine.plan import plan as make
 
-    made = make(recipe, model, overrides or [], max_memory=max_memory)
+    made = make(recipe, model, overrides or [], max_memory=max_memory, processes=processes)
     if json:
         print_json(made.to_json())
     else:

@@ -59,11 +59,18 @@ class Speeds:
         return cls(forward, exact, *(_weights_per_second(grid) for grid in grids))
 
 
-def stage_seconds(stages: Sequence[Modifier], sizes: ModelSizes, tokens: int) -> list[float]:
-    """Seconds of each stage on so many calibration tokens; 0 for one that is not known."""
+def stage_seconds(
+    stages: Sequence[Modifier], sizes: ModelSizes, tokens: int, processes: int = 1
+) -> list[float]:
+    """Seconds of each stage on so many calibration tokens; 0 for one that is not known.
+
+    Parameters
+    ----------
+    processes : each as fast as this one, and with nothing else to wait for.
+    """
     group_size = next((s.group_size for s in stages if isinstance(s, _QUANTISING)), 128)
     speeds = Speeds.measure(sizes.dtype, group_size)
-    return [_seconds(stage, sizes, tokens, speeds) for stage in stages]
+    return [_seconds(stage, sizes, tokens, speeds) / processes for stage in stages]
 
 
 _QUANTISING = (ExpertStats, GPTQQuantize)

@@ -52,21 +52,30 @@ class Need:
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage works on: ``tokens`` of calibration, sequences of at most ``length``."""
+    """What a stage works on.
+
+    ``tokens`` of calibration, sequences of at most ``length``, divided among ``processes``.
+    """
 
     sizes: ModelSizes
     tokens: int
     length: int
+    processes: int = 1
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of one process."""
+        return -(-self.tokens // self.processes)
 
     @property
     def activations(self) -> int:
-        """Bytes of a hidden state of every token."""
-        return self.tokens * self.sizes.hidden_size * self.sizes.dtype_bytes
+        """Bytes of a hidden state of every token that a process has."""
+        return self.own_tokens * self.sizes.hidden_size * self.sizes.dtype_bytes
 
     @property
     def batch_tokens(self) -> int:
         """Tokens of a forward."""
-        return min(self.tokens, max(TOKENS_PER_BATCH, self.length))
+        return min(self.own_tokens, max(TOKENS_PER_BATCH, self.length))
 
     def tokens_per_expert(self, layer: LayerSizes) -> int:
         """On average."""
@@ -150,13 +159,16 @@ def _layer_need(stage: Modifier, layer: LayerSizes, work: Work, bits: float | No
     elif isinstance(stage, TokenProtection):
         working, more = _running(layer, work), work.activations
     elif isinstance(stage, TopAnyRouter):
-        working = _running(layer, work) + work.tokens * layer.top_k**2 * FLOAT
+        working = _running(layer, work) + work.own_tokens * layer.top_k**2 * FLOAT
         more = min(work.activations * layer.top_k, 2**30)
     # Hidden states before the layer, in front of its experts, and the experts' outputs.
     movable = (3 if layer.experts else 1) * work.activations + more
+    if work.processes > 1:
+        # Tokens of the experts of a process, what they give, and what comes back to their owners.
+        movable += 3 * layer.top_k * work.activations
     loading = int(resident * (LOADING_OVERHEAD - 1)) if resident == layer.bytes else 0
     fixed = resident + max(loading, working, _forward_bytes(work, layer))
-    return Need(fixed + work.tokens * layer.top_k * 16, movable)
+    return Need(fixed + work.own_tokens * layer.top_k * 16, movable)
 
 
 _BUILT_IN = (ExpertStats, GPTQQuantize, TokenProtection, TopAnyRouter)

@@ -83,12 +83,14 @@ def plan(
     overrides: Sequence[str] = (),
     *,
     max_memory: str | int | None = None,
+    processes: int = 1,
 ) -> Plan:
     """Tell what ``compress`` would do, without reading weights.
 
     Parameters
     ----------
-    max_memory : bytes that the run may take, or a text such as ``8GB``.
+    max_memory : bytes that the run, or each of its processes, may take, or a text such as ``8GB``.
+    processes : that share the work, as torchrun would start them on machines like this one.
 
     Raises
     ------
@@ -99,7 +101,9 @@ def plan(
     from mcsharp_sdk.engine.run import as_recipe
 
     allowed = read_bytes_of(max_memory)
-    return make_plan(as_recipe(recipe, overrides), SourceModel(Path(model)), allowed)
+    if processes < 1:
+        raise InputError(f"{processes} processes cannot do anything: give 1 or more")
+    return make_plan(as_recipe(recipe, overrides), SourceModel(Path(model)), allowed, processes)
 
 
 def check_model(recipe: Recipe, model: str | os.PathLike[str] | SourceModel) -> None:
@@ -155,12 +159,15 @@ def _calibration_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit
             yield (*location, "source"), message
 
 
-def make_plan(recipe: Recipe, source: SourceModel, max_memory: int | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, source: SourceModel, max_memory: int | None = None, processes: int = 1
+) -> Plan:
     """The plan for an opened model.
 
     Parameters
     ----------
-    max_memory : bytes that the run may take.
+    max_memory : bytes that each process may take.
+    processes : that share the work.
 
     Raises
     ------
@@ -175,7 +182,7 @@ def make_plan(recipe: Recipe, source: SourceModel, max_memory: int | None = None
     blocks = list(source.topology.moe.values())
     after, nominal = _after(recipe, sizes, bits)
     length = max((source.length for source in recipe.sources), default=0)
-    work = Work(sizes, _most_tokens(recipe), length)
+    work = Work(sizes, _most_tokens(recipe), length, processes)
     memory = MemoryPlan.of(recipe.stages, work, bits)
     spill = must_spill(max_memory, memory.peak(spill=False), memory.peak(spill=True))
     return Plan(
@@ -191,7 +198,7 @@ def make_plan(recipe: Recipe, source: SourceModel, max_memory: int | None = None
         peak_memory=memory.peak(spill=spill),
         least_memory=memory.peak(spill=True),
         spill=spill,
-        run_bytes=_run_bytes(recipe, sizes, after) + (memory.movable if spill else 0),
+        run_bytes=_run_bytes(recipe, sizes, after) + (processes * memory.movable if spill else 0),
         output_bytes=after,
     )
 
@@ -244,7 +251,7 @@ def _run_bytes(recipe: Recipe, sizes: ModelSizes, after: int) -> int:
 def _stage_plans(
     recipe: Recipe, work: Work, bits: float | None, memory: Sequence[int]
 ) -> list[StagePlan]:
-    seconds = stage_seconds(recipe.stages, work.sizes, work.tokens)
+    seconds = stage_seconds(recipe.stages, work.sizes, work.tokens, work.processes)
     return [
         StagePlan(stage.type, _summary(stage, bits), needed, peak)
         for stage, needed, peak in zip(recipe.stages, seconds, memory, strict=True)

@@ -150,7 +150,7 @@ def _compress(
     directory = run_dir if run_dir is not None else output.with_name(f".{output.name}.run")
     check_output(output, directory, overwrite)
     source = SourceModel(model, device)
-    plan = make_plan(recipe, source, allowed)
+    plan = make_plan(recipe, source, allowed, ranks.count)
     calibration = read_calibration(recipe, source)
     _check_ranks(recipe, calibration, ranks)
     if on_plan is not None:

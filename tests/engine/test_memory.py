@@ -66,9 +66,12 @@ def test_a_run_under_a_budget_ends_with_the_same_bytes(
     monkeypatch.setattr(scratch, "SMALLEST_FILE", 1)
     files: list[int] = []
     make = scratch._mapped_file
-    monkeypatch.setattr(
-        scratch, "_mapped_file", lambda folder, size: (files.append(size), make(folder, size))[1]
-    )
+
+    def counted(folder: Path, size: int) -> Any:
+        files.append(size)
+        return make(folder, size)
+
+    monkeypatch.setattr(scratch, "_mapped_file", counted)
     free = mcsharp_sdk.compress(recipe, model, tmp_path / "free", progress=False)
     assert not free.plan.spill
     assert files == []
