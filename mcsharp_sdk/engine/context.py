@@ -132,8 +132,8 @@ class RunContext:
         for router in self.model.routers():
             block = self.model.topology.moe[router.layer]
             name = f"{self.model.layer_path(router.layer)}.{block.router}.weight"
-            tensors = stored.tensors(router.layer) if stored.has(router.layer) else {}
-            yield replace(router, weight=tensors.get(name, router.weight))
+            kept = stored.slices(router.layer) if stored.has(router.layer) else {}
+            yield replace(router, weight=kept[name].read()) if name in kept else router
 
     def track(self, items: Iterable[Item], description: str) -> Iterator[Item]:
         """Iterate with a progress bar."""

@@ -15,6 +15,7 @@ from mcsharp_sdk.engine import memory_plan
 from mcsharp_sdk.engine.budget import read_bytes_of
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models import scratch
+from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.recipe.schema import Recipe
 
 STAGES: list[dict[str, Any]] = [
@@ -112,3 +113,21 @@ def test_the_plan_foretells_the_disk_that_a_run_takes(model: Path, tmp_path: Pat
     assert plan.run_bytes == pytest.approx(kept, rel=0.25)
     weights = sum(f.stat().st_size for f in done.output.glob("*.safetensors"))
     assert plan.output_bytes == pytest.approx(weights, rel=0.1)
+
+
+def test_a_plan_reads_no_weight_and_tells_what_several_processes_need(
+    model: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a plan reads headers only")
+
+    monkeypatch.setattr(Checkpoint, "read", refuse)
+    monkeypatch.setattr(Checkpoint, "read_rows", refuse)
+    monkeypatch.setattr(memory_plan, "base_bytes", lambda: 0)
+    alone = mcsharp_sdk.plan(recipe, model)
+    shared = mcsharp_sdk.plan(recipe, model, processes=2)
+    assert shared.output_bytes == alone.output_bytes
+    # Half of the hidden states, but all tokens of the experts that a process works on.
+    assert shared.least_memory <= alone.least_memory
+    with pytest.raises(InputError, match="0 processes"):
+        mcsharp_sdk.plan(recipe, model, processes=0)

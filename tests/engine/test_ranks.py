@@ -75,7 +75,7 @@ def together(work: Path, output: str, *program: str) -> subprocess.CompletedProc
         cwd=work,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
         check=False,
     )
 
@@ -86,6 +86,7 @@ def packed(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.timeout(900)
 def test_two_processes_give_what_one_gives_up_to_the_order_of_sums(work: Path) -> None:
     done = together(work, "two")
     assert done.returncode == 0, done.stderr
@@ -99,15 +100,16 @@ def test_two_processes_give_what_one_gives_up_to_the_order_of_sums(work: Path) -
         assert np.array_equal(alone.activation_count, shared.activation_count)
         assert alone.tokens == shared.tokens
         for name in ("routing_weight_sum", "drop_error"):
-            np.testing.assert_allclose(getattr(shared, name), getattr(alone, name), rtol=1e-5)
+            np.testing.assert_allclose(getattr(shared, name), getattr(alone, name), rtol=1e-6)
         for width, error in alone.quant_error.items():
-            np.testing.assert_allclose(shared.quant_error[width], error, rtol=1e-2)
+            np.testing.assert_allclose(shared.quant_error[width], error, rtol=1e-5)
     assert BitMap.load(work / "one" / BitMap.FILE) == BitMap.load(work / "two" / BitMap.FILE)
     same, count = 0, 0
     for name, tensor in packed(work / "one").items():
         if name.endswith("qweight"):
             same += int((packed(work / "two")[name] == tensor).sum())
             count += tensor.numel()
+    # A sum in another order turns a code here and there, and what follows from it.
     assert same / count > 0.98
     rules = [TokenProtectionRule.load(work / n / TokenProtectionRule.FILE) for n in ("one", "two")]
     for first, second in zip(rules[0].layers, rules[1].layers, strict=True):
@@ -120,6 +122,7 @@ def test_two_processes_give_what_one_gives_up_to_the_order_of_sums(work: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_process_that_dies_stops_the_other_and_the_run_resumes_with_the_same_bytes(
     work: Path,
 ) -> None:
