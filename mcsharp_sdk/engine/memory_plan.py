@@ -29,6 +29,9 @@ LOADING_OVERHEAD = 1.3
 FACTOR_COPIES = 2.5
 """A Hessian, the factor of its inverse, and what inverting takes besides, in Hessians."""
 
+SHARD_BYTES = 5 * 10**9
+"""Size of the shards of a result, unless the exporter is told otherwise."""
+
 FLOAT = 4
 
 
@@ -105,7 +108,8 @@ class MemoryPlan:
         """Of a recipe's stages; ``bits`` is the mean width of the experts, if it is known."""
         needs = [_stage_need(stage, work, bits) for stage in stages]
         solver = SOLVER_BYTES if any(isinstance(s, BitAllocation) for s in stages) else 0
-        return cls((*needs, _export_need(work)), base_bytes() + solver)
+        packed = any(isinstance(s, GPTQQuantize) for s in stages)
+        return cls((*needs, _export_need(work, packed=packed)), base_bytes() + solver)
 
     def stages(self, *, spill: bool) -> list[int]:
         """Bytes of each stage."""
@@ -121,9 +125,16 @@ class MemoryPlan:
         return max(need.movable for need in self.needs)
 
 
-def _export_need(work: Work) -> Need:
-    """What writing the result takes: one tensor at a time, and experts that are not packed."""
-    return Need(work.sizes.largest_tensor, 0)
+def _export_need(work: Work, *, packed: bool) -> Need:
+    """What writing the result takes: one tensor at a time where experts are packed.
+
+    Others are stacked as transformers has them, and held until their shard is written.
+    """
+    if packed:
+        return Need(work.sizes.largest_tensor, 0)
+    layer = max(layer.bytes for layer in work.sizes.layers)
+    waiting = min(SHARD_BYTES, work.sizes.bytes)
+    return Need(max(work.sizes.largest_tensor, int(LOADING_OVERHEAD * layer) + waiting), 0)
 
 
 def _stage_need(stage: Modifier, work: Work, bits: float | None) -> Need:
