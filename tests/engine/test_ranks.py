@@ -18,7 +18,7 @@ from tiny_tokenizer import save_tiny_tokenizer
 import mcsharp_sdk
 from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, TokenProtectionRule, TopAnyTraining
 from mcsharp_sdk.data.calibration_set import CalibrationSet, SampleGroup
-from mcsharp_sdk.engine.ranks import joined
+from mcsharp_sdk.engine.ranks import joined, own_device
 from mcsharp_sdk.engine.run import _check_ranks
 from mcsharp_sdk.errors import InputError, InputProblems
 from mcsharp_sdk.models.ranks import Ranks, divide
@@ -185,3 +185,23 @@ def test_without_a_launcher_there_is_one_process() -> None:
         assert ranks.share({"a": 1}) == {"a": 1}
         assert ranks.collect(5) == [5]
         assert ranks.total(2.5) == 2.5
+
+
+def test_a_sweep_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="without torchrun"):
+        mcsharp_sdk.sweep({}, "model", "out", {"stages.BitAllocation.target_bits": [2]})
+
+
+@pytest.mark.parametrize(
+    ("device", "local", "own"),
+    [("cpu", "3", "cpu"), ("cuda", "3", "cuda:3"), ("cuda:1", "3", "cuda:1")],
+)
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(
+    device: str, local: str, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert own_device(device) == device
+    for name, value in (("RANK", "11"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", local)):
+        monkeypatch.setenv(name, value)
+    assert own_device(device) == own
