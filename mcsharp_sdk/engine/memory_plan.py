@@ -26,8 +26,8 @@ SOLVER_BYTES = 120 * 10**6
 LOADING_OVERHEAD = 1.3
 """Peak memory of loading a layer whole, in layers: fused tensors are stacked from single ones."""
 
-FACTOR_COPIES = 2.5
-"""A Hessian, the factor of its inverse, and what inverting takes besides, in Hessians."""
+FACTOR_COPIES = 3.0
+"""A Hessian, the factor of its inverse, and LAPACK's copy of it, in Hessians."""
 
 SHARD_BYTES = 5 * 10**9
 """Size of the shards of a result, unless the exporter is told otherwise."""

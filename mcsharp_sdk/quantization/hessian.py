@@ -141,8 +141,8 @@ def factorise(hessians: Tensor, *, damping: float = DAMPING) -> InverseFactor:
 
     Parameters
     ----------
-    hessians : fp32 [E, K, K], symmetric; not changed. Half as much is needed besides them and the
-        factor.
+    hessians : fp32 [E, K, K], symmetric; not changed. Besides them and the factor one more [K, K]
+        is needed for a moment.
     damping : > 0.
 
     Returns
@@ -188,7 +188,7 @@ def _inverse_upper(hessians: Tensor, ridge: Tensor) -> tuple[Tensor, list[bool]]
     upper.diagonal(dim1=-2, dim2=-1).add_(ridge.flip(-1))
     info = torch.zeros(len(upper), dtype=torch.int32, device=upper.device)
     for index in range(len(upper)):
-        # In place, which the batched call does not do.
+        # One by one and in place, so that there is one copy at a time, LAPACK's own.
         torch.linalg.cholesky_ex(upper[index], out=(upper[index], info[index]))
     _turn_round(upper)
     _invert_upper(upper)
