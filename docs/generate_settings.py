@@ -23,7 +23,10 @@ BEGIN = "<!-- settings: written by docs/generate_settings.py -->"
 END = "<!-- end of settings -->"
 
 OURS = ("mcsharp_sdk.", "mcsharp_exporters.")
-STAGES = ("ExpertStats", "BitAllocation", "GPTQQuantize", "TokenProtection", "TopAnyRouter")
+STAGES = (
+    *("ExpertStats", "BitAllocation", "GPTQQuantize", "RouterCalibration"),
+    *("TokenProtection", "TopAnyRouter"),
+)
 """Order of the stages on the page; stages that are not named here follow."""
 
 HEAD = ["| setting | values | default | |", "|---|---|---|---|"]

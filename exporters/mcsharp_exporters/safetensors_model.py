@@ -123,7 +123,7 @@ def _layer_tensors(
 ) -> Iterator[tuple[str, AnyTensor]]:
     """A decoder layer: what stages made from the run directory, the rest from the model."""
     model = context.model
-    packed = context.layers(QUANTIZED_WEIGHTS).slices(index) if layout.packs else {}
+    packed = context.quantised_tensors(index)
     yield from packed.items()
     prefix = f"{model.layer_path(index)}."
     linears = [n for n in model.topology.linears[index] if n in layout.linears]

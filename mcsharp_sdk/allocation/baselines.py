@@ -27,8 +27,21 @@ from mcsharp_sdk.allocation.solver import (
     check_budget,
     solve_bit_allocation,
 )
+from mcsharp_sdk.errors import InputError
 
-AllocatorName = Literal["pmq", "uniform", "random", "frequency", "routing_weight", "f_norm"]
+AllocatorName = Literal[
+    "pmq",
+    "uniform",
+    "random",
+    "frequency",
+    "routing_weight",
+    "f_norm",
+    "hessian",
+    "block_score_predictor",
+    "block_score_oracle",
+]
+Need = Literal["quant_error", "hessian_error", "predicted_block_cosine", "block_cosine"]
+"""A statistic that only some allocators need."""
 CostRule = Callable[[Factors, Exponents, np.random.Generator], FloatArray]
 
 
@@ -55,15 +68,17 @@ class Allocator:
     summary : one line for the reader.
     cost : (E, W) cost from the factors of one layer.
     spend : how widths follow from costs.
-    needs_errors : whether the cost uses quantisation errors.
+    needs : which statistic the cost uses besides how often and how strongly experts are used.
     keeps_required : whether the required widths (``at_least``) are met.
+    whole_model : it compares layers, so that there is one budget for all of them.
     """
 
     summary: str
     cost: CostRule
     spend: Spending = solve_bit_allocation
-    needs_errors: bool = False
+    needs: Need | None = None
     keeps_required: bool = True
+    whole_model: bool = False
 
 
 def error_norm_cost(factors: Factors, exponents: Exponents, rng: np.random.Generator) -> FloatArray:
@@ -81,6 +96,23 @@ def routing_weight_cost(
 ) -> FloatArray:
     """w · 4^-b: the same with the routing weight for the frequency."""
     return _falling(shares("routing_weight_sum", factors.routing_weight_sum), factors.widths)
+
+
+def hessian_cost(factors: Factors, exponents: Exponents, rng: np.random.Generator) -> FloatArray:
+    """Ω = (Tr H / n) · ‖Q(W) − W‖², summed over the expert's matrices (HAWQ-V2, 1911.03852)."""
+    if factors.hessian_error is None:
+        raise InputError("the cost needs Hessian errors")
+    return factors.hessian_error
+
+
+def block_score_cost(
+    factors: Factors, exponents: Exponents, rng: np.random.Generator
+) -> FloatArray:
+    """1 − cosine, at every width: how much the layer changes what goes through it."""
+    if factors.block_cosine is None:
+        raise InputError("the cost needs the cosine between the layer's input and output")
+    score = max(1.0 - factors.block_cosine, 0.0)
+    return np.full((len(factors.activation_count), len(factors.widths)), score)
 
 
 def random_cost(factors: Factors, exponents: Exponents, rng: np.random.Generator) -> FloatArray:
@@ -126,6 +158,45 @@ def spread_evenly(
     return given.astype(np.int64)
 
 
+def widen_whole_layers(
+    cost: NDArray[np.float64],
+    widths: Sequence[int],
+    budget: int,
+    *,
+    budget_rule: BudgetRule = "at_most",
+    at_least: Mapping[int, int] = NONE_REQUIRED,
+) -> NDArray[np.int64]:
+    """The same width for all experts of a layer, the wider one where the cost is higher.
+
+    With widths 2 and 4 and a budget of 2.5 bits, a quarter of the layers has 4 bits and the rest 2,
+    as in the papers. Layers are told apart by their cost, which is the same for all experts and
+    widths of a layer. Bits that do not suffice for a whole layer are left.
+
+    Raises
+    ------
+    InfeasibleBudget
+        If the narrowest width is over the budget, or ``budget_rule`` is "exact" and bits are left.
+    """
+    experts = len(cost)
+    most = check_budget(experts, widths, budget)
+    width = max(w for w in widths if w * experts <= most)
+    wider = min((w for w in widths if w > width), default=width)
+    given, left = np.full(experts, width, dtype=np.int64), most - width * experts
+    layers = np.split(np.arange(experts), np.flatnonzero(np.diff(cost[:, 0])) + 1)
+    for layer in sorted(layers, key=lambda found: -cost[found[0], 0]):
+        price = (wider - width) * len(layer)
+        if price > left:
+            break
+        given[layer] = wider
+        left -= price
+    if budget_rule == "exact" and given.sum() != budget:
+        raise InfeasibleBudget(
+            f"whole layers of {width} or {wider} bits cannot use exactly {budget} bits; "
+            f"{given.sum()} are the most below"
+        )
+    return given
+
+
 def spend_all(
     cost: NDArray[np.float64],
     widths: Sequence[int],
@@ -149,7 +220,7 @@ def _falling(importance: FloatArray, widths: Sequence[int]) -> FloatArray:
 
 ALLOCATORS: Mapping[AllocatorName, Allocator] = {
     "pmq": Allocator(
-        "significance times error, φ^α · w^β · ε^γ (MC)", _pmq_cost, needs_errors=True
+        "significance times error, φ^α · w^β · ε^γ (MC)", _pmq_cost, needs="quant_error"
     ),
     "uniform": Allocator(
         "the same width for all, leftover bits spread evenly",
@@ -160,5 +231,26 @@ ALLOCATORS: Mapping[AllocatorName, Allocator] = {
     "random": Allocator("seeded chance, the whole budget spent", random_cost, spend_all),
     "frequency": Allocator("how often the expert is selected, φ · 4^-b", frequency_cost),
     "routing_weight": Allocator("its summed routing weight, w · 4^-b", routing_weight_cost),
-    "f_norm": Allocator("its quantisation error alone, ε^γ", error_norm_cost, needs_errors=True),
+    "f_norm": Allocator("its quantisation error alone, ε^γ", error_norm_cost, needs="quant_error"),
+    "hessian": Allocator(
+        "mean curvature times squared change of the weights (HAWQ-V2)",
+        hessian_cost,
+        needs="hessian_error",
+    ),
+    "block_score_predictor": Allocator(
+        "wide where a predictor says that a layer changes its input most",
+        block_score_cost,
+        widen_whole_layers,
+        needs="predicted_block_cosine",
+        keeps_required=False,
+        whole_model=True,
+    ),
+    "block_score_oracle": Allocator(
+        "the same by the true cosine",
+        block_score_cost,
+        widen_whole_layers,
+        needs="block_cosine",
+        keeps_required=False,
+        whole_model=True,
+    ),
 }

@@ -22,12 +22,16 @@ class Factors:
     activation_count : (E,) float64, tokens that selected each expert.
     routing_weight_sum : (E,) float64, router probability summed over those tokens.
     quant_error : (E, W) float64, change of the output's Frobenius norm; None where not needed.
+    hessian_error : (E, W) float64, HAWQ-V2's Ω; None where not needed.
+    block_cosine : cosine between what enters and leaves the layer; None where not needed.
     """
 
     widths: tuple[int, ...]
     activation_count: FloatArray
     routing_weight_sum: FloatArray
     quant_error: FloatArray | None = None
+    hessian_error: FloatArray | None = None
+    block_cosine: float | None = None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ class DomainShift:
         uses all experts equally, or has no tokens here.
     changed : expert -> its share of all selections with the first and the second source; the
         experts whose shares differ most, most first.
+    moved : expert -> its rank by share with the first and the second source, 0 the most used, of
+        all experts whose rank differs; those that move furthest first.
     """
 
     layer: int
@@ -36,6 +38,7 @@ class DomainShift:
     second: str
     rank_correlation: float | None
     changed: Mapping[int, tuple[float, float]]
+    moved: Mapping[int, tuple[int, int]]
 
     @classmethod
     def between(cls, layer: int, first: SourceStatistics, second: SourceStatistics) -> DomainShift:
@@ -44,7 +47,8 @@ class DomainShift:
         most = np.argsort(-np.abs(one - other), kind="stable")[:NAMED]
         changed = {int(e): (float(one[e]), float(other[e])) for e in most if one[e] != other[e]}
         correlation = rank_correlation(first.activation_count, second.activation_count)
-        return cls(layer, first.source, second.source, correlation, changed)
+        moved = _moved(_places(one), _places(other))
+        return cls(layer, first.source, second.source, correlation, changed, moved)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
@@ -53,6 +57,7 @@ class DomainShift:
             "sources": [self.first, self.second],
             "rank_correlation": self.rank_correlation,
             "changed": {str(expert): list(shares) for expert, shares in self.changed.items()},
+            "moved": {str(expert): list(ranks) for expert, ranks in self.moved.items()},
         }
 
     def describe(self) -> str:
@@ -70,6 +75,18 @@ def rank_correlation(first: FloatArray, second: FloatArray) -> float | None:
     ranks -= ranks.mean(axis=1, keepdims=True)
     norms = np.linalg.norm(ranks, axis=1)
     return float(ranks[0] @ ranks[1] / norms.prod()) if norms.all() else None
+
+
+def _places(shares: FloatArray) -> list[int]:
+    """Place of each expert by falling share, from 0; equal ones by index."""
+    order = np.argsort(-shares, kind="stable")
+    return [int(place) for place in np.argsort(order)]
+
+
+def _moved(one: list[int], other: list[int]) -> dict[int, tuple[int, int]]:
+    places = dict(enumerate(zip(one, other, strict=True)))
+    moved = sorted(places, key=lambda e: -abs(places[e][0] - places[e][1]))
+    return {e: places[e] for e in moved if places[e][0] != places[e][1]}
 
 
 def _ranks(values: FloatArray) -> FloatArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -75,6 +76,12 @@ class LayerStatistics:
     tokens : calibration tokens, or None where unknown.
     drop_error : (E,) float64, the same norm when the expert is removed, or None.
     sources : the counts and sums of each source; empty if there is only one.
+    hessian_error : width -> (E,) float64, mean eigenvalue of the Hessian times the squared change
+        of the weights at that width, summed over the expert's matrices (HAWQ-V2).
+    block_cosine : mean cosine between what enters and what leaves the decoder layer, or None.
+    predicted_block_cosine : the same as a predictor has it that saw other tokens, or None.
+    loss_sensitivity : mean square of the loss's gradient by an element of the block's output, or
+        None.
     """
 
     layer: int
@@ -84,6 +91,10 @@ class LayerStatistics:
     tokens: int | None = None
     drop_error: FloatArray | None = None
     sources: tuple[SourceStatistics, ...] = ()
+    hessian_error: Mapping[int, FloatArray] = field(default_factory=dict)
+    block_cosine: float | None = None
+    predicted_block_cosine: float | None = None
+    loss_sensitivity: float | None = None
 
     def __post_init__(self) -> None:
         here = f"layer {self.layer}"
@@ -94,11 +105,12 @@ class LayerStatistics:
             if getattr(self, name) is not None:
                 values = per_expert(f"{here}: {name}", getattr(self, name), experts)
                 object.__setattr__(self, name, values)
-        errors = {
-            width: per_expert(f"{here}: quant_error at {width} bits", values, experts)
-            for width, values in sorted(self.quant_error.items())
-        }
-        object.__setattr__(self, "quant_error", errors)
+        for name in ("quant_error", "hessian_error"):
+            errors = {
+                width: per_expert(f"{here}: {name} at {width} bits", values, experts)
+                for width, values in sorted(getattr(self, name).items())
+            }
+            object.__setattr__(self, name, errors)
         for source in self.sources:
             for name in ("activation_count", "routing_weight_sum"):
                 per_expert(f"{here}: {source.source}: {name}", getattr(source, name), experts)
@@ -114,13 +126,20 @@ class LayerStatistics:
 
     def errors_at(self, widths: Sequence[int]) -> FloatArray:
         """(E, widths) errors; InputError if the error at a width was not measured."""
-        missing = [w for w in widths if w not in self.quant_error]
+        return self._at(widths, self.quant_error, "quantisation error")
+
+    def hessian_errors_at(self, widths: Sequence[int]) -> FloatArray:
+        """(E, widths) Hessian errors; InputError if that at a width was not measured."""
+        return self._at(widths, self.hessian_error, "Hessian error")
+
+    def _at(self, widths: Sequence[int], errors: Mapping[int, FloatArray], what: str) -> FloatArray:
+        missing = [w for w in widths if w not in errors]
         if missing:
             raise InputError(
-                f"layer {self.layer}: no quantisation error at {listed(missing)} bits; "
-                f"there are errors at {listed(self.widths) or 'no'} bits"
+                f"layer {self.layer}: no {what} at {listed(missing)} bits; "
+                f"there are errors at {listed(errors) or 'no'} bits"
             )
-        return np.stack([self.quant_error[w] for w in widths], axis=1)
+        return np.stack([errors[w] for w in widths], axis=1)
 
     def to_json(self) -> dict[str, Any]:
         content: dict[str, Any] = {"layer": self.layer}
@@ -128,15 +147,23 @@ class LayerStatistics:
             content["tokens"] = self.tokens
         content["activation_count"] = self.activation_count.tolist()
         content["routing_weight_sum"] = self.routing_weight_sum.tolist()
-        content["quant_error"] = [
-            {str(width): float(values[e]) for width, values in self.quant_error.items()}
-            for e in range(self.num_experts)
-        ]
+        content["quant_error"] = self._by_expert(self.quant_error)
+        if self.hessian_error:
+            content["hessian_error"] = self._by_expert(self.hessian_error)
         if self.drop_error is not None:
             content["drop_error"] = self.drop_error.tolist()
+        for name in _LAYER_NUMBERS:
+            if getattr(self, name) is not None:
+                content[name] = getattr(self, name)
         if self.sources:
             content["sources"] = [source.to_json() for source in self.sources]
         return content
+
+    def _by_expert(self, errors: Mapping[int, FloatArray]) -> list[dict[str, float]]:
+        return [
+            {str(width): float(values[e]) for width, values in errors.items()}
+            for e in range(self.num_experts)
+        ]
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> LayerStatistics:
@@ -154,11 +181,25 @@ class LayerStatistics:
             routing_weight_sum=numbers(
                 f"{here}: routing_weight_sum", content["routing_weight_sum"]
             ),
-            quant_error=_errors_by_width(here, content.get("quant_error", []), len(count)),
+            quant_error=_errors_by_width(here, content, "quant_error", len(count)),
+            hessian_error=_errors_by_width(here, content, "hessian_error", len(count)),
             tokens=None if tokens is None else index(tokens, f"{here}: tokens"),
             drop_error=None if drop is None else numbers(f"{here}: drop_error", drop),
             sources=_sources(here, content.get("sources", [])),
+            **{name: _number(here, name, content.get(name)) for name in _LAYER_NUMBERS},
         )
+
+
+_LAYER_NUMBERS = ("block_cosine", "predicted_block_cosine", "loss_sensitivity")
+"""What is one number of a layer, where it was measured."""
+
+
+def _number(here: str, name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise InputError(f"{here}: {name}: {value!r} must be a finite number")
+    return float(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,20 +284,18 @@ def _sources(here: str, rows: Any) -> tuple[SourceStatistics, ...]:
     return tuple(SourceStatistics.from_json(here, row) for row in rows)
 
 
-def _errors_by_width(here: str, rows: Any, experts: int) -> dict[int, FloatArray]:
+def _errors_by_width(
+    here: str, content: Mapping[str, Any], name: str, experts: int
+) -> dict[int, FloatArray]:
     """A list with {width: error} per expert, as width -> (E,) errors."""
+    rows, where = content.get(name, []), f"{here}: {name}"
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{here}: quant_error must be a list with one object per expert")
+        raise InputError(f"{where} must be a list with one object per expert")
     if rows and len(rows) != experts:
-        raise InputError(f"{here}: quant_error: {len(rows)} values for {experts} experts")
-    widths = sorted({index(w, f"{here}: quant_error: width") for row in rows for w in row})
+        raise InputError(f"{where}: {len(rows)} values for {experts} experts")
+    widths = sorted({index(w, f"{where}: width") for row in rows for w in row})
     for expert, row in enumerate(rows):
         for width in widths:
             if str(width) not in row:
-                raise InputError(
-                    f"{here}: quant_error: expert {expert} has none at {width} bits, others have"
-                )
-    return {
-        w: numbers(f"{here}: quant_error at {w} bits", [row[str(w)] for row in rows])
-        for w in widths
-    }
+                raise InputError(f"{where}: expert {expert} has none at {width} bits, others have")
+    return {w: numbers(f"{where} at {w} bits", [row[str(w)] for row in rows]) for w in widths}

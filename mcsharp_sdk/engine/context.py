@@ -18,8 +18,10 @@ from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.models.shards import TensorSlice
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import StreamedLayer, stream_layers
+from mcsharp_sdk.models.topology import router_weight
 from mcsharp_sdk.modifiers.gptq_quantize import QUANTIZED_WEIGHTS
 from mcsharp_sdk.modifiers.layer_restoration import restore_packed, restore_whole
+from mcsharp_sdk.modifiers.router_calibration import CALIBRATED_ROUTERS
 from mcsharp_sdk.modifiers.top_any_router import TOP_ANY_ROUTER
 from mcsharp_sdk.recipe.schema import Recipe
 from mcsharp_sdk.runtime.layout import PackedLayout
@@ -73,7 +75,6 @@ class RunContext:
         by_expert : with routed experts on disk, to be read one by one through ``layer.experts``.
             Otherwise they are loaded with the layer.
         """
-        layout = self.quantised_layout() if quantised else None
         layers = stream_layers(
             self.model,
             self.calibration,
@@ -83,18 +84,15 @@ class RunContext:
             ranks=self.ranks,
         )
         for layer in layers:
-            if layout is not None and by_expert:
-                restore_packed(layer, self._packed(layer.index), layout)
-            elif layout is not None:
-                restore_whole(layer.source, layer.index, self._packed(layer.index), layout)
+            if quantised and by_expert:
+                self.restore_streamed(layer)
+            elif quantised:
+                self.restore_quantised(layer.source, layer.index)
             yield layer
 
     def scratch(self) -> Scratch:
         """Where activations are kept: in memory, or in the run directory."""
         return Scratch(self.directory.path if self.spill else None, self.model.device)
-
-    def _packed(self, layer: int) -> dict[str, TensorSlice]:
-        return self.layers(QUANTIZED_WEIGHTS).slices(layer)
 
     def quantised_layout(self) -> PackedLayout | None:
         """How an earlier stage quantised the model; None if none did."""
@@ -124,15 +122,35 @@ class RunContext:
         """Give a loaded decoder layer the weights that an earlier stage quantised it to, if any."""
         layout = self.quantised_layout()
         if layout is not None:
-            restore_whole(source, layer, self._packed(layer), layout)
+            restore_whole(source, layer, self.quantised_tensors(layer), layout)
+
+    def restore_streamed(self, layer: StreamedLayer) -> None:
+        """As ``restore_quantised``, with routed experts to be read through ``layer.experts``."""
+        layout = self.quantised_layout()
+        if layout is not None:
+            restore_packed(layer, self.quantised_tensors(layer.index), layout)
+
+    def quantised_tensors(self, layer: int) -> dict[str, TensorSlice]:
+        """What stages made of a decoder layer's weights, by full names; empty if nothing.
+
+        Its packed weights, and its router where that was rounded or calibrated. Each tensor is read
+        when it is asked for.
+        """
+        stored = self.layers(QUANTIZED_WEIGHTS)
+        tensors = stored.slices(layer) if stored.has(layer) else {}
+        calibrated = self.layers(CALIBRATED_ROUTERS)
+        if calibrated.is_complete() and calibrated.has(layer):
+            tensors |= calibrated.slices(layer)
+        return tensors
 
     def routers(self) -> Iterator[Router]:
         """The routers of all MoE layers as the stages left them, one at a time."""
-        stored = self.layers(QUANTIZED_WEIGHTS)
         for router in self.model.routers():
             block = self.model.topology.moe[router.layer]
-            name = f"{self.model.layer_path(router.layer)}.{block.router}.weight"
-            kept = stored.slices(router.layer) if stored.has(router.layer) else {}
+            module = self.model.layer(router.layer).get_submodule(block.router)
+            path = f"{self.model.layer_path(router.layer)}.{block.router}"
+            name = f"{path}.{router_weight(module)}"
+            kept = self.quantised_tensors(router.layer)
             yield replace(router, weight=kept[name].read()) if name in kept else router
 
     def track(self, items: Iterable[Item], description: str) -> Iterator[Item]:

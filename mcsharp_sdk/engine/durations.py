@@ -17,6 +17,7 @@ from mcsharp_sdk.models.expert_runs import OVERALL_TOKENS
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
+from mcsharp_sdk.modifiers.router_calibration import RouterCalibration
 from mcsharp_sdk.modifiers.token_protection import TokenProtection
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
 from mcsharp_sdk.quantization.gptq import quantise_gptq
@@ -80,7 +81,8 @@ def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) ->
     """Seconds of one stage."""
     from mcsharp_sdk.modifiers.expert_measurement import HESSIAN_TOKENS
 
-    forward = PASS * sum(layer.active_weights for layer in sizes.layers) * tokens / speeds.forward
+    active = sum(layer.active_weights for layer in sizes.layers)
+    forward = PASS * active * tokens / speeds.forward
     work, searching = 0.0, 0.0
     gptq = isinstance(stage, _QUANTISING) and stage.quantizer == "gptq"
     if isinstance(stage, ExpertStats):
@@ -91,6 +93,8 @@ def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) ->
             work += sum(_expert_updates(layer, widths) for layer in sizes.layers)
         measured = min(tokens, stage.error_tokens)
         forward += measured * (widths + 1) * sizes.expert_weights / speeds.forward
+        # Gradients: a forward pass, another for the backward pass, and that at twice the work.
+        forward += 4 * active * min(stage.loss_tokens, tokens) / speeds.forward
     elif isinstance(stage, GPTQQuantize):
         linears = 0 if stage.other_bits is None else sizes.linear_weights
         searching = (sizes.expert_weights + linears) / speeds.weights
@@ -101,6 +105,9 @@ def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) ->
             work += sum(_linear_work(layer, tokens) for layer in sizes.layers)
     elif isinstance(stage, TopAnyRouter):
         work = _training_work(stage, sizes, tokens)
+    elif isinstance(stage, RouterCalibration):
+        forward *= 2  # the original runs beside the quantised model
+        work = _fitting_work(stage, sizes, tokens)
     elif not isinstance(stage, TokenProtection):
         return 0.0
     return forward + work / speeds.exact + searching
@@ -153,6 +160,20 @@ def _training_work(stage: TopAnyRouter, sizes: ModelSizes, tokens: int) -> float
     active = sum(layer.active_weights for layer in sizes.layers)
     # Per step the model unpruned, pruned, pruned again for the gradients, and those of its inputs.
     return float(4 * active * seen)
+
+
+def _fitting_work(stage: RouterCalibration, sizes: ModelSizes, tokens: int) -> float:
+    """Multiplications for fitting routers to the last step."""
+    seen = min(tokens, stage.tokens)
+    width = sizes.hidden_size
+    # Per step a product with the weight, its gradient, and the change of coordinates.
+    return float(
+        sum(
+            seen * width**2 + width**3 + stage.steps * 3 * layer.experts * width * (seen + width)
+            for layer in sizes.layers
+            if layer.experts
+        )
+    )
 
 
 def _multiplications_per_second(dtype: torch.dtype, size: int = 768) -> float:

@@ -17,8 +17,11 @@ from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
+from mcsharp_sdk.modifiers.loss_gradients import LOGITS_AT_ONCE
+from mcsharp_sdk.modifiers.router_calibration import RouterCalibration
 from mcsharp_sdk.modifiers.token_protection import TokenProtection
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
+from mcsharp_sdk.quantization.router_fit import HISTORY
 
 SOLVER_BYTES = 120 * 10**6
 """What the solver of the allocation adds once it is imported; it stays."""
@@ -144,6 +147,8 @@ def _stage_need(stage: Modifier, work: Work, bits: float | None) -> Need:
     layers = [_layer_need(stage, layer, work, bits) for layer in work.sizes.layers]
     if _holds_model(stage):
         layers.append(_whole_model(work))
+    if isinstance(stage, ExpertStats) and stage.loss_tokens:
+        layers += _gradient_needs(stage.loss_tokens, work)
     needs = [embedding, *layers]
     return Need(max(n.fixed for n in needs), max(n.movable for n in needs))
 
@@ -158,6 +163,38 @@ def _whole_model(work: Work) -> Need:
     return Need(sizes.bytes * FLOAT // sizes.stored_bytes_per_weight, 2 * work.activations)
 
 
+def _gradient_needs(loss_tokens: int, work: Work) -> list[Need]:
+    """What gradients of the loss take: behind the head, and on the way back through each layer.
+
+    Hidden states in front of every layer are held, of few tokens and always in memory; layers are
+    loaded whole, and a batch's intermediate results and their gradients are kept for each.
+    """
+    sizes = work.sizes
+    tokens = min(work.tokens, max(loss_tokens, work.length))
+    state = tokens * sizes.hidden_size * sizes.dtype_bytes
+    # Behind the layers: gradients of all tokens. Logits, their probabilities, and gradients.
+    head = 2 * sizes.embedding_bytes + 4 * LOGITS_AT_ONCE * FLOAT
+    needs = [Need((len(sizes.layers) + 2) * state + head, 0)]
+    for layer in sizes.layers:
+        columns = sum((*layer.linear_rows, *layer.linear_columns)) + 8 * sizes.hidden_size
+        columns += 2 * layer.top_k * sum((*layer.expert_rows, *layer.expert_columns))
+        passing = 2 * min(tokens, work.batch_tokens) * columns * sizes.dtype_bytes
+        loading = int(layer.bytes * LOADING_OVERHEAD)
+        kept = (len(sizes.layers) + 2) * state
+        needs.append(Need(kept + max(loading, layer.bytes + passing), 0))
+    return needs
+
+
+def _fitting(stage: RouterCalibration, layer: LayerSizes, work: Work) -> int:
+    """Bytes for fitting a router: what it gets and gives on all tokens, and the fit's own."""
+    width, seen = work.sizes.hidden_size, min(work.tokens, stage.tokens)
+    everything = work.own_tokens * (width + 3 * layer.experts) * FLOAT
+    # The second moments and their root in float64, and the tokens that are fitted on.
+    fit = 4 * 2 * FLOAT * width**2 + seen * (width + 4 * layer.experts) * FLOAT
+    history = 2 * HISTORY * layer.experts * width * FLOAT
+    return max(everything, work.own_tokens * layer.experts * FLOAT + fit + history)
+
+
 def _layer_need(stage: Modifier, layer: LayerSizes, work: Work, bits: float | None) -> Need:
     """A layer that is worked on, with the activations of all tokens."""
     by_expert = layer.by_expert and isinstance(stage, _BUILT_IN)
@@ -169,6 +206,10 @@ def _layer_need(stage: Modifier, layer: LayerSizes, work: Work, bits: float | No
         working = _measuring(stage, layer, work)
     elif isinstance(stage, TokenProtection):
         working, more = _running(layer, work), work.activations
+    elif isinstance(stage, RouterCalibration) and layer.experts:
+        # The original's hidden states are carried along.
+        working = max(_running(layer, work), _fitting(stage, layer, work))
+        more = work.activations
     elif isinstance(stage, TopAnyRouter):
         working = _running(layer, work) + work.own_tokens * layer.top_k**2 * FLOAT
         more = min(work.activations * layer.top_k, 2**30)
@@ -182,7 +223,7 @@ def _layer_need(stage: Modifier, layer: LayerSizes, work: Work, bits: float | No
     return Need(fixed + work.own_tokens * layer.top_k * 16, movable)
 
 
-_BUILT_IN = (ExpertStats, GPTQQuantize, TokenProtection, TopAnyRouter)
+_BUILT_IN = (ExpertStats, GPTQQuantize, RouterCalibration, TokenProtection, TopAnyRouter)
 
 
 def _forward_bytes(work: Work, layer: LayerSizes | None = None) -> int:
@@ -231,10 +272,12 @@ def _expert_quantising(layer: LayerSizes, work: Work, kept_copies: int) -> int:
 
 
 def _measuring(stage: ExpertStats, layer: LayerSizes, work: Work) -> int:
+    if not layer.experts:
+        return 0
     if stage.quantizer == "gptq":
         return _expert_quantising(layer, work, kept_copies=1)
     return _running(layer, work) + _chunk_experts(layer) * 10 * max(
-        (r * c for r, c in zip(layer.expert_rows, layer.expert_columns, strict=True)), default=0
+        r * c for r, c in zip(layer.expert_rows, layer.expert_columns, strict=True)
     )
 
 

@@ -18,6 +18,7 @@ from mcsharp_sdk.models.architecture import reads_images
 from mcsharp_sdk.models.routing import router_settings
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
+from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
 from mcsharp_sdk.recipe.document import Location
@@ -136,8 +137,7 @@ def _stage_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
 
 def _routing_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
     try:
-        for layer in source.topology.moe:
-            router_settings(source.config, layer)
+        routers = {layer: router_settings(source.config, layer) for layer in source.topology.moe}
     except InputError as error:
         for position, stage in enumerate(recipe.stages):
             if stage.reads_routing:
@@ -145,6 +145,12 @@ def _routing_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
         for position, exporter in enumerate(recipe.exports):
             if exporter.reads_routing:
                 yield ("exports", position), str(error)
+        return
+    for position, stage in enumerate(recipe.stages):
+        if stage.reads_routing:
+            for problem in stage.check_routers(routers):
+                setting = (problem.where,) if problem.where else ()
+                yield ("stages", position, *setting), problem.message
 
 
 def _calibration_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
@@ -157,6 +163,11 @@ def _calibration_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit
         if isinstance(settings, ImageTextSource) and not reads_images(source.config):
             message = f"{source.config.model_type} reads no images: calibrate it on text"
             yield (*location, "source"), message
+    if any(isinstance(settings, ImageTextSource) for settings in recipe.sources):
+        for position, stage in enumerate(recipe.stages):
+            if isinstance(stage, ExpertStats) and stage.loss_tokens:
+                message = "gradients of the loss are measured on text alone: give 'loss_tokens: 0'"
+                yield ("stages", position, "loss_tokens"), message
 
 
 def make_plan(
@@ -240,12 +251,15 @@ def _after(recipe: Recipe, sizes: ModelSizes, bits: float | None) -> tuple[int, 
 
 
 def _run_bytes(recipe: Recipe, sizes: ModelSizes, after: int) -> int:
-    """Bytes that stages leave in the run directory: what is packed, and networks."""
+    """Bytes that stages leave in the run directory: what is packed, networks, and gradients."""
     kept = sizes.bytes
     quantiser = _quantiser(recipe)
     if quantiser is not None:
         kept -= sizes.expert_bytes + (0 if quantiser.other_bits is None else sizes.linear_bytes)
-    return max(0, after - kept)
+    tokens = sum(s.loss_tokens for s in recipe.stages if isinstance(s, ExpertStats))
+    moe_layers = sum(1 for layer in sizes.layers if layer.experts)
+    state = min(tokens, _most_tokens(recipe)) * sizes.hidden_size * sizes.dtype_bytes
+    return max(0, after - kept) + moe_layers * state
 
 
 def _stage_plans(

@@ -67,6 +67,12 @@ class RoutedInputs:
         mean = self.top_k_weights.new_tensor(total / (sum(counts) * self.top_k_weights.shape[1]))
         return self.ranks.gather(self.hidden[chosen]), mean
 
+    def first(self, tokens: int) -> RoutedInputs:
+        """What reaches them of the first so many tokens, in one batch."""
+        parts = (self.hidden, self.router_hidden, self.top_k_index, self.top_k_weights)
+        hidden, router_hidden, index, weights = (part[:tokens] for part in parts)
+        return RoutedInputs(hidden, router_hidden, index, weights, (len(hidden),), self.num_experts)
+
     def counts(self, num_experts: int) -> list[int]:
         """Tokens per expert."""
         return torch.bincount(self.top_k_index.reshape(-1), minlength=num_experts).tolist()

@@ -7,7 +7,7 @@ of its vision tower there) shows when the recorders return zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,19 +140,50 @@ class _Recorders:
         return self.calls
 
 
-class _Recorder(nn.Module):
-    """Stands in for one decoder layer and keeps what it is called with."""
+class _StandIn(nn.Module):
+    """In place of a decoder layer, with its attributes; not one of its submodules."""
 
-    def __init__(self, layer: nn.Module, recorders: _Recorders) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self._layer = [layer]
-        self._recorders = recorders
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_layer"][0], name)
+
+
+class _Answering(_StandIn):
+    """Returns what it is told to, whatever it is called with."""
+
+    def __init__(self, layer: nn.Module, answer: Callable[[], Tensor]) -> None:
+        super().__init__(layer)
+        self._answer = answer
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self._answer()
+
+
+@contextmanager
+def layers_answered(source: SourceModel, answer: Callable[[], Tensor]) -> Iterator[None]:
+    """Let the decoder layers return ``answer()``, as if it were the hidden states behind them."""
+    path = source.topology.layers_path
+    layers = source.model.get_submodule(path)
+    stubs = nn.ModuleList([_Answering(layer, answer) for layer in layers])
+    source.model.set_submodule(path, stubs)
+    try:
+        yield
+    finally:
+        source.model.set_submodule(path, layers)
+
+
+class _Recorder(_StandIn):
+    """Stands in for one decoder layer and keeps what it is called with."""
+
+    def __init__(self, layer: nn.Module, recorders: _Recorders) -> None:
+        super().__init__(layer)
+        self._recorders = recorders
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         calls, zeros = self._recorders.calls, self._recorders.zeros

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +13,7 @@ from mcsharp_sdk.errors import Problem
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
+    from mcsharp_sdk.models.router_settings import RouterSettings
     from mcsharp_sdk.models.topology import MoeBlock
 
 
@@ -68,6 +69,13 @@ class Modifier(BaseModel, ABC):
         """Files that the settings name: setting -> path, for existence checks and fingerprints."""
         return {}
 
+    def check_earlier(self, stages: Sequence[Modifier]) -> list[Problem]:
+        """What the stages before this one do not make as this one needs it.
+
+        ``where`` of each problem is the name of the setting that it is about.
+        """
+        return []
+
     def check_experts(self, experts: Mapping[int, int]) -> list[Problem]:
         """What does not fit a model with so many experts per MoE layer (decoder layer -> count).
 
@@ -81,6 +89,14 @@ class Modifier(BaseModel, ABC):
         ``where`` of each problem is the name of the setting that it is about.
         """
         return self.check_experts({layer: block.num_experts for layer, block in blocks.items()})
+
+    def check_routers(self, routers: Mapping[int, RouterSettings]) -> list[Problem]:
+        """What does not fit a model that routes so (decoder layer -> settings of its router).
+
+        Asked only of stages with ``reads_routing``. ``where`` of each problem is the name of the
+        setting that it is about.
+        """
+        return []
 
     @abstractmethod
     def run(self, context: RunContext) -> None:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from mcsharp_sdk.allocation.baselines import ALLOCATORS, AllocatorName
+from mcsharp_sdk.allocation.baselines import ALLOCATORS, AllocatorName, Need
 from mcsharp_sdk.allocation.significance import Exponents, Factors, allocation_cost
 from mcsharp_sdk.allocation.solver import BudgetRule, check_budget
 from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, LayerStatistics, check_layers
 from mcsharp_sdk.errors import InputError, Problem
+from mcsharp_sdk.modifiers.allocation_needs import unmeasured
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.recipe.paths import RecipePath
 
@@ -69,8 +70,18 @@ class BitAllocation(Modifier):
     ] = "at_most"
     budget_scope: Annotated[
         Literal["layer", "global"],
-        Field(description="One budget per layer, or one for all layers together (gamma 2 only)."),
+        Field(
+            description="One budget per layer, or one for all layers together (gamma 2 only); the "
+            "block score allocators always have one."
+        ),
     ] = "layer"
+    loss_weighting: Annotated[
+        bool | None,
+        Field(
+            description="With one budget for all layers, weigh errors by how much the loss feels "
+            "them in their layer; null does so where the statistics say it."
+        ),
+    ] = None
     at_least: dict[int, Annotated[int, Field(ge=0)]] = Field(
         default_factory=lambda: {3: 1, 2: 1},
         description="Width -> how many experts must have it, in each budget. Without this "
@@ -109,8 +120,10 @@ class BitAllocation(Modifier):
         stray = [w for w in self.at_least if w not in self.widths]
         if stray and "at_least" in self.model_fields_set:
             raise ValueError(f"at_least names width {stray[0]}, which is not among the widths")
-        adds_errors = self.budget_scope == "global" and ALLOCATORS[self.allocator].needs_errors
-        if adds_errors and self.gamma != 2:
+        if self.loss_weighting and self.budget_scope != "global":
+            raise ValueError("loss_weighting compares layers, so it goes with budget_scope: global")
+        needs = ALLOCATORS[self.allocator].needs
+        if self.budget_scope == "global" and needs == "quant_error" and self.gamma != 2:
             raise ValueError(
                 "gamma must be 2 with budget_scope: global, where errors of different layers "
                 "are added up: only squared errors add"
@@ -123,6 +136,11 @@ class BitAllocation(Modifier):
     def files(self) -> dict[str, Path]:
         return {} if self.factors is None else {"factors": self.factors}
 
+    @property
+    def whole_model(self) -> bool:
+        """Whether there is one budget for all layers."""
+        return self.budget_scope == "global" or ALLOCATORS[self.allocator].whole_model
+
     def required_widths(self) -> dict[int, int]:
         """``at_least`` as it holds for this allocator and these widths."""
         if not ALLOCATORS[self.allocator].keeps_required:
@@ -133,10 +151,14 @@ class BitAllocation(Modifier):
         """Whole bits that so many experts may use."""
         return math.floor(self.target_bits * experts + 1e-9)
 
+    def check_earlier(self, stages: Sequence[Modifier]) -> list[Problem]:
+        """Whether ExpertStats measures what the allocator and its settings need."""
+        return unmeasured(self, stages)
+
     def check_experts(self, experts: Mapping[int, int]) -> list[Problem]:
         """Whether the budget can be met, and a given factor file fits the model."""
         problems = []
-        counts = [sum(experts.values())] if self.budget_scope == "global" else experts.values()
+        counts = [sum(experts.values())] if self.whole_model else experts.values()
         for count in sorted({n for n in counts if n}):
             try:
                 check_budget(
@@ -157,9 +179,9 @@ class BitAllocation(Modifier):
             statistics = ExpertStatistics.load(self.factors)
             try:
                 check_layers(statistics.experts(), experts)
-                if ALLOCATORS[self.allocator].needs_errors:
-                    for layer in statistics.layers:
-                        layer.errors_at(self.widths)
+                for layer in statistics.layers:
+                    _factors(layer, self.widths, ALLOCATORS[self.allocator].needs)
+                _layer_weights(statistics.layers, self)
             except InputError as error:
                 raise InputError(f"{self.factors}: {error}") from None
         except InputError as error:
@@ -208,9 +230,7 @@ def allocate(
     if not isinstance(statistics, ExpertStatistics):
         statistics = ExpertStatistics.load(Path(statistics))
     layers = statistics.layers
-    programs: list[Layers] = (
-        [layers] if settings.budget_scope == "global" else [(layer,) for layer in layers]
-    )
+    programs: list[Layers] = [layers] if settings.whole_model else [(layer,) for layer in layers]
     bits: dict[int, tuple[int, ...]] = {}
     for program in track(programs, "allocating bits"):
         bits.update(_solve(program, settings))
@@ -221,11 +241,11 @@ def _solve(layers: Layers, settings: BitAllocation) -> dict[int, tuple[int, ...]
     """Widths of the layers that share one budget."""
     allocator = ALLOCATORS[settings.allocator]
     costs = []
-    for layer in layers:
+    for layer, weight in zip(layers, _layer_weights(layers, settings), strict=True):
         rng = np.random.default_rng([settings.seed, layer.layer])
-        factors = _factors(layer, settings.widths, errors=allocator.needs_errors)
+        factors = _factors(layer, settings.widths, allocator.needs)
         try:
-            costs.append(allocator.cost(factors, _exponents(settings), rng))
+            costs.append(weight * allocator.cost(factors, _exponents(settings), rng))
         except InputError as error:
             raise InputError(f"layer {layer.layer}: {error}") from None
     cost = np.concatenate(costs)
@@ -253,7 +273,7 @@ def _objective(
         if not set(given) <= set(layer.widths):
             return None
         try:
-            cost = allocation_cost(_factors(layer, given, errors=True), _exponents(settings))
+            cost = allocation_cost(_factors(layer, given, "quant_error"), _exponents(settings))
         except InputError:
             return None  # nothing to weigh the experts by: no cost, but the widths stand
         chosen = [row[given.index(w)] for row, w in zip(cost, bits[layer.layer], strict=True)]
@@ -261,13 +281,41 @@ def _objective(
     return objective
 
 
-def _factors(layer: LayerStatistics, widths: Sequence[int], *, errors: bool) -> Factors:
+def _factors(layer: LayerStatistics, widths: Sequence[int], need: Need | None) -> Factors:
+    """What an allocator needs of a layer; InputError if it was not measured."""
+    cosine = None
+    if need in ("predicted_block_cosine", "block_cosine"):
+        cosine = getattr(layer, need)
+        if cosine is None:
+            raise InputError(
+                f"layer {layer.layer}: no {need.replace('_', ' ')} was measured: "
+                "give ExpertStats 'block_scores: true'"
+            )
     return Factors(
         widths=tuple(widths),
         activation_count=layer.activation_count,
         routing_weight_sum=layer.routing_weight_sum,
-        quant_error=layer.errors_at(widths) if errors else None,
+        quant_error=layer.errors_at(widths) if need == "quant_error" else None,
+        hessian_error=layer.hessian_errors_at(widths) if need == "hessian_error" else None,
+        block_cosine=cosine,
     )
+
+
+def _layer_weights(layers: Layers, settings: BitAllocation) -> list[float]:
+    """What the errors of each layer are multiplied by where layers share a budget."""
+    weighs = ALLOCATORS[settings.allocator].needs == "quant_error" and settings.whole_model
+    known = [layer.loss_sensitivity for layer in layers]
+    found = [value for value in known if value is not None]
+    if not weighs or settings.loss_weighting is False:
+        return [1.0] * len(layers)
+    if len(found) == len(layers):
+        return found
+    if settings.loss_weighting:
+        raise InputError(
+            f"layer {layers[known.index(None)].layer}: how much the loss feels errors was not "
+            "measured: give ExpertStats 'loss_tokens'"
+        )
+    return [1.0] * len(layers)
 
 
 def _exponents(settings: BitAllocation) -> Exponents:

@@ -17,6 +17,8 @@ from mcsharp_sdk.models.experts import Matrix, weigh
 from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.routing import router_scores
 from mcsharp_sdk.models.stream import StreamedLayer
+from mcsharp_sdk.modifiers.block_scores import block_cosines
+from mcsharp_sdk.modifiers.expert_curvature import HessianName, gram_curvature, loss_curvature
 from mcsharp_sdk.modifiers.layer_quantisation import (
     LayerNotes,
     LayerQuantiser,
@@ -25,6 +27,7 @@ from mcsharp_sdk.modifiers.layer_quantisation import (
 )
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.hessian import DAMPING, InverseFactor, factorise
+from mcsharp_sdk.quantization.hqq import quantise_hqq
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
 
@@ -45,23 +48,31 @@ class ExpertMeasurement:
     Attributes
     ----------
     widths : candidate bit widths.
-    quantizer : ``gptq`` or ``rtn``.
+    quantizer : ``gptq``, ``rtn`` or ``hqq``.
     group_size : of the grid.
     error_tokens : most tokens per expert that errors are measured on.
     block_errors : whether to measure errors at the block's output at all.
     sources : names of the calibration's sources; of several, each is counted by itself too.
+    hessian : of which Hessian the curvature is taken.
+    block_scores : whether to measure how much each layer changes its input.
     """
 
     widths: Sequence[int]
-    quantizer: Literal["gptq", "rtn"]
+    quantizer: Literal["gptq", "rtn", "hqq"]
     group_size: int
     error_tokens: int
     block_errors: bool
     sources: Sequence[str] = ()
+    hessian: HessianName = "input_gram"
+    block_scores: bool = False
 
     @torch.no_grad()
-    def of_layer(self, layer: StreamedLayer) -> LayerStatistics:
+    def of_layer(self, layer: StreamedLayer, gradients: Tensor | None = None) -> LayerStatistics:
         """Statistics of a loaded MoE layer.
+
+        Parameters
+        ----------
+        gradients : [T', hidden], of the loss by the block's output on the first T' tokens.
 
         ``quant_error[b][e]`` = ‖σ_e(t)·(F_e(x_t) − F_e^b(x_t))‖_F over the tokens t that select
         expert e: as only that expert changes, it is the change of the block's output. Where σ_e(t)
@@ -74,16 +85,21 @@ class ExpertMeasurement:
         reached = routed.counts(count)
         ranks = routed.ranks
         errors = {width: np.zeros(count) for width in self.widths} if self.block_errors else {}
+        hessian_errors = {width: np.zeros(count) for width in self.widths}
         dropped = np.zeros(count)
         for chunk in expert_chunks(runs):
-            samples = {expert: self._sample(runs, expert) for expert in chunk}
+            samples = {expert: self._sample(runs, expert, gradients) for expert in chunk}
             for expert, sample in samples.items():
                 dropped[expert] = sample.norm_of(sample.output)
-            if self.block_errors:
-                for width, changes in self._changes(runs, chunk, samples):
+            for width, changes, moved in self._changes(runs, chunk, samples):
+                hessian_errors[width][chunk] = moved
+                if self.block_errors:
                     errors[width][chunk] = changes
             runs.run(chunk)
         layer.expert_outputs = runs.finish()
+        cosines: tuple[float | None, float | None] = (None, None)
+        if self.block_scores:
+            cosines = block_cosines(layer, layer.expert_outputs)
         scores = _selected_scores(layer, routed)
 
         def summed(values: Any) -> Any:
@@ -97,6 +113,12 @@ class ExpertMeasurement:
             tokens=int(ranks.total(routed.num_tokens)),
             drop_error=summed(dropped),
             sources=self._of_sources(layer, routed, scores),
+            hessian_error={width: summed(error) for width, error in hessian_errors.items()},
+            block_cosine=cosines[0],
+            predicted_block_cosine=cosines[1],
+            loss_sensitivity=None
+            if gradients is None
+            else float(gradients.double().square().mean()),
         )
 
     def _of_sources(
@@ -117,40 +139,45 @@ class ExpertMeasurement:
             found.append(SourceStatistics(name, tokens, *both.numpy()))
         return tuple(found)
 
-    def _sample(self, runs: ExpertRuns, expert: int) -> _Sample:
-        """Some of an expert's tokens with what it makes of them."""
+    def _sample(self, runs: ExpertRuns, expert: int, gradients: Tensor | None) -> _Sample:
+        """Some of an expert's tokens with what it makes of them, and how curved its error is."""
         hidden, routing, of = runs.sample_of(expert, self.error_tokens)
         tokens, routing = weigh(runs.weights.module, hidden, routing)
         sampled = of / max(1, len(tokens))
-        output = runs.weights.finished(expert, runs.weights.activated(expert, tokens))
-        return _Sample(tokens, routing, output, sampled)
+        inner = runs.weights.activated(expert, tokens)
+        output = runs.weights.finished(expert, inner)
+        if gradients is None or self.hessian == "input_gram":
+            curvature = gram_curvature(tokens, inner, sampled)
+        else:
+            curvature = _loss_curvature(runs, expert, gradients)
+        return _Sample(tokens, routing, output, sampled, curvature)
 
     def _changes(
         self, runs: ExpertRuns, chunk: Sequence[int], samples: Mapping[int, _Sample]
-    ) -> Iterator[tuple[int, list[float]]]:
-        """For each width, by how much quantising changes the output of each expert of a chunk.
+    ) -> Iterator[tuple[int, list[float], Any]]:
+        """For each width, what quantising does to each expert of a chunk.
 
+        By how much it changes the output, if that is measured, and the Hessian error, (n,) float64.
         Of the quantised gate and up projections only what they make of the sampled tokens is held
         while the down projections are quantised.
         """
         inner: dict[int, list[Tensor]] = {}
+        moved: dict[int, Any] = {}
         for width, weights in self._variants(runs, "gate_up", chunk):
-            inner[width] = [
-                runs.weights.activated(e, samples[e].tokens, w)
-                for e, w in zip(chunk, weights, strict=True)
-            ]
+            moved[width] = _moved(runs, "gate_up", chunk, weights, samples)
+            if self.block_errors:
+                inner[width] = [
+                    runs.weights.activated(e, samples[e].tokens, w)
+                    for e, w in zip(chunk, weights, strict=True)
+                ]
         for width, weights in self._variants(runs, "down", chunk):
-            outputs = [
-                runs.weights.finished(e, i, w)
-                for e, i, w in zip(chunk, inner.pop(width), weights, strict=True)
-            ]
-            yield (
-                width,
-                [
-                    samples[e].norm_of(samples[e].output - output)
-                    for e, output in zip(chunk, outputs, strict=True)
-                ],
-            )
+            changes = []
+            if self.block_errors:
+                changes = [
+                    samples[e].norm_of(samples[e].output - runs.weights.finished(e, i, w))
+                    for e, i, w in zip(chunk, inner.pop(width), weights, strict=True)
+                ]
+            yield width, changes, moved[width] + _moved(runs, "down", chunk, weights, samples)
 
     def quantised_experts(
         self, runs: ExpertRuns
@@ -183,7 +210,7 @@ class ExpertMeasurement:
         for width in self.widths:
             widths = [width] * len(chunk)
             batch = (
-                quantise_rtn(weights, widths, self._grid)
+                _UNCALIBRATED[self.quantizer](weights, widths, self._grid)
                 if factor is None
                 else quantise_gptq(weights, factor, widths, self._grid)
             )
@@ -193,7 +220,7 @@ class ExpertMeasurement:
     def _factor(
         self, runs: ExpertRuns, matrix: Matrix, chunk: Sequence[int]
     ) -> InverseFactor | None:
-        if self.quantizer == "rtn":
+        if self.quantizer in _UNCALIBRATED:
             return None
         settings = QuantizerSettings("gptq", self._grid, DAMPING, False, True)
         quantiser = LayerQuantiser(settings, None, None)
@@ -205,23 +232,59 @@ class ExpertMeasurement:
         return GridSettings(group_size=self.group_size, **QUICK_SEARCH)
 
 
+_UNCALIBRATED = {"rtn": quantise_rtn, "hqq": quantise_hqq}
+"""Quantisers that take no Hessian."""
+
+
 @dataclass(frozen=True)
 class _Sample:
     """Some of an expert's tokens.
 
     ``tokens`` [n, hidden], ``routing`` [n] what its output is multiplied by, ``output``
-    [n, hidden], ``sampled`` tokens of the expert per token here.
+    [n, hidden], ``sampled`` tokens of the expert per token here, ``curvature`` the mean one of its
+    matrices.
     """
 
     tokens: Tensor
     routing: Tensor
     output: Tensor
     sampled: float
+    curvature: Mapping[Matrix, float]
 
     def norm_of(self, change: Tensor) -> float:
         """Frobenius norm of the routing-weighted change, [n, hidden], over all its tokens."""
         weighted = change.float() * self.routing.float().unsqueeze(-1)
         return float(weighted.norm()) * self.sampled**0.5
+
+
+def _loss_curvature(runs: ExpertRuns, expert: int, gradients: Tensor) -> dict[Matrix, float]:
+    """Mean curvature of the loss by an expert's matrices, on the tokens with gradients."""
+    known = runs.routed.first(len(gradients))
+    token, routing = known.tokens_of(expert)
+    tokens, routing = weigh(runs.weights.module, known.hidden[token], routing)
+    of_output = gradients[token] * routing.unsqueeze(-1)
+    share = runs.routed.num_tokens / max(1, known.num_tokens)
+    return loss_curvature(runs.weights, expert, tokens, of_output, share)
+
+
+def _moved(
+    runs: ExpertRuns,
+    matrix: Matrix,
+    chunk: Sequence[int],
+    weights: Tensor,
+    samples: Mapping[int, _Sample],
+) -> Any:
+    """(n,) float64, a matrix's part of Ω = Σ over matrices of curvature · ‖Q(W) − W‖² (HAWQ-V2).
+
+    Parameters
+    ----------
+    weights : [n, R, K], the chunk's experts quantised.
+    """
+    found = []
+    for expert, weight in zip(chunk, weights, strict=True):
+        change = weight.to(torch.float32, copy=True).sub_(runs.weights.read(matrix, expert))
+        found.append(samples[expert].curvature[matrix] * float(change.norm()) ** 2)
+    return np.array(found)
 
 
 def _selected_scores(layer: StreamedLayer, routed: RoutedInputs) -> Tensor:

@@ -96,7 +96,19 @@ def squared_norms_behind(layer: StreamedLayer, outputs: Tensor) -> Tensor:
     ----------
     outputs : (T, hidden), the summed outputs of its routed experts.
     """
+    states = states_behind(layer, outputs)
+    return torch.cat([state.float().square().sum(-1).flatten() for state in states])
+
+
+@torch.no_grad()
+def states_behind(layer: StreamedLayer, outputs: Tensor) -> Iterator[Tensor]:
+    """Hidden states behind a layer, (sequences, length, hidden) of one batch after the other.
+
+    Parameters
+    ----------
+    outputs : (T, hidden), the summed outputs of its routed experts.
+    """
     inputs = layer.inputs
     with answering(layer.module.get_submodule(layer.moe.experts), in_turn(outputs)):
-        states = (inputs.call(layer.module, layer.index, batch) for batch in inputs.batches())
-        return torch.cat([state.float().square().sum(-1).flatten() for state in states])
+        for batch in inputs.batches():
+            yield inputs.call(layer.module, layer.index, batch)

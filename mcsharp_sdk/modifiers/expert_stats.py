@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mcsharp_sdk.artifacts import ExpertStatistics, LayerStatistics
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.quantization.grid import WIDTHS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mcsharp_sdk.artifacts import DomainShift
     from mcsharp_sdk.engine.context import RunContext
 
@@ -37,7 +39,7 @@ class ExpertStats(Modifier):
         tuple[int, ...], Field(min_length=1, description="Widths whose error is measured.")
     ] = (1, 2, 3)
     quantizer: Annotated[
-        Literal["gptq", "rtn"], Field(description="Quantiser whose error is measured.")
+        Literal["gptq", "rtn", "hqq"], Field(description="Quantiser whose error is measured.")
     ] = "gptq"
     scope: Annotated[
         Literal["block", "model"],
@@ -50,6 +52,25 @@ class ExpertStats(Modifier):
         int,
         Field(ge=1, description="Errors are measured on at most this many tokens of an expert."),
     ] = 512
+    hessian: Annotated[
+        Literal["input_gram", "loss"],
+        Field(
+            description="Whose curvature the allocator 'hessian' gets: that of each matrix's own "
+            "output error, or of the loss (needs loss_tokens)."
+        ),
+    ] = "input_gram"
+    loss_tokens: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Measure on so many tokens, whole sequences, how much the loss feels what "
+            "changes at each block's output; 0 leaves it out.",
+        ),
+    ] = 0
+    block_scores: Annotated[
+        bool,
+        Field(description="Measure what the block score allocators rank layers by."),
+    ] = False
     coverage: Annotated[
         int, Field(ge=0, description="Experts that fewer tokens reach are named in the report.")
     ] = 128
@@ -71,14 +92,25 @@ class ExpertStats(Modifier):
             raise ValueError(f"{unknown} are no widths that can be stored; these are {WIDTHS}")
         return tuple(sorted(set(bits)))
 
+    @model_validator(mode="after")
+    def _gradients_where_needed(self) -> Self:
+        if self.hessian == "loss" and not self.loss_tokens:
+            raise ValueError("hessian: loss needs gradients of the loss: give 'loss_tokens: 2048'")
+        return self
+
     def why_not_shared(self) -> str | None:
         if self.scope == "model":
             return "errors at the model's output are measured by one process: give 'scope: block'"
+        if self.loss_tokens:
+            return "gradients of the loss are measured by one process: give 'loss_tokens: 0'"
+        if self.block_scores:
+            return "block scores are fitted by one process: give 'block_scores: false'"
         return None
 
     def run(self, context: RunContext) -> None:
         from mcsharp_sdk.models.expert_runs import run_experts
         from mcsharp_sdk.modifiers.expert_measurement import ExpertMeasurement
+        from mcsharp_sdk.modifiers.loss_gradients import measure_loss_gradients
         from mcsharp_sdk.modifiers.model_errors import measure_model_errors
 
         measurement = ExpertMeasurement(
@@ -88,7 +120,11 @@ class ExpertStats(Modifier):
             self.error_tokens,
             self.scope == "block",
             context.calibration.sources,
+            self.hessian,
+            self.block_scores,
         )
+        if self.loss_tokens:
+            measure_loss_gradients(context, self.loss_tokens)
         layers = context.layers(self.writes)
         for layer in context.stream("measuring experts", by_expert=True):
             if layer.moe is None:
@@ -96,7 +132,8 @@ class ExpertStats(Modifier):
             if layers.has(layer.index):
                 layer.expert_outputs = run_experts(layer)
             else:
-                layers.write(layer.index, {}, measurement.of_layer(layer).to_json())
+                found = measurement.of_layer(layer, self._gradients(context, layer.index))
+                layers.write(layer.index, {}, found.to_json())
         measured = [
             LayerStatistics.from_json(layers.notes(index)) for index in context.model.topology.moe
         ]
@@ -106,6 +143,13 @@ class ExpertStats(Modifier):
         statistics = self._statistics(context, measured)
         context.write(statistics)
         self._report_shift(context, statistics.domain_shift())
+
+    def _gradients(self, context: RunContext, layer: int) -> Tensor | None:
+        from mcsharp_sdk.modifiers.loss_gradients import GRADIENT, LOSS_GRADIENTS
+
+        if not self.loss_tokens:
+            return None
+        return context.layers(LOSS_GRADIENTS).tensors(layer)[GRADIENT].to(context.model.device)
 
     def _statistics(self, context: RunContext, measured: list[LayerStatistics]) -> ExpertStatistics:
         blocks = list(context.model.topology.moe.values())

@@ -37,8 +37,11 @@ class GPTQQuantize(Modifier):
         Field(description="Whose choices the other settings default to."),
     ] = "best"
     quantizer: Annotated[
-        Literal["gptq", "rtn"],
-        Field(description="gptq, or rtn: round to nearest without compensation."),
+        Literal["gptq", "rtn", "hqq", "lwc"],
+        Field(
+            description="gptq, or without compensation: rtn, round to nearest; hqq, half-quadratic "
+            "and without calibration; lwc, learned clipping (OmniQuant)."
+        ),
     ] = "gptq"
     group_size: Annotated[
         int, Field(ge=8, description="Columns that share a scale and a zero point.")

@@ -37,11 +37,13 @@ from mcsharp_sdk.quantization.hessian import (
     factorise,
     shrink,
 )
+from mcsharp_sdk.quantization.hqq import quantise_hqq
+from mcsharp_sdk.quantization.lwc import quantise_lwc
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
 from mcsharp_sdk.runtime.layout import linear_tensors
 
-QuantizerName = Literal["gptq", "rtn"]
+QuantizerName = Literal["gptq", "rtn", "hqq", "lwc"]
 WORKING_SET_BYTES = 256 * 2**20
 """Memory for the float32 weights and Hessians of the experts that are quantised together."""
 
@@ -52,7 +54,8 @@ class QuantizerSettings:
 
     Attributes
     ----------
-    quantizer : ``gptq``, or ``rtn`` (round to nearest, no compensation).
+    quantizer : ``gptq``, or one without compensation: ``rtn`` (round to nearest), ``hqq``
+        (half-quadratic) or ``lwc`` (learned clipping).
     grid : group size and clip search.
     damping : share of the Hessian's mean diagonal that is added to it.
     routing_weighted : weigh each token's part of an expert's Hessian by its routing weight squared.
@@ -259,24 +262,32 @@ class LayerQuantiser:
     ) -> Tensor:
         """Hessians of one matrix of some experts, [n, K, K], from the tokens routed to each.
 
-        Experts with few tokens are completed by tokens of the whole layer, and noted. Of more
-        than ``most`` tokens, so many are taken.
+        Experts with few tokens are completed by tokens of the whole layer, and noted. Tokens that
+        are weighed by their routing weight squared, v, count as (Σ v)²/Σ v² (Kish's effective
+        sample size), and those that complete them get the expert's mean v. Of more than ``most``
+        tokens, so many are taken.
         """
         _, columns = runs.weights.shape(matrix)
         hessians = torch.zeros(len(chunk), columns, columns, device=runs.routed.hidden.device)
         shared: Tensor | None = None
         for hessian, expert in zip(hessians, chunk, strict=True):
-            tokens = 0
+            tokens, weights, squares = 0, 0.0, 0.0
             for piece in runs.pieces(expert, matrix, most):
                 routing = piece.routing if self.settings.routing_weighted else None
                 accumulate(hessian, piece.inputs, routing)
                 tokens += len(piece.token)
-            if tokens < columns:
+                if routing is not None:
+                    weights += float(routing.double().square().sum())
+                    squares += float(routing.double().pow(4).sum())
+            weighed = squares > 0
+            counted = weights**2 / squares if weighed else tokens
+            if counted < columns:
                 notes.starved[str(expert)] = tokens
                 if shared is None or matrix == "down":
                     shared = None  # the old one goes before the new one is made
                     shared = _mean_hessian(runs, matrix, expert)
-                shrink(hessian[None], [tokens], shared, 1)
+                # What completes it gets the expert's mean weight.
+                shrink(hessian[None], [counted], shared, tokens / weights if weighed else 1)
         return hessians
 
     def _quantise(
@@ -296,6 +307,10 @@ class LayerQuantiser:
         if s.quantizer == "rtn":
             importance = diagonal_importance(hessians)
             return quantise_rtn(weights, bits, s.grid, importance=importance)
+        if s.quantizer == "hqq":
+            return quantise_hqq(weights, bits, s.grid)
+        if s.quantizer == "lwc":
+            return quantise_lwc(weights, hessians, bits, s.grid)
         factor = factorise(hessians, damping=s.damping)
         del hessians
         release_free_memory()

@@ -75,7 +75,7 @@ class TokenProtection(Modifier):
         Field(description="Layers that prune: all, or {cheapest: N}, those where it costs least."),
     ] = "all"
 
-    uses: ClassVar[tuple[str, ...]] = ("quantized_weights",)
+    uses: ClassVar[tuple[str, ...]] = ("quantized_weights", "calibrated_routers")
     writes: ClassVar[str] = TokenProtectionRule.NAME
     uses_calibration: ClassVar[bool] = True
     shares_work: ClassVar[bool] = True

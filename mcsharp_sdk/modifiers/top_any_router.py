@@ -82,7 +82,7 @@ class TopAnyRouter(Modifier):
     ] = 100
     seed: Annotated[int, Field(ge=0, description="Seed of all that is random.")] = 0
 
-    uses: ClassVar[tuple[str, ...]] = ("quantized_weights",)
+    uses: ClassVar[tuple[str, ...]] = ("quantized_weights", "calibrated_routers")
     writes: ClassVar[str] = TOP_ANY_ROUTER
     uses_calibration: ClassVar[bool] = True
     shares_work: ClassVar[bool] = True

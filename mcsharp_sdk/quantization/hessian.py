@@ -94,9 +94,9 @@ def _gram(rows: Tensor) -> Tensor:
 
 def shrink(
     hessians: Tensor,
-    tokens: Sequence[int],
+    tokens: Sequence[float],
     overall: Tensor,
-    overall_tokens: int,
+    overall_tokens: float,
     *,
     enough: int | None = None,
 ) -> Tensor:
@@ -108,9 +108,9 @@ def shrink(
     Parameters
     ----------
     hessians : fp32 [E, K, K], sums over each expert's tokens; changed in place.
-    tokens : number of tokens in each, length E.
+    tokens : number of tokens in each, length E; an effective one where they are weighed.
     overall : fp32 [K, K], sum over all tokens.
-    overall_tokens : number of tokens in it, > 0.
+    overall_tokens : number of tokens in it, > 0; where others are weighed, over their mean weight.
     enough : tokens that need no completion; K if left out.
 
     Returns

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,11 +13,19 @@ from mcsharp_sdk.quantization.grid import (
     group_count,
     top_code,
 )
-from mcsharp_sdk.quantization.search import GridSettings, fit_group
+from mcsharp_sdk.quantization.search import GridSettings, GroupGrid, fit_group
+
+GroupFit = Callable[[Tensor, int, Tensor, GridSettings, Tensor], GroupGrid]
+"""Chooses scale and zero point of a group; arguments as of :func:`fit_group`."""
 
 
 def quantise_rtn(
-    weights: Tensor, bits: Sequence[int], grid: GridSettings, *, importance: Tensor | None = None
+    weights: Tensor,
+    bits: Sequence[int],
+    grid: GridSettings,
+    *,
+    importance: Tensor | None = None,
+    fit: GroupFit = fit_group,
 ) -> QuantizedBatch:
     """Quantise the same linear layer of several experts, each weight to its nearest level.
 
@@ -28,6 +36,7 @@ def quantise_rtn(
     grid : group size and search.
     importance : [E or 1, K], weight of each column in the search, e.g. the diagonal of the Hessian;
         all equal if left out.
+    fit : how scale and zero point of a group are chosen.
 
     Returns
     -------
@@ -56,7 +65,7 @@ def quantise_rtn(
         magnitude = transposed.abs().mean().expand(1, rows)
         for group in range(groups):
             part = slice(group * grid.group_size, (group + 1) * grid.group_size)
-            fitted = fit_group(
+            fitted = fit(
                 transposed[:, part], width, importance[None, expert, part], grid, magnitude
             )
             exact = transposed[0, part] / fitted.scales + fitted.zeros

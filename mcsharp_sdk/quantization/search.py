@@ -151,9 +151,22 @@ def _search(
         for distance in settings.neighbours:
             best.consider(scale, _on_offset_grid(offset + distance, best.top))
         best.refit(best.scale, best.offset)
+    found = grid_of(best.scale, best.offset, best.top)
+    return found.scales, found.zeros
+
+
+def grid_of(scale: Tensor, offset: Tensor, top: int) -> GroupGrid:
+    """The grid nearest to a positive scale and an offset of the zero point, both [n, 1, R].
+
+    Parameters
+    ----------
+    offset : distance of the zero point from the middle of the grid, in units of the scale.
+    top : the largest code.
+    """
+    scale, offset = _storable(scale), _on_offset_grid(offset, top)
     # The sign of the scale holds the sign of the offset (grid.py).
-    scale = torch.where(best.offset < 0, -best.scale, best.scale)
-    return scale.squeeze(-2), (best.offset.abs() + best.top / 2).squeeze(-2)
+    signed = torch.where(offset < 0, -scale, scale)
+    return GroupGrid(signed.squeeze(-2), (offset.abs() + top / 2).squeeze(-2))
 
 
 def _start_from_range(best: _Best, ratios: tuple[float, ...]) -> None:

@@ -39,6 +39,11 @@ def misfits(
             findings += [Finding(location, chain.lacks(stage, a)) for a in chain.missing(stage)]
             if stage.needs_calibration() and not calibrated:
                 findings.append(Finding(location, _uncalibrated(stage)))
+            earlier = [s for s in stages[:index] if isinstance(s, Modifier)]
+            findings += [
+                Finding((*location, problem.where), problem.message)
+                for problem in stage.check_earlier(earlier)
+            ]
         chain.pass_stage(stage)
     for index, exporter in enumerate(exports):
         if not isinstance(exporter, Exporter) or chain.anything:

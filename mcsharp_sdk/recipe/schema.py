@@ -17,6 +17,7 @@ from mcsharp_sdk.recipe.document import Document, Finding, Location
 from mcsharp_sdk.recipe.elements import CalibrationSettings, Export, Stage, errors_at
 from mcsharp_sdk.recipe.load import checked, read_text
 from mcsharp_sdk.recipe.overrides import apply_overrides
+from mcsharp_sdk.recipe.quality import Quality, with_quality
 from mcsharp_sdk.recipe.yaml_text import dump, parse
 
 _DEFAULT_EXPORTS: Any = ({"type": "safetensors"},)
@@ -32,6 +33,13 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Annotated[Literal[1], Field(description="Version of the recipe format.")]
+    quality: Annotated[
+        Quality,
+        Field(
+            description="How much time is spent for how good a result: it changes defaults of "
+            "stages, see below."
+        ),
+    ] = "balanced"
     calibration: Annotated[
         CalibrationSettings | None,
         Field(description="What the stages measure with: a source, or a list of sources."),
@@ -46,6 +54,11 @@ class Recipe(BaseModel):
     _source: str = PrivateAttr(default="")
     _as_run: str = PrivateAttr(default="")
     _document: Document | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _quality_written_out(cls, data: Any) -> Any:
+        return with_quality(data) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:

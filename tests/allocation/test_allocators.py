@@ -13,7 +13,7 @@ from mcsharp_sdk.allocation import (
     allocation_cost,
     solve_bit_allocation,
 )
-from mcsharp_sdk.allocation.baselines import spend_all, spread_evenly
+from mcsharp_sdk.allocation.baselines import spend_all, spread_evenly, widen_whole_layers
 from mcsharp_sdk.errors import InputError
 
 PMQ = Exponents(alpha=1.0, beta=1.5, gamma=2.0)
@@ -56,14 +56,13 @@ def test_costs_that_cannot_be_had_are_refused(given: Factors, message: str) -> N
 @pytest.mark.parametrize("name", ALLOCATORS)
 def test_every_allocator_keeps_the_budget_and_the_required_widths(name: str) -> None:
     rng = np.random.default_rng(0)
-    given = Factors(
-        (1, 2, 3), rng.random(16), rng.random(16), rng.random((16, 1)) * [[1.0, 0.3, 0.1]]
-    )
+    error = rng.random((16, 1)) * [[1.0, 0.3, 0.1]]
+    given = Factors((1, 2, 3), rng.random(16), rng.random(16), error, error, 0.5)
     allocator = ALLOCATORS[name]  # type: ignore[index]
     required = {3: 2, 2: 1} if allocator.keeps_required else {}
     cost = allocator.cost(given, PMQ, np.random.default_rng(1))
     found = allocator.spend(cost, (1, 2, 3), 35, at_least=required).tolist()
-    assert sum(found) == 35
+    assert sum(found) == (32 if allocator.whole_model else 35)  # whole layers: here there is one
     assert all(found.count(w) >= n for w, n in required.items())
 
 
@@ -73,7 +72,8 @@ def test_rankings_give_the_wider_widths_to_the_more_important(name: str, source:
     values = [np.ones(6), np.ones(6)]
     values[source] = importance
     allocator = ALLOCATORS[name]  # type: ignore[index]
-    cost = allocator.cost(Factors((1, 2, 3), *values), PMQ, np.random.default_rng(0))
+    given = Factors((1, 2, 3), values[0], values[1])
+    cost = allocator.cost(given, PMQ, np.random.default_rng(0))
     found = allocator.spend(cost, (1, 2, 3), 12)
     assert (np.diff(found[np.argsort(importance, kind="stable")]) >= 0).all()
     assert set(found.tolist()) == {1, 2, 3}
@@ -105,6 +105,41 @@ def test_uniform_refuses_an_exact_budget_that_it_cannot_meet() -> None:
         spread_evenly(np.zeros((3, 3)), (1, 2, 4), 9, budget_rule="exact")
 
 
+def by_layer(*scores: float, experts: int = 8) -> np.ndarray:
+    """Costs of layers with these scores."""
+    return np.repeat(scores, experts)[:, None] * np.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("target", "widths", "given"),
+    [
+        (2.5, (2, 4), [2, 4, 2, 2]),  # the papers' quarter of the layers
+        (2.5, (1, 2, 3), [2, 3, 2, 3]),
+        (1.5, (1, 2, 3), [1, 2, 1, 2]),
+        (2.0, (1, 2, 3), [2, 2, 2, 2]),
+        (2.7, (1, 2, 3), [2, 3, 2, 3]),  # 1.6 of a third layer: left
+        (3.0, (1, 2, 3), [3, 3, 3, 3]),
+    ],
+)
+def test_block_scores_widen_the_layers_that_change_most(
+    target: float, widths: tuple[int, ...], given: list[int]
+) -> None:
+    cost = by_layer(0.2, 0.9, 0.1, 0.5)[:, : len(widths)]
+    found = widen_whole_layers(cost, widths, int(target * 32)).reshape(4, 8)
+    assert found.tolist() == [[width] * 8 for width in given]
+
+
+def test_block_scores_refuse_an_exact_budget_that_whole_layers_cannot_meet() -> None:
+    with pytest.raises(InfeasibleBudget, match="whole layers of 2 or 3 bits"):
+        widen_whole_layers(by_layer(0.2, 0.9), (1, 2, 3), 36, budget_rule="exact")
+
+
+def test_hessian_and_block_score_costs_need_their_statistics() -> None:
+    for name in ("hessian", "block_score_predictor", "block_score_oracle"):
+        with pytest.raises(InputError, match="the cost needs"):
+            ALLOCATORS[name].cost(factors(), PMQ, np.random.default_rng(0))
+
+
 def test_random_spends_the_whole_budget_and_depends_on_its_costs_alone() -> None:
     draws = [np.random.default_rng(seed).random((8, 3)) for seed in (0, 0, 1)]
     one, again, other = (spend_all(d, (1, 2, 3), 20, at_least={3: 1}).tolist() for d in draws)
@@ -121,6 +156,6 @@ def test_pmq_is_better_by_its_own_cost_than_any_baseline() -> None:
         return float(cost[np.arange(8), found - 1].sum())
 
     best = paid(solve_bit_allocation(cost, (1, 2, 3), 16))
-    for allocator in ALLOCATORS.values():
+    for allocator in (a for a in ALLOCATORS.values() if a.needs in (None, "quant_error")):
         own = allocator.cost(given, PMQ, np.random.default_rng(0))
         assert best <= paid(allocator.spend(own, (1, 2, 3), 16)) + 1e-15

@@ -150,12 +150,15 @@ def test_a_text_model_refuses_images_before_any_work(tmp_path: Path) -> None:
     save_tiny_tokenizer(folder)
     pairs = write_pairs(tmp_path / "data")
     calibration = [{"source": "embedded"}, {"source": "image_text", "path": str(pairs)}]
-    stages = [{"type": "ExpertStats"}]
+    stages = [{"type": "ExpertStats", "loss_tokens": 64}]
     recipe = Recipe.from_dict(
         {"version": 1, "calibration": calibration, "stages": stages, "exports": []}
     )
-    with pytest.raises(InputError, match=r"calibration\[1\].source: mixtral reads no images"):
+    with pytest.raises(
+        InputError, match=r"calibration\[1\].source: mixtral reads no images"
+    ) as told:
         check_model(recipe, folder)
+    assert "stages[0].loss_tokens: gradients of the loss are measured on text" in str(told.value)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, LayerStatistics
 from mcsharp_sdk.engine.context import RunContext
 from mcsharp_sdk.engine.progress import ProgressBars
 from mcsharp_sdk.engine.run_directory import RunDirectory
-from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.errors import InputError, InputProblems
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation, allocate
+from mcsharp_sdk.recipe.schema import Recipe
 
 
 def measured(*experts: int, widths: tuple[int, ...] = (1, 2, 3)) -> ExpertStatistics:
@@ -73,6 +76,7 @@ def test_a_mode_sets_defaults_and_what_is_given_wins(mode: str, expected: tuple[
         ({"target_bits": 1.5, "widths": [2, 3]}, "cannot be met with widths of 2 to 3"),
         ({"target_bits": 2, "at_least": {4: 1}}, "at_least names width 4"),
         ({"target_bits": 2, "budget_scope": "global", "mode": "released"}, "gamma must be 2"),
+        ({"target_bits": 2, "loss_weighting": True}, "goes with budget_scope: global"),
         ({"target_bits": 2, "widths": []}, "widths"),
         ({"target_bits": 2, "alpha": -1}, "alpha"),
         ({"target_bits": float("nan")}, "target_bits"),
@@ -189,3 +193,89 @@ def test_settings_are_described_in_the_schema() -> None:
     described = [name for name, field in schema["properties"].items() if "description" in field]
     assert set(described) == set(schema["properties"]) - {"type"}
     assert json.dumps(schema)
+
+
+def test_layers_are_weighed_by_how_much_the_loss_feels_them() -> None:
+    plain = measured(6, 6)
+    sensitivity = (2.0, 0.003)
+    told = replace(
+        plain,
+        layers=tuple(
+            replace(layer, loss_sensitivity=value)
+            for layer, value in zip(plain.layers, sensitivity, strict=True)
+        ),
+    )
+    settings = BitAllocation(target_bits=2, budget_scope="global", at_least={})
+    weighed = allocate(told, settings)
+    costs = np.concatenate(
+        [
+            value * layer.errors_at((1, 2, 3)) ** 2
+            for layer, value in zip(plain.layers, sensitivity, strict=True)
+        ]
+    )
+    best = min(
+        (sum(costs[e, w - 1] for e, w in enumerate(widths)), widths)
+        for widths in itertools.product((1, 2, 3), repeat=12)
+        if sum(widths) <= 24
+    )
+    assert weighed.bits[0] + weighed.bits[1] == best[1]
+    assert weighed.bits != allocate(plain, settings).bits
+    without = settings.model_copy(update={"loss_weighting": False})
+    assert allocate(told, without).bits == allocate(plain, settings).bits
+    with pytest.raises(InputError, match=r"layer 0: how much the loss feels.*'loss_tokens'"):
+        allocate(plain, settings.model_copy(update={"loss_weighting": True}))
+
+
+@pytest.mark.parametrize("allocator", ["block_score_predictor", "block_score_oracle"])
+def test_block_scores_have_one_budget_for_all_layers(allocator: str) -> None:
+    plain = measured(4, 4, 4)
+    true, predicted = (0.9, 0.4, 0.8), (0.4, 0.9, 0.8)
+    told = replace(
+        plain,
+        layers=tuple(
+            replace(layer, block_cosine=one, predicted_block_cosine=other)
+            for layer, one, other in zip(plain.layers, true, predicted, strict=True)
+        ),
+    )
+    wide = 1 if allocator.endswith("oracle") else 0
+    settings = BitAllocation.model_validate({"target_bits": 2.34, "allocator": allocator})
+    given = {layer: (3 if layer == wide else 2,) * 4 for layer in range(3)}
+    assert allocate(told, settings).bits == given
+    with pytest.raises(InputError, match="layer 0: no .*block cosine was measured: give ExpertSt"):
+        allocate(plain, settings)
+
+
+def test_the_hessian_allocator_says_what_statistics_lack() -> None:
+    with pytest.raises(InputError, match="layer 0: no Hessian error at 1, 2, 3 bits"):
+        allocate(measured(4), BitAllocation(target_bits=2, allocator="hessian"))
+
+
+@pytest.mark.parametrize(
+    ("allocation", "statistics", "message"),
+    [
+        ({"allocator": "block_score_oracle"}, {}, r"allocator: .* needs 'block_scores: true'"),
+        (
+            {"budget_scope": "global", "loss_weighting": True},
+            {},
+            r"loss_weighting: needs gradients .*'loss_tokens: 4096'",
+        ),
+        ({}, {"bits": [2, 3]}, r"widths: ExpertStats measures no error at 1 bits: add 1"),
+        ({"allocator": "block_score_oracle"}, {"block_scores": True, "bits": [2]}, None),
+        ({"allocator": "frequency"}, {"bits": [2]}, None),
+        ({"factors": "factors.json"}, {"bits": [2]}, None),
+    ],
+)
+def test_statistics_that_will_lack_something_are_refused_before_they_are_measured(
+    allocation: dict[str, Any], statistics: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    measured(4).save(tmp_path / "factors.json")
+    stages = [
+        {"type": "ExpertStats", **statistics},
+        {"type": "BitAllocation", "target_bits": 2, **allocation},
+    ]
+    recipe = {"version": 1, "calibration": {"source": "embedded"}, "stages": stages, "exports": []}
+    if message is None:
+        Recipe.from_dict(recipe, base=tmp_path)
+        return
+    with pytest.raises(InputProblems, match=message):
+        Recipe.from_dict(recipe, base=tmp_path)

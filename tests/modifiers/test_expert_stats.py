@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny_models import PLAIN_FAMILIES, save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import mcsharp_sdk
 from mcsharp_sdk.artifacts import ExpertStatistics
+from mcsharp_sdk.engine.run_directory import LayerStore
 from mcsharp_sdk.models.experts import MATRICES, fused_weight, is_experts
 from mcsharp_sdk.modifiers.expert_measurement import QUICK_SEARCH
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
+from mcsharp_sdk.modifiers.loss_gradients import GRADIENT, LOSS_GRADIENTS
 from mcsharp_sdk.quantization import GridSettings, quantise_rtn
 from mcsharp_sdk.recipe.schema import Recipe
 
@@ -161,3 +164,140 @@ def test_model_errors_equal_a_plain_computation_on_the_full_model(
                     fused_weight(experts, matrix)[expert] = own[matrix]
             error = measured.layers[layer].quant_error[2][expert]
             assert error == pytest.approx(change, rel=1e-3)
+
+
+@torch.no_grad()
+def block_calls(model: Any, text: Path) -> dict[int, tuple[Any, ...]]:
+    """Decoder layer -> what its experts are called with."""
+    calls: dict[int, tuple[Any, ...]] = {}
+    for index, layer in enumerate(model.model.layers):
+        for module in filter(is_experts, layer.modules()):
+            module.register_forward_pre_hook(
+                lambda _, arguments, index=index: calls.update({index: arguments})
+            )
+    model(tokens_of(text), use_cache=False)
+    return calls
+
+
+@torch.no_grad()
+def changes_of_weights(experts: Any, width: int) -> dict[str, torch.Tensor]:
+    """Matrix -> (E,) squared norms of what rounding to nearest changes."""
+    found: dict[str, torch.Tensor] = {}
+    for matrix in MATRICES:
+        weights = fused_weight(experts, matrix)
+        rounded = quantise_rtn(weights, [width] * len(weights), GRID).dequantise()
+        found[matrix] = (rounded - weights).double().square().sum((1, 2))
+    return found
+
+
+def test_hessian_errors_are_mean_curvature_times_change_of_the_weights(
+    text: Path, tmp_path: Path
+) -> None:
+    folder = save_tiny_model(tmp_path / "model", "mixtral")
+    save_tiny_tokenizer(folder)
+    measured = measure(folder, text, tmp_path, mode="released", bits=[2])
+    model = full_model(folder)
+    calls = block_calls(model, text)
+    for statistics in measured.layers:
+        hidden, index, _ = calls[statistics.layer]
+        experts = model.model.layers[statistics.layer].mlp.experts
+        change = changes_of_weights(experts, 2)
+        for expert in range(4):
+            x = hidden[(index == expert).any(-1)]
+            inner = experts._apply_gate(x @ experts.gate_up_proj[expert].T)
+            expected = sum(
+                float(change[m][expert])
+                * 2
+                * float(rows.detach().double().square().sum())
+                / rows.shape[1]
+                for m, rows in (("gate_up", x), ("down", inner))
+            )
+            assert statistics.hessian_error[2][expert] == pytest.approx(expected, rel=1e-3)
+
+
+def test_block_cosines_are_those_of_the_decoder_layers(text: Path, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", "mixtral", initializer_range=0.2)
+    save_tiny_tokenizer(folder)
+    measured = measure(folder, text, tmp_path, mode="released", bits=[2], block_scores=True)
+    with torch.no_grad():
+        states = full_model(folder)(tokens_of(text), output_hidden_states=True).hidden_states
+    for statistics in measured.layers[:2]:  # behind the last the final norm is applied
+        one, other = (states[statistics.layer + step].double() for step in (0, 1))
+        cosines = torch.nn.functional.cosine_similarity(one, other, dim=-1)
+        assert statistics.block_cosine == pytest.approx(float(cosines.mean()), abs=1e-5)
+        # What the predictor says of the second half is closer to it than chance.
+        assert statistics.predicted_block_cosine is not None
+        half = float(cosines.flatten()[len(cosines.flatten()) // 2 :].mean())
+        assert statistics.predicted_block_cosine == pytest.approx(half, abs=0.05)
+
+
+def gradients_of_the_full_model(model: Any, tokens: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Layer -> gradient at its block's output of the loss of tokens drawn from the prediction."""
+    outputs: dict[int, torch.Tensor] = {}
+
+    def keep(index: int) -> Any:
+        def hook(_: Any, __: Any, output: torch.Tensor) -> None:
+            output.retain_grad()
+            outputs[index] = output
+
+        return hook
+
+    for index, layer in enumerate(model.model.layers):
+        for module in filter(is_experts, layer.modules()):
+            module.register_forward_hook(keep(index))
+    logits = model(tokens, use_cache=False).logits.flatten(0, 1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+    torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    return {index: output.grad for index, output in outputs.items()}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_loss_gradients_are_those_of_the_full_model(
+    family: str, text: Path, tmp_path: Path
+) -> None:
+    folder = save_tiny_model(tmp_path / "model", family, initializer_range=0.1)
+    save_tiny_tokenizer(folder)
+    measured = measure(folder, text, tmp_path, mode="released", bits=[2], loss_tokens=70)
+    store = LayerStore(tmp_path / "run" / LOSS_GRADIENTS)
+    expected = gradients_of_the_full_model(full_model(folder), tokens_of(text)[:2])
+    assert sorted(expected) == [s.layer for s in measured.layers]
+    for statistics in measured.layers:
+        gradient = expected[statistics.layer]
+        found = store.tensors(statistics.layer)[GRADIENT]
+        torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-5)
+        assert statistics.loss_sensitivity == pytest.approx(
+            float(gradient.double().square().mean()), rel=1e-3
+        )
+
+
+def test_the_loss_hessian_is_the_trace_of_the_fisher_matrix(text: Path, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", "mixtral", initializer_range=0.1)
+    save_tiny_tokenizer(folder)
+    settings = {"mode": "released", "bits": [2], "hessian": "loss", "loss_tokens": 192}
+    measured = measure(folder, text, tmp_path, **settings)
+    gradients = gradients_of_the_full_model(full_model(folder), tokens_of(text))
+    model = full_model(folder)
+    calls = block_calls(model, text)
+    layer, expert = 1, 2
+    hidden, index, weights = calls[layer]
+    experts = model.model.layers[layer].mlp.experts
+    change = changes_of_weights(experts, 2)
+    traces = {"gate_up": 0.0, "down": 0.0}
+    for token, slot in (index == expert).nonzero().tolist():
+        first = experts.gate_up_proj[expert].detach().requires_grad_()
+        second = experts.down_proj[expert].detach().requires_grad_()
+        output = experts._apply_gate(hidden[token][None] @ first.T) @ second.T
+        (output[0] * weights[token, slot]).backward(gradients[layer][token])
+        traces["gate_up"] += float(first.grad.double().square().sum())  # type: ignore[union-attr]
+        traces["down"] += float(second.grad.double().square().sum())  # type: ignore[union-attr]
+    expected = sum(
+        traces[m] * float(change[m][expert]) / fused_weight(experts, m)[expert].numel()
+        for m in MATRICES
+    )
+    assert measured.layers[layer].hessian_error[2][expert] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_loss_hessian_without_gradients_is_refused() -> None:
+    with pytest.raises(ValidationError, match="give 'loss_tokens: 2048'"):
+        ExpertStats.model_validate({"hessian": "loss"})

@@ -136,6 +136,12 @@ def test_a_shift_of_domain_shows_in_the_file_the_report_and_python(
             assert shift.rank_correlation == pytest.approx(expected)
         most = np.abs(one / one.sum() - other / other.sum()).argmax()
         assert next(iter(shift.changed)) == most
+        ranks = [sorted(range(4), key=lambda e: -count[e]) for count in (one, other)]
+        places = [{expert: order.index(expert) for expert in range(4)} for order in ranks]
+        moved = {e: (places[0][e], places[1][e]) for e in range(4)}
+        assert dict(shift.moved) == {e: p for e, p in moved.items() if p[0] != p[1]}
+        distances = [abs(first - second) for first, second in shift.moved.values()]
+        assert distances == sorted(distances, reverse=True)
 
 
 def test_protection_is_found_sequence_by_sequence(folder: Path, tmp_path: Path) -> None:

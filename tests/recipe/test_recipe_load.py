@@ -110,7 +110,8 @@ extra: 3
         r"recipe.yaml:16: stages\[7\].type: required, but not given; there are .*Decide.*",
         r"recipe.yaml:18: exports\[0\].type: unknown exporter 'listng'; did you mean 'listing'\?",
         r"recipe.yaml:19: exports\[1\].order: should be 'ascending' or 'descending', not 3",
-        r"recipe.yaml:20: extra: no such setting; there are calibration, exports, stages, version",
+        r"recipe.yaml:20: extra: no such setting; there are calibration, exports, quality, "
+        r"stages, version",
     ]
     assert len(found) == len(patterns), "\n".join(found)
     for pattern, line in zip(patterns, found, strict=True):

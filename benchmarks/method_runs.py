@@ -1,0 +1,152 @@
+"""Compress one model in many ways and evaluate each: what beyond_pmq.py and ablation.py share.
+
+Results are kept in a folder under the name of the run, with a hash of what they depend on, and are
+not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mcsharp_sdk
+from mcsharp_sdk.artifacts import ExpertStatistics
+
+Stages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run on one text: ``d`` is ln(perplexity) above that of the uncompressed model."""
+
+    d: float
+    perplexity: float
+    stored_bits: float
+    activated: float
+
+
+@dataclass(frozen=True)
+class Runs:
+    """One model, its calibration text and the texts that it is evaluated on."""
+
+    model: Path
+    calibration: Path
+    evaluations: Sequence[Path]
+    work: Path
+    sequences: int
+    length: int
+    tokens: int
+    group_size: int
+    device: str
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Runs:
+        """As the command line says, see :func:`add_arguments`."""
+        names = cls.__dataclass_fields__
+        return cls(**{name: getattr(arguments, name) for name in names})
+
+    def measured(self, name: str, stages: Stages, seed: int) -> dict[str, Measured]:
+        """Name of a text -> what the model that these stages make comes to on it."""
+        original = self._evaluated("original", None, seed=0)
+        found = self._evaluated(f"{name}_seed_{seed}", stages, seed)
+        return {
+            text: Measured(
+                d=math.log((one["perplexity"] or math.inf) / original[text]["perplexity"]),
+                perplexity=one["perplexity"] or math.inf,
+                stored_bits=one["expert_stored_bits"],
+                activated=one["activated_expert_ratio"],
+            )
+            for text, one in found.items()
+        }
+
+    def statistics(self, name: str, seed: int, **settings: Any) -> Path:
+        """A file of expert statistics, measured with these settings of ExpertStats."""
+        stage = {"type": "ExpertStats", "group_size": self.group_size, **settings}
+        recipe = {**self._recipe([stage], seed), "exports": []}
+        file = self.work / f"statistics_{name}_seed_{seed}_{_hash(recipe)}.json"
+        if not file.exists():
+            folder = self.work / f"{file.stem}.run"
+            self._compress(recipe, self.work / f"{file.stem}.none", folder)
+            shutil.copyfile(folder / ExpertStatistics.FILE, file)
+            shutil.rmtree(folder)
+        return file
+
+    def _evaluated(self, name: str, stages: Stages | None, seed: int) -> dict[str, Any]:
+        """Evaluation on each text, from the folder of results if it is there."""
+        recipe = None if stages is None else self._recipe(stages, seed)
+        how = [recipe, [str(text) for text in self.evaluations], self.length, self.tokens]
+        kept = self.work / f"{name}_{_hash(how)}.json"
+        if kept.exists():
+            return dict(json.loads(kept.read_text()))
+        model = self.model
+        if recipe is not None:
+            model = self.work / kept.stem
+            self._compress(recipe, model, self.work / f"{kept.stem}.run")
+        found = {
+            text.stem: mcsharp_sdk.evaluate(
+                model, text, window=self.length, max_tokens=self.tokens, device=self.device
+            ).to_json()
+            for text in self.evaluations
+        }
+        kept.write_text(json.dumps(found, indent=1))
+        for made in (self.work / kept.stem, self.work / f"{kept.stem}.run"):
+            shutil.rmtree(made, ignore_errors=True)
+        return found
+
+    def _compress(self, recipe: dict[str, Any], output: Path, run_dir: Path) -> None:
+        mcsharp_sdk.compress(
+            mcsharp_sdk.Recipe.from_dict(recipe),
+            self.model,
+            output,
+            run_dir=run_dir,
+            overwrite=True,
+            device=self.device,
+        )
+
+    def _recipe(self, stages: Stages, seed: int) -> dict[str, Any]:
+        calibration = {
+            "source": "text",
+            "path": str(self.calibration.absolute()),
+            "sequences": self.sequences,
+            "length": self.length,
+            "sampling": "random",
+            "seed": seed,
+        }
+        return {"version": 1, "calibration": calibration, "stages": [dict(s) for s in stages]}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What :class:`Runs` is made of."""
+    parser.add_argument("model", type=Path)
+    parser.add_argument("calibration", type=Path, help="text to calibrate on")
+    parser.add_argument("evaluations", type=Path, nargs="+", help="texts to evaluate on")
+    parser.add_argument("--work", type=Path, required=True, help="folder for results")
+    parser.add_argument("--sequences", type=int, default=48)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=32768, help="of each text evaluated on")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """The mean, and the least and largest value if there are several."""
+    mean = f"{sum(values) / len(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f}–{max(values):.3f})"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]

@@ -1,0 +1,44 @@
+"""Hessians of experts from the tokens routed to them, weighed and completed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tiny_model
+
+from mcsharp_sdk.data.calibration_set import CalibrationSet
+from mcsharp_sdk.models.expert_runs import ExpertRuns
+from mcsharp_sdk.models.source import SourceModel
+from mcsharp_sdk.models.stream import stream_layers
+from mcsharp_sdk.modifiers.layer_quantisation import LayerNotes, LayerQuantiser, QuantizerSettings
+from mcsharp_sdk.quantization.search import GridSettings
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_few_tokens_are_completed_by_all_tokens_in_the_same_measure(
+    weighted: bool, tmp_path: Path
+) -> None:
+    source = SourceModel(save_tiny_model(tmp_path, "mixtral", initializer_range=0.2))
+    tokens = torch.randint(0, 128, (3, 32), generator=torch.Generator().manual_seed(0))
+    layer = next(iter(stream_layers(source, CalibrationSet.of_tokens(tokens))))
+    runs, notes = ExpertRuns.of_layer(layer), LayerNotes()
+    settings = QuantizerSettings("gptq", GridSettings(16), 0.01, weighted, True)
+    found = LayerQuantiser(settings, None, None).expert_hessians(runs, "gate_up", range(4), notes)
+    routed, columns = runs.routed, runs.routed.hidden.shape[1]
+    everything = 2 * routed.hidden.double().T @ routed.hidden.double() / routed.num_tokens
+    completed = 0
+    for expert in range(4):
+        token, slot = torch.where(routed.top_k_index == expert)
+        rows = routed.hidden[token].double()
+        weight = routed.top_k_weights[token, slot].double().square()
+        weight = weight if weighted else torch.ones_like(weight)
+        expected = 2 * rows.T @ (rows * weight[:, None])
+        counted = float(weight.sum() ** 2 / weight.square().sum())
+        if counted < columns:
+            completed += 1
+            expected += (columns - counted) * weight.mean() * everything
+        torch.testing.assert_close(found[expert].double(), expected, rtol=1e-4, atol=1e-4)
+        assert (str(expert) in notes.starved) == (counted < columns)
+    assert completed
