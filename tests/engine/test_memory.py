@@ -22,6 +22,7 @@ STAGES: list[dict[str, Any]] = [
     {"type": "ExpertStats", "group_size": 16},
     {"type": "BitAllocation", "target_bits": 2.25},
     {"type": "GPTQQuantize", "group_size": 16},
+    {"type": "RouterCalibration", "tokens": 64},
     {"type": "TokenProtection"},
     {"type": "TopAnyRouter", "steps": 6, "units": 4},
 ]

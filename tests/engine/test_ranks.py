@@ -103,6 +103,8 @@ def test_two_processes_give_what_one_gives_up_to_the_order_of_sums(work: Path) -
             np.testing.assert_allclose(getattr(shared, name), getattr(alone, name), rtol=1e-6)
         for width, error in alone.quant_error.items():
             np.testing.assert_allclose(shared.quant_error[width], error, rtol=1e-5)
+        for width, error in alone.hessian_error.items():
+            np.testing.assert_allclose(shared.hessian_error[width], error, rtol=1e-5)
     assert BitMap.load(work / "one" / BitMap.FILE) == BitMap.load(work / "two" / BitMap.FILE)
     same, count = 0, 0
     for name, tensor in packed(work / "one").items():
@@ -164,16 +166,28 @@ def test_the_parts_of_a_calibration_set_are_the_whole_in_order(parts: int) -> No
         whole.share(0, 8)
 
 
-def test_what_several_processes_cannot_share_is_refused_before_work() -> None:
+@pytest.mark.parametrize(
+    ("settings", "more", "refused"),
+    [
+        ({"scope": "model"}, [], r"stages\[0\] ExpertStats: .*scope: block"),
+        ({"loss_tokens": 64}, [], r"stages\[0\] ExpertStats: gradients .*loss_tokens: 0"),
+        ({"block_scores": True}, [], r"stages\[0\] ExpertStats: .*block_scores: false"),
+        ({}, [{"type": "RouterCalibration"}], r"stages\[3\] RouterCalibration: .* one process"),
+    ],
+)
+def test_what_several_processes_cannot_share_is_refused_before_work(
+    settings: dict[str, Any], more: list[dict[str, Any]], refused: str
+) -> None:
     stages: list[dict[str, Any]] = [
-        {"type": "ExpertStats", "scope": "model"},
+        {"type": "ExpertStats", **settings},
         {"type": "BitAllocation", "target_bits": 2},
         {"type": "GPTQQuantize"},
+        *more,
     ]
     calibration = {"source": "embedded", "sequences": 4, "length": 8}
     recipe = Recipe.from_dict({"version": 1, "calibration": calibration, "stages": stages})
     calls = CalibrationSet.of_tokens(torch.ones(4, 8, dtype=torch.int64))
-    with pytest.raises(InputProblems, match=r"stages\[0\] ExpertStats: .*scope: block"):
+    with pytest.raises(InputProblems, match=refused):
         _check_ranks(recipe, calls, Ranks(0, 2))
     _check_ranks(recipe, calls, Ranks())
 
