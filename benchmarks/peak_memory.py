@@ -5,7 +5,7 @@ layers, 3 GB), compresses it in a process of its own and prints that process's p
 memory, next to what the interpreter takes with its imports and to the activations.
 
     python benchmarks/peak_memory.py [--layers 12] [--hidden 2048] [--intermediate 2560] \
-        [--errors gptq]
+        [--experts 8] [--errors gptq]
 
 ``--errors rtn`` measures the experts by round-to-nearest, in a third of the time.
 """
@@ -19,11 +19,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-EXPERTS, TOP_K, VOCABULARY = 8, 2, 4096
+TOP_K, VOCABULARY = 2, 4096
 SEQUENCES, LENGTH = 16, 512
 
 
-def make_model(folder: Path, layers: int, hidden: int, intermediate: int) -> int:
+def make_model(folder: Path, layers: int, hidden: int, intermediate: int, experts: int) -> int:
     """Write a random model in shards of one layer each; returns its bytes."""
     import torch
     from safetensors.torch import save_file
@@ -35,7 +35,7 @@ def make_model(folder: Path, layers: int, hidden: int, intermediate: int) -> int
         num_hidden_layers=layers,
         num_attention_heads=hidden // 128,
         num_key_value_heads=hidden // 256,
-        num_local_experts=EXPERTS,
+        num_local_experts=experts,
         num_experts_per_tok=TOP_K,
         vocab_size=VOCABULARY,
         dtype="bfloat16",
@@ -65,13 +65,15 @@ def make_model(folder: Path, layers: int, hidden: int, intermediate: int) -> int
     }
     save(1, {**head, "model.norm.weight": (hidden,)})
     for layer in range(layers):
-        save(layer + 2, layer_shapes(f"model.layers.{layer}.", hidden, intermediate))
+        save(layer + 2, layer_shapes(f"model.layers.{layer}.", hidden, intermediate, experts))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
 
 
-def layer_shapes(prefix: str, hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
+def layer_shapes(
+    prefix: str, hidden: int, intermediate: int, experts: int
+) -> dict[str, tuple[int, ...]]:
     """Tensors of one decoder layer as Mixtral has them on disk."""
     keys = hidden // 2
     shapes: dict[str, tuple[int, ...]] = {
@@ -81,9 +83,9 @@ def layer_shapes(prefix: str, hidden: int, intermediate: int) -> dict[str, tuple
         "self_attn.o_proj.weight": (hidden, hidden),
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
-        "block_sparse_moe.gate.weight": (EXPERTS, hidden),
+        "block_sparse_moe.gate.weight": (experts, hidden),
     }
-    for expert in range(EXPERTS):
+    for expert in range(experts):
         path = f"block_sparse_moe.experts.{expert}"
         shapes[f"{path}.w1.weight"] = shapes[f"{path}.w3.weight"] = (intermediate, hidden)
         shapes[f"{path}.w2.weight"] = (hidden, intermediate)
@@ -105,6 +107,7 @@ def compress(model: Path, output: Path, errors: str) -> None:
     """Compress and print the peak of resident memory, in bytes, before and after."""
     import mcsharp_sdk
     from mcsharp_sdk.engine import run  # noqa: F401  brings torch and transformers along
+    from mcsharp_sdk.models.memory import peak_resident_bytes
 
     imports = peak_resident_bytes()
     calibration = {
@@ -122,15 +125,13 @@ def compress(model: Path, output: Path, errors: str) -> None:
         {"version": 1, "calibration": calibration, "stages": stages}
     )
     done = mcsharp_sdk.compress(recipe, model, output, progress=False)
-    measured = {"imports": imports, "peak": peak_resident_bytes(), "seconds": dict(done.seconds)}
+    measured = {
+        "imports": imports,
+        "peak": done.peak_memory,
+        "planned": done.plan.peak_memory,
+        "seconds": dict(done.seconds),
+    }
     print(json.dumps(measured))
-
-
-def peak_resident_bytes() -> int:
-    """Peak of this process's resident memory; ``getrusage`` would count its parent's as well."""
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
 
 
 def main() -> None:
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=2560)
+    parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--errors", choices=["gptq", "rtn"], default="gptq")
     parser.add_argument("--compress", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -150,7 +152,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
         model.mkdir()
-        size = make_model(model, arguments.layers, arguments.hidden, arguments.intermediate)
+        sizes = (arguments.layers, arguments.hidden, arguments.intermediate, arguments.experts)
+        size = make_model(model, *sizes)
         save_tokenizer(model)
         command = [sys.executable, __file__, "--errors", arguments.errors]
         command += ["--compress", str(model), str(Path(scratch) / "out")]
@@ -161,6 +164,7 @@ def main() -> None:
     print(f"model                     {size / 1e9:6.2f} GB in {arguments.layers} layers")
     print(f"interpreter with imports  {found['imports'] / 1e9:6.2f} GB")
     print(f"peak of resident memory   {found['peak'] / 1e9:6.2f} GB")
+    print(f"planned                   {found['planned'] / 1e9:6.2f} GB")
     print(f"of which activations      {activations / 1e9:6.2f} GB")
     print(f"peak without activations  {(found['peak'] - activations) / 1e9:6.2f} GB")
     for stage, seconds in found["seconds"].items():

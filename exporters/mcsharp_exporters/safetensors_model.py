@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 from torch import Tensor
@@ -23,6 +23,7 @@ from mcsharp_sdk.report.training import training_plot
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
+    from mcsharp_sdk.models.safetensors_file import StoredTensor
     from mcsharp_sdk.models.source import SourceModel
     from mcsharp_sdk.runtime.layout import PackedLayout
 
@@ -79,7 +80,10 @@ class SafetensorsExporter(Exporter):
         writer.finish()
 
 
-def outer_tensors(model: SourceModel) -> Iterator[tuple[str, Tensor]]:
+AnyTensor: TypeAlias = "Tensor | StoredTensor"
+
+
+def outer_tensors(model: SourceModel) -> Iterator[tuple[str, AnyTensor]]:
     """What is outside the decoder layers (embeddings, head, vision tower), as it was.
 
     One module's own tensors are held at a time.
@@ -90,7 +94,7 @@ def outer_tensors(model: SourceModel) -> Iterator[tuple[str, Tensor]]:
         if name.startswith(layers):
             continue
         if name in model.verbatim:
-            yield name, model.checkpoint.read(model.verbatim[name])
+            yield name, model.checkpoint.slice(model.verbatim[name])
         else:
             of_owner.setdefault(name.rpartition(".")[0], []).append(name)
     for names in of_owner.values():
@@ -107,7 +111,7 @@ def model_layout(context: RunContext) -> PackedLayout:
 
 def named_layer_tensors(
     context: RunContext, layout: PackedLayout, index: int
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, AnyTensor]]:
     """A decoder layer: what stages made from the run directory, the rest from the model."""
     model = context.model
     packed = context.quantised_tensors(index)
@@ -117,10 +121,22 @@ def named_layer_tensors(
     replaced = [f"{prefix}{name}.weight" for name in linears]
     if index in layout.experts:
         replaced += model.fused_weights(index)
-    for name, tensor in model.stored_tensors(prefix, but_not=replaced):
+    copied = {n: t for n, t in _as_stored(model, prefix) if n not in replaced}
+    yield from ((name, tensor) for name, tensor in copied.items() if name not in packed)
+    for name, tensor in model.stored_tensors(prefix, but_not=[*replaced, *copied]):
         if name not in packed:
             yield name, tensor
     yield from _pruner_tensors(context, layout, index)
+
+
+def _as_stored(model: SourceModel, prefix: str) -> Iterator[tuple[str, StoredTensor]]:
+    """Tensors that can be copied from the original model as they are, in its stored dtype."""
+    tree = model.model.state_dict()
+    for name, disk in model.verbatim.items():
+        stored = model.checkpoint.slice(disk)
+        usual = stored.dtype == model.stored_dtype and tree[name].dtype == model.dtype
+        if usual and name.startswith(prefix):
+            yield name, stored
 
 
 def _pruner_tensors(

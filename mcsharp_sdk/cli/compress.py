@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mcsharp_sdk.cli.options import JsonOption, ModelOption, RecipeArgument, SetOption
+from mcsharp_sdk.cli.options import (
+    JsonOption,
+    MaxMemoryOption,
+    ModelOption,
+    RecipeArgument,
+    SetOption,
+)
 from mcsharp_sdk.cli.output import print_json, print_note, print_table
 from mcsharp_sdk.errors import InputError
 
@@ -35,6 +41,7 @@ def compress(
         bool, typer.Option("--overwrite", help="Replace an output folder that is there.")
     ] = False,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 …")] = "cpu",
+    max_memory: MaxMemoryOption = None,
     log_file: Annotated[
         Path | None, typer.Option("--log-file", metavar="FILE", help="Also write a log here.")
     ] = None,
@@ -42,6 +49,7 @@ def compress(
 ) -> None:
     """Compress a model as a recipe says. Cut off, the same command continues where it was."""
     from mcsharp_sdk.cli.plan import show_plan
+    from mcsharp_sdk.engine.ranks import is_first
     from mcsharp_sdk.engine.run import compress as run
 
     _log_to(log_file)
@@ -54,11 +62,14 @@ def compress(
             overrides=overrides or [],
             overwrite=overwrite,
             device=device,
+            max_memory=max_memory,
             on_plan=None if json else show_plan,
         )
     except KeyboardInterrupt:
         print_note("What is finished is kept: the same command continues from there.")
         raise
+    if not is_first():
+        return
     if json:
         print_json(result.to_json())
     else:
@@ -89,13 +100,14 @@ def _show(result: Compression) -> None:
 
     for warning in result.warnings:
         print_note(f"warning: {warning}")
-    cost = model_cost(result.output)
+    cost, planned = model_cost(result.output), result.plan.peak_memory
     rows = [(stage, f"{seconds:.1f} s") for stage, seconds in result.seconds.items()]
     rows += [
         ("weights before", decimal(result.plan.bytes_before)),
         ("weights after", decimal(cost.weight_bytes)),
         ("nominal bits", f"{cost.bits.nominal:.3f}"),
         ("stored bits", f"{cost.bits.stored:.3f}"),
+        ("peak memory", f"{decimal(result.peak_memory)}, planned {decimal(planned)}"),
         ("written to", str(result.output)),
     ]
     if (result.output / PAGE_FILE).is_file():

@@ -24,6 +24,14 @@ SetOption = Annotated[
         help="Change a setting, e.g. stages.BitAllocation.target_bits=2.0; may be repeated.",
     ),
 ]
+MaxMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        help="Keep to so much memory, e.g. 8GB; activations go to disk where they must.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 TextOption = Annotated[
     Path | None,

@@ -119,6 +119,33 @@ class CalibrationSet:
                 break
         return replace(self, groups=tuple(chosen))
 
+    def share(self, part: int, parts: int) -> CalibrationSet:
+        """One of so many consecutive parts, of as equal numbers of sequences as can be.
+
+        Raises
+        ------
+        InputError
+            If there are fewer sequences than parts.
+        """
+        if parts == 1:
+            return self
+        count = self.num_sequences
+        if count < parts:
+            raise InputError(
+                f"calibration: {count} sequences cannot be divided among {parts} processes: give "
+                "more sequences, or start fewer processes"
+            )
+        start, stop, done = count * part // parts, count * (part + 1) // parts, 0
+        chosen: list[SampleGroup] = []
+        for group in self.groups:
+            first, last = max(start - done, 0), min(stop - done, len(group.tokens))
+            if first < last and last - first == len(group.tokens):
+                chosen.append(group)
+            elif first < last:
+                chosen.append(SampleGroup({"input_ids": group.tokens[first:last]}, group.source))
+            done += len(group.tokens)
+        return replace(self, groups=tuple(chosen))
+
     def describe(self) -> str:
         """How much there is, e.g. ``128 x 2048 calibration tokens``; per source if of several."""
         parts = []

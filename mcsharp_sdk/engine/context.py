@@ -6,20 +6,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from torch import Tensor
-
 from mcsharp_sdk.artifact_file import Artifact
 from mcsharp_sdk.artifacts import TokenProtectionRule
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.engine.progress import ProgressBars
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import AnyArtifact, LayerStore, RunDirectory
+from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.routing import Router
+from mcsharp_sdk.models.scratch import Scratch
+from mcsharp_sdk.models.shards import TensorSlice
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import StreamedLayer, stream_layers
 from mcsharp_sdk.models.topology import router_weight
 from mcsharp_sdk.modifiers.gptq_quantize import QUANTIZED_WEIGHTS
-from mcsharp_sdk.modifiers.layer_restoration import restore_packed
+from mcsharp_sdk.modifiers.layer_restoration import restore_packed, restore_whole
 from mcsharp_sdk.modifiers.router_calibration import CALIBRATED_ROUTERS
 from mcsharp_sdk.modifiers.top_any_router import TOP_ANY_ROUTER
 from mcsharp_sdk.recipe.schema import Recipe
@@ -47,6 +48,8 @@ class RunContext:
     directory : the run directory, open.
     progress : bars for long loops.
     report : what the reader should be told.
+    spill : keep activations in files of the run directory.
+    ranks : the processes of the run. Each streams some of the calibration sequences.
     """
 
     model: SourceModel
@@ -55,8 +58,12 @@ class RunContext:
     directory: RunDirectory
     progress: ProgressBars
     report: RunReport = field(default_factory=RunReport)
+    spill: bool = False
+    ranks: Ranks = ALONE
 
-    def stream(self, description: str, *, quantised: bool = False) -> Iterator[StreamedLayer]:
+    def stream(
+        self, description: str, *, quantised: bool = False, by_expert: bool = False
+    ) -> Iterator[StreamedLayer]:
         """Decoder layers one at a time, loaded, with the activations that reach them.
 
         What the consumer changes in a layer's weights, the layers behind it see.
@@ -65,12 +72,27 @@ class RunContext:
         ----------
         description : of the progress bar.
         quantised : with the weights that an earlier stage quantised them to, if there is one.
+        by_expert : with routed experts on disk, to be read one by one through ``layer.experts``.
+            Otherwise they are loaded with the layer.
         """
-        layers = stream_layers(self.model, self.calibration, lambda r: self.track(r, description))
+        layers = stream_layers(
+            self.model,
+            self.calibration,
+            lambda r: self.track(r, description),
+            by_expert=by_expert,
+            scratch=self.scratch(),
+            ranks=self.ranks,
+        )
         for layer in layers:
-            if quantised:
+            if quantised and by_expert:
+                self.restore_streamed(layer)
+            elif quantised:
                 self.restore_quantised(layer.source, layer.index)
             yield layer
+
+    def scratch(self) -> Scratch:
+        """Where activations are kept: in memory, or in the run directory."""
+        return Scratch(self.directory.path if self.spill else None, self.model.device)
 
     def quantised_layout(self) -> PackedLayout | None:
         """How an earlier stage quantised the model; None if none did."""
@@ -100,18 +122,25 @@ class RunContext:
         """Give a loaded decoder layer the weights that an earlier stage quantised it to, if any."""
         layout = self.quantised_layout()
         if layout is not None:
-            restore_packed(source, layer, self.quantised_tensors(layer), layout)
+            restore_whole(source, layer, self.quantised_tensors(layer), layout)
 
-    def quantised_tensors(self, layer: int) -> dict[str, Tensor]:
+    def restore_streamed(self, layer: StreamedLayer) -> None:
+        """As ``restore_quantised``, with routed experts to be read through ``layer.experts``."""
+        layout = self.quantised_layout()
+        if layout is not None:
+            restore_packed(layer, self.quantised_tensors(layer.index), layout)
+
+    def quantised_tensors(self, layer: int) -> dict[str, TensorSlice]:
         """What stages made of a decoder layer's weights, by full names; empty if nothing.
 
-        Its packed weights, and its router where that was rounded or calibrated.
+        Its packed weights, and its router where that was rounded or calibrated. Each tensor is read
+        when it is asked for.
         """
         stored = self.layers(QUANTIZED_WEIGHTS)
-        tensors = stored.tensors(layer) if stored.has(layer) else {}
+        tensors = stored.slices(layer) if stored.has(layer) else {}
         calibrated = self.layers(CALIBRATED_ROUTERS)
         if calibrated.is_complete() and calibrated.has(layer):
-            tensors |= calibrated.tensors(layer)
+            tensors |= calibrated.slices(layer)
         return tensors
 
     def routers(self) -> Iterator[Router]:
@@ -121,8 +150,8 @@ class RunContext:
             module = self.model.layer(router.layer).get_submodule(block.router)
             path = f"{self.model.layer_path(router.layer)}.{block.router}"
             name = f"{path}.{router_weight(module)}"
-            weight = self.quantised_tensors(router.layer).get(name, router.weight)
-            yield replace(router, weight=weight)
+            kept = self.quantised_tensors(router.layer)
+            yield replace(router, weight=kept[name].read()) if name in kept else router
 
     def track(self, items: Iterable[Item], description: str) -> Iterator[Item]:
         """Iterate with a progress bar."""

@@ -9,16 +9,11 @@ from pathlib import Path
 
 from mcsharp_sdk.data.tokenise import TOKENIZER_FILES
 from mcsharp_sdk.engine.plan import Plan
-from mcsharp_sdk.engine.sizes import model_sizes
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.source import SourceModel
-from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
-from mcsharp_sdk.recipe.schema import Recipe
 
 
-def check_disk_space(
-    plan: Plan, recipe: Recipe, source: SourceModel, run_directory: Path, output: Path
-) -> None:
+def check_disk_space(plan: Plan, source: SourceModel, run_directory: Path, output: Path) -> None:
     """Check that what a run will write has room, by the sizes of its plan.
 
     What an earlier run left in the run directory counts as written already. An output that will be
@@ -29,10 +24,10 @@ def check_disk_space(
     InputError
         If a file system has too little room; the message says what needs how much.
     """
-    kept = min(_size_of(run_directory), run_directory_bytes(plan, recipe, source))
+    kept = min(_size_of(run_directory), plan.run_bytes)
     needs = {
-        "the run directory": (run_directory, run_directory_bytes(plan, recipe, source) - kept),
-        "the result": (output, plan.bytes_after + _copied_bytes(source.path)),
+        "the run directory": (run_directory, plan.run_bytes - kept),
+        "the result": (output, plan.output_bytes + _copied_bytes(source.path)),
     }
     shared: dict[int, list[tuple[str, Path, int]]] = defaultdict(list)
     for what, (folder, size) in needs.items():
@@ -47,17 +42,6 @@ def check_disk_space(
                 f"{parts[0][1]}, where {_decimal(free)} are free; make room, or give another "
                 "--output or --run-dir"
             )
-
-
-def run_directory_bytes(plan: Plan, recipe: Recipe, source: SourceModel) -> int:
-    """Bytes of the tensors that stages will keep: packed weights, and networks that prune."""
-    quantiser = next((s for s in recipe.stages if isinstance(s, GPTQQuantize)), None)
-    sizes = model_sizes(source)
-    copied = sizes.bytes
-    if quantiser is not None and plan.nominal_bits is not None:
-        copied -= sizes.expert_bytes
-        copied -= sizes.linear_bytes if quantiser.other_bits is not None else 0
-    return max(0, plan.bytes_after - copied)
 
 
 def _copied_bytes(model: Path) -> int:

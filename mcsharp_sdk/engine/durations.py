@@ -1,83 +1,151 @@
-"""About how long stages take on this machine, from the multiplications that they need."""
+"""About how long stages take on this machine: multiplications, and weights whose grid is searched.
+
+What a stage does besides is left out, which for models of a few million weights is most of it.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from mcsharp_sdk.engine.sizes import LayerSizes, ModelSizes, network_bytes
 from mcsharp_sdk.models.bfloat16 import linear
+from mcsharp_sdk.models.expert_runs import OVERALL_TOKENS
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
 from mcsharp_sdk.modifiers.router_calibration import RouterCalibration
 from mcsharp_sdk.modifiers.token_protection import TokenProtection
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
+from mcsharp_sdk.quantization.gptq import quantise_gptq
+from mcsharp_sdk.quantization.hessian import InverseFactor
+from mcsharp_sdk.quantization.search import GridSettings
 
 PASS = 1.5
 """Cost of a calibration pass in forwards: attention runs two or three times, experts once."""
 
 
-def stage_seconds(stages: Sequence[Modifier], sizes: ModelSizes, tokens: int) -> list[float]:
+MEASURED = (256, 512)
+"""Rows and columns of the matrix that quantising is timed on."""
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What this machine does in a second, measured for a moment.
+
+    Attributes
+    ----------
+    forward : multiplications in the model's dtype.
+    exact : multiplications in float32.
+    weights : of a matrix that are quantised by GPTQ, updates left out.
+    weights_quickly : the same with the coarser search of ExpertStats.
+    """
+
+    forward: float
+    exact: float
+    weights: float
+    weights_quickly: float
+
+    @classmethod
+    def measure(cls, dtype: torch.dtype, group_size: int) -> Speeds:
+        """Of this machine as it is now, with whatever else runs on it."""
+        from mcsharp_sdk.modifiers.expert_measurement import QUICK_SEARCH
+
+        forward = _multiplications_per_second(dtype)
+        exact = forward if dtype == torch.float32 else _multiplications_per_second(torch.float32)
+        grids = (GridSettings(group_size), GridSettings(group_size, **QUICK_SEARCH))
+        return cls(forward, exact, *(_weights_per_second(grid) for grid in grids))
+
+
+def stage_seconds(
+    stages: Sequence[Modifier], sizes: ModelSizes, tokens: int, processes: int = 1
+) -> list[float]:
     """Seconds of each stage on so many calibration tokens; 0 for one that is not known.
 
-    The speed of this machine is measured for a moment. What a stage does besides multiplying is
-    left out, which for models of a few million weights is most of it.
+    Parameters
+    ----------
+    processes : each as fast as this one, and with nothing else to wait for.
     """
-    rate = _multiplications_per_second(sizes.dtype)
-    exact = rate if sizes.dtype == torch.float32 else _multiplications_per_second(torch.float32)
-    forward = sum(layer.active_weights for layer in sizes.layers) * tokens / rate
-    return [_seconds(stage, sizes, tokens, forward, exact) for stage in stages]
+    group_size = next((s.group_size for s in stages if isinstance(s, _QUANTISING)), 128)
+    speeds = Speeds.measure(sizes.dtype, group_size)
+    return [_seconds(stage, sizes, tokens, speeds) / processes for stage in stages]
 
 
-def _seconds(
-    stage: Modifier, sizes: ModelSizes, tokens: int, forward: float, exact: float
-) -> float:
-    """Seconds of one stage, given those of a forward and the rate of products in float32."""
+_QUANTISING = (ExpertStats, GPTQQuantize)
+
+
+def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) -> float:
+    """Seconds of one stage."""
     from mcsharp_sdk.modifiers.expert_measurement import HESSIAN_TOKENS
 
-    work = 0.0
-    if isinstance(stage, ExpertStats) and stage.quantizer == "gptq":
-        work = sum(_expert_hessians(layer, tokens, HESSIAN_TOKENS) for layer in sizes.layers)
-        work += len(stage.bits) * sum(_update_work(layer) for layer in sizes.layers)
-    elif isinstance(stage, GPTQQuantize) and stage.quantizer == "gptq":
-        work = sum(_expert_hessians(layer, tokens) for layer in sizes.layers)
-        work += sum(_linear_hessians(layer, tokens) + _update_work(layer) for layer in sizes.layers)
+    active = sum(layer.active_weights for layer in sizes.layers)
+    forward = PASS * active * tokens / speeds.forward
+    work, searching = 0.0, 0.0
+    gptq = isinstance(stage, _QUANTISING) and stage.quantizer == "gptq"
+    if isinstance(stage, ExpertStats):
+        widths = len(stage.bits)
+        searching = widths * sizes.expert_weights / speeds.weights_quickly
+        if gptq:
+            work = sum(_expert_hessians(layer, tokens, HESSIAN_TOKENS) for layer in sizes.layers)
+            work += sum(_expert_updates(layer, widths) for layer in sizes.layers)
+        measured = min(tokens, stage.error_tokens)
+        forward += measured * (widths + 1) * sizes.expert_weights / speeds.forward
+        # Gradients: a forward pass, another for the backward pass, and that at twice the work.
+        forward += 4 * active * min(stage.loss_tokens, tokens) / speeds.forward
+    elif isinstance(stage, GPTQQuantize):
+        linears = 0 if stage.other_bits is None else sizes.linear_weights
+        searching = (sizes.expert_weights + linears) / speeds.weights
+        if gptq:
+            work = sum(_expert_hessians(layer, tokens) for layer in sizes.layers)
+            work += sum(_expert_updates(layer, 1) for layer in sizes.layers)
+        if stage.other_bits is not None:
+            work += sum(_linear_work(layer, tokens) for layer in sizes.layers)
     elif isinstance(stage, TopAnyRouter):
         work = _training_work(stage, sizes, tokens)
     elif isinstance(stage, RouterCalibration):
-        # The original runs beside the quantised model.
-        return 2 * PASS * forward + _fitting_work(stage, sizes, tokens) / exact
-    elif not isinstance(stage, (ExpertStats, GPTQQuantize, TokenProtection)):
+        forward *= 2  # the original runs beside the quantised model
+        work = _fitting_work(stage, sizes, tokens)
+    elif not isinstance(stage, TokenProtection):
         return 0.0
-    if isinstance(stage, ExpertStats) and tokens:
-        # Gradients: a forward pass, another for the backward pass, and that at twice the work.
-        forward *= 1 + 4 / PASS * min(stage.loss_tokens, tokens) / tokens
-    return PASS * forward + work / exact
+    return forward + work / speeds.exact + searching
 
 
 def _expert_hessians(layer: LayerSizes, tokens: int, most: int | None = None) -> float:
     """Multiplications for the Hessians of a layer's experts, of ``most`` tokens each."""
-    routed = tokens * layer.top_k
+    routed: float = tokens * layer.top_k
     if most is not None:
         routed = min(routed, most * layer.experts)
-    return float(sum(routed * columns**2 for columns in layer.expert_columns))
+    # Half of a symmetric product is computed. Few tokens are completed by those of all experts.
+    missing = [
+        max(0, columns - routed // max(1, layer.experts)) for columns in layer.expert_columns
+    ]
+    more = layer.experts * min(tokens, OVERALL_TOKENS)
+    return sum(
+        (routed + (more if short else 0)) * columns**2 / 2
+        for columns, short in zip(layer.expert_columns, missing, strict=True)
+    )
 
 
-def _linear_hessians(layer: LayerSizes, tokens: int) -> float:
-    """Multiplications for the Hessians of a layer's other linears."""
-    return float(sum(tokens * columns**2 for columns in layer.linear_columns))
+def _linear_work(layer: LayerSizes, tokens: int) -> float:
+    """Multiplications for a layer's other linears; those that share an input share a Hessian."""
+    shared = set(zip(layer.linear_parts, layer.linear_columns, strict=True))
+    hessians = sum(tokens * columns**2 / 2 + columns**3 for _, columns in shared)
+    updates = sum(
+        rows * columns**2 / 2
+        for rows, columns in zip(layer.linear_rows, layer.linear_columns, strict=True)
+    )
+    return float(hessians + updates)
 
 
-def _update_work(layer: LayerSizes) -> float:
-    """Multiplications for factorising Hessians and walking the columns, memory traffic included."""
-    walking = 6.0
+def _expert_updates(layer: LayerSizes, widths: int) -> float:
+    """Multiplications for factorising the experts' Hessians, and for updates at each width."""
     return float(
         layer.experts
         * sum(
-            columns**3 + walking * rows * columns**2
+            columns**3 + widths * rows * columns**2 / 2
             for rows, columns in zip(layer.expert_rows, layer.expert_columns, strict=True)
         )
     )
@@ -118,3 +186,15 @@ def _multiplications_per_second(dtype: torch.dtype, size: int = 768) -> float:
         _ = linear(a, a)
         rounds += 1
     return rounds * size**3 / (time.perf_counter() - start)
+
+
+def _weights_per_second(grid: GridSettings) -> float:
+    """Weights that GPTQ quantises to 2 bits on this machine, measured for a moment."""
+    rows, columns = MEASURED
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(1, rows, columns, generator=generator)
+    factor = InverseFactor(torch.eye(columns).unsqueeze(0), (0.01,), (), ())
+    quantise_gptq(weights[:, :32], factor, [2], grid)
+    start = time.perf_counter()
+    quantise_gptq(weights, factor, [2], grid)
+    return rows * columns / (time.perf_counter() - start)

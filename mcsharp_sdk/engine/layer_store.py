@@ -15,7 +15,7 @@ from mcsharp_sdk.checked_files import (
     read_checked_json,
     write_checked_json,
 )
-from mcsharp_sdk.models.shards import write_safetensors
+from mcsharp_sdk.models.shards import Checkpoint, TensorSlice, write_safetensors
 
 FINISHED_FILE = "finished_stages.json"
 """In the run directory, above the stores: which stages are finished."""
@@ -51,14 +51,16 @@ class LayerStore:
         DamagedFile
             If they are not those that were written.
         """
-        digest = self._kept(layer)["tensors_sha256"]
-        if digest is None:
+        file = self._intact(layer)
+        return {} if file is None else load_file(file)
+
+    def slices(self, layer: int) -> dict[str, TensorSlice]:
+        """As ``tensors``, each read when it is asked for; the whole file is checked at once."""
+        file = self._intact(layer)
+        if file is None:
             return {}
-        file = self._tensors(layer)
-        if not file.is_file() or file_hash(file) != digest:
-            state = "is damaged" if file.is_file() else "is gone"
-            raise self._damaged(layer, f"{file} {state}")
-        return load_file(file)
+        checkpoint = Checkpoint.of_file(file)
+        return {name: checkpoint.slice(name) for name in checkpoint.names}
 
     def notes(self, layer: int) -> dict[str, Any]:
         """The notes of a finished layer."""
@@ -75,6 +77,17 @@ class LayerStore:
     def summary(self) -> dict[str, Any]:
         """What ``write_summary`` kept."""
         return dict(read_checked_json(self.folder / SUMMARY_FILE))
+
+    def _intact(self, layer: int) -> Path | None:
+        """The file of a finished layer's tensors, checked; None if it has none."""
+        digest = self._kept(layer)["tensors_sha256"]
+        if digest is None:
+            return None
+        file = self._tensors(layer)
+        if not file.is_file() or file_hash(file) != digest:
+            state = "is damaged" if file.is_file() else "is gone"
+            raise self._damaged(layer, f"{file} {state}")
+        return file
 
     def _kept(self, layer: int) -> dict[str, Any]:
         try:

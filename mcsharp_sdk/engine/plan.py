@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mcsharp_sdk.data.calibration import ImageTextSource
+from mcsharp_sdk.engine.budget import must_spill, read_bytes_of
 from mcsharp_sdk.engine.durations import stage_seconds
+from mcsharp_sdk.engine.memory_plan import MemoryPlan, Work
 from mcsharp_sdk.engine.sizes import ModelSizes, model_sizes, network_bytes, packed_bytes_of
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.architecture import reads_images
@@ -18,25 +20,26 @@ from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
-from mcsharp_sdk.modifiers.router_calibration import RouterCalibration
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
 from mcsharp_sdk.recipe.document import Location
 from mcsharp_sdk.recipe.schema import Recipe
 
-INTERPRETER_BYTES = 650 * 10**6
-"""Resident memory of Python with torch and transformers imported, before a model is opened."""
-
-LOADING_OVERHEAD = 1.3
-"""Peak memory of loading a layer, in layers: fused tensors are stacked from single ones."""
-
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: what it is, and about how long it takes on this machine, in seconds."""
+    """One stage: what it is, and about what it takes.
+
+    Attributes
+    ----------
+    stage, summary : its type, and the settings that matter most.
+    seconds : on this machine.
+    peak_memory : bytes, the interpreter included.
+    """
 
     stage: str
     summary: str
     seconds: float
+    peak_memory: int
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ class Plan:
     bytes_before, bytes_after : of all weights; the second estimated from the widths.
     nominal_bits : mean width of all weights that will be quantised.
     peak_memory : bytes, estimated.
+    least_memory : the same with all activations on disk.
+    spill : whether activations will lie on disk, as the memory that is allowed asks for.
+    run_bytes, output_bytes : on disk, of the run directory and the result.
     """
 
     model: str
@@ -62,6 +68,10 @@ class Plan:
     bytes_after: int
     nominal_bits: float | None
     peak_memory: int
+    least_memory: int
+    spill: bool
+    run_bytes: int
+    output_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
@@ -72,17 +82,29 @@ def plan(
     recipe: Recipe | str | os.PathLike[str],
     model: str | os.PathLike[str],
     overrides: Sequence[str] = (),
+    *,
+    max_memory: str | int | None = None,
+    processes: int = 1,
 ) -> Plan:
     """Tell what ``compress`` would do, without reading weights.
+
+    Parameters
+    ----------
+    max_memory : bytes that the run, or each of its processes, may take, or a text such as ``8GB``.
+    processes : that share the work, as torchrun would start them on machines like this one.
 
     Raises
     ------
     InputError
-        If the recipe is wrong, or it and the model do not fit; all problems together.
+        If the recipe is wrong, or it and the model do not fit; all problems together. Or if the
+        run would take more memory; the message says the least that would do.
     """
     from mcsharp_sdk.engine.run import as_recipe
 
-    return make_plan(as_recipe(recipe, overrides), SourceModel(Path(model)))
+    allowed = read_bytes_of(max_memory)
+    if processes < 1:
+        raise InputError(f"{processes} processes cannot do anything: give 1 or more")
+    return make_plan(as_recipe(recipe, overrides), SourceModel(Path(model)), allowed, processes)
 
 
 def check_model(recipe: Recipe, model: str | os.PathLike[str] | SourceModel) -> None:
@@ -156,30 +178,47 @@ def _calibration_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit
                 yield ("stages", position, "loss_tokens"), message
 
 
-def make_plan(recipe: Recipe, source: SourceModel) -> Plan:
+def make_plan(
+    recipe: Recipe, source: SourceModel, max_memory: int | None = None, processes: int = 1
+) -> Plan:
     """The plan for an opened model.
+
+    Parameters
+    ----------
+    max_memory : bytes that each process may take.
+    processes : that share the work.
 
     Raises
     ------
     InputProblems
         If recipe and model do not fit.
+    InputError
+        If the run would take more memory.
     """
     check_model(recipe, source)
     sizes = model_sizes(source)
     bits = _intended_bits(recipe, source)
     blocks = list(source.topology.moe.values())
     after, nominal = _after(recipe, sizes, bits)
+    length = max((source.length for source in recipe.sources), default=0)
+    work = Work(sizes, _most_tokens(recipe), length, processes)
+    memory = MemoryPlan.of(recipe.stages, work, bits)
+    spill = must_spill(max_memory, memory.peak(spill=False), memory.peak(spill=True))
     return Plan(
         model=source.path.name,
         layers=source.topology.num_layers,
         moe_layers=len(blocks),
         experts=blocks[0].num_experts,
         top_k=blocks[0].top_k,
-        stages=_stage_plans(recipe, sizes, bits),
+        stages=_stage_plans(recipe, work, bits, memory.stages(spill=spill)),
         bytes_before=sizes.bytes,
         bytes_after=after,
         nominal_bits=nominal,
-        peak_memory=_peak_memory(recipe, sizes),
+        peak_memory=memory.peak(spill=spill),
+        least_memory=memory.peak(spill=True),
+        spill=spill,
+        run_bytes=_run_bytes(recipe, sizes, after) + (processes * memory.movable if spill else 0),
+        output_bytes=after,
     )
 
 
@@ -219,35 +258,25 @@ def _after(recipe: Recipe, sizes: ModelSizes, bits: float | None) -> tuple[int, 
     return kept + packed + networks, mean
 
 
-def _peak_memory(recipe: Recipe, sizes: ModelSizes) -> int:
-    """Interpreter, one layer while it loads, the quantiser's working set, and activations."""
-    from mcsharp_sdk.modifiers.layer_quantisation import WORKING_SET_BYTES
-
-    # Hidden states before a layer, those in front of its experts, and the experts' outputs;
-    # where routers are calibrated, the original's hidden states as well.
-    states = 4 if any(isinstance(s, RouterCalibration) for s in recipe.stages) else 3
-    activations = states * _most_tokens(recipe) * sizes.hidden_size * sizes.dtype_bytes
-    loss_tokens = max(
-        (s.loss_tokens for s in recipe.stages if isinstance(s, ExpertStats)), default=0
-    )
-    # Gradients of the loss need what is in front of every layer.
-    kept = min(loss_tokens, _most_tokens(recipe)) * len(sizes.layers)
-    activations = max(activations, kept * sizes.hidden_size * sizes.dtype_bytes)
-    layer = max(sizes.layers, key=lambda s: s.bytes)
-    working = max(WORKING_SET_BYTES, layer.expert_working_set)
-    loading = int(layer.bytes * LOADING_OVERHEAD)
-    peak = max(loading, layer.bytes + working)
-    if any(isinstance(s, TopAnyRouter) and s.scope == "model" for s in recipe.stages):
-        # The whole model, in float32 where it is held on a CPU.
-        peak = max(peak, sizes.bytes * 4 // sizes.stored_bytes_per_weight)
-    return INTERPRETER_BYTES + peak + activations
+def _run_bytes(recipe: Recipe, sizes: ModelSizes, after: int) -> int:
+    """Bytes that stages leave in the run directory: what is packed, networks, and gradients."""
+    kept = sizes.bytes
+    quantiser = _quantiser(recipe)
+    if quantiser is not None:
+        kept -= sizes.expert_bytes + (0 if quantiser.other_bits is None else sizes.linear_bytes)
+    tokens = sum(s.loss_tokens for s in recipe.stages if isinstance(s, ExpertStats))
+    moe_layers = sum(1 for layer in sizes.layers if layer.experts)
+    state = min(tokens, _most_tokens(recipe)) * sizes.hidden_size * sizes.dtype_bytes
+    return max(0, after - kept) + moe_layers * state
 
 
-def _stage_plans(recipe: Recipe, sizes: ModelSizes, bits: float | None) -> list[StagePlan]:
-    seconds = stage_seconds(recipe.stages, sizes, _most_tokens(recipe))
+def _stage_plans(
+    recipe: Recipe, work: Work, bits: float | None, memory: Sequence[int]
+) -> list[StagePlan]:
+    seconds = stage_seconds(recipe.stages, work.sizes, work.tokens, work.processes)
     return [
-        StagePlan(stage.type, _summary(stage, bits), needed)
-        for stage, needed in zip(recipe.stages, seconds, strict=True)
+        StagePlan(stage.type, _summary(stage, bits), needed, peak)
+        for stage, needed, peak in zip(recipe.stages, seconds, memory, strict=True)
     ]
 
 

@@ -7,13 +7,14 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mcsharp_sdk.checked_files import CHECKSUMS_FILE
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.data.gathering import gather
+from mcsharp_sdk.engine.budget import read_bytes_of
 from mcsharp_sdk.engine.context import RunContext
 from mcsharp_sdk.engine.disk_space import check_disk_space
 from mcsharp_sdk.engine.fingerprint import fingerprint, stage_keys
@@ -21,10 +22,13 @@ from mcsharp_sdk.engine.obstacles import explained
 from mcsharp_sdk.engine.plan import Plan, make_plan
 from mcsharp_sdk.engine.progress import ProgressBars
 from mcsharp_sdk.engine.publication import is_published, partial_output, publish
+from mcsharp_sdk.engine.ranks import SharedRunDirectory, joined, own_device
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.engine.stage_store import StageStore
-from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.models.memory import peak_resident_bytes
+from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.weight_checks import check_outer_weights
 from mcsharp_sdk.modifiers.base import Modifier
@@ -47,12 +51,14 @@ class Compression:
     seconds : per stage and exporter; a stage finished by an earlier run is absent.
     warnings : what was noticed on the way.
     plan : what was intended.
+    peak_memory : the most bytes of memory that this process has had so far.
     """
 
     output: Path
     seconds: Mapping[str, float]
     warnings: Sequence[str]
     plan: Plan
+    peak_memory: int
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
@@ -61,6 +67,7 @@ class Compression:
             "seconds": dict(self.seconds),
             "warnings": list(self.warnings),
             "plan": self.plan.to_json(),
+            "peak_memory": self.peak_memory,
         }
 
 
@@ -84,6 +91,7 @@ def compress(
     overrides: Sequence[str] = (),
     overwrite: bool = False,
     device: str = "cpu",
+    max_memory: str | int | None = None,
     progress: bool | None = None,
     on_plan: Callable[[Plan], None] | None = None,
 ) -> Compression:
@@ -102,31 +110,98 @@ def compress(
     overrides : e.g. ``stages.BitAllocation.target_bits=2.0``; only with a recipe file or name.
     overwrite : replace an output folder that is there.
     device : where to compute, e.g. ``cpu`` or ``cuda:0``.
+    max_memory : bytes of memory that the run keeps to, or a text such as ``8GB``; for device
+        ``cpu``. Activations lie in the run directory where they must. The result is the same.
     progress : show progress bars; by default where standard error is a terminal.
     on_plan : called with the plan before work begins.
 
     Raises
     ------
     InputError
-        If something given is wrong; nothing was written then.
+        If something given is wrong, or ``max_memory`` is too little; nothing was written then.
     """
     recipe = as_recipe(recipe, overrides)
-    output = Path(output)
-    directory = Path(run_dir) if run_dir is not None else output.with_name(f".{output.name}.run")
+    with joined() as ranks:
+        return _compress(
+            recipe,
+            Path(model),
+            Path(output),
+            Path(run_dir) if run_dir is not None else None,
+            overwrite=overwrite,
+            device=own_device(device),
+            max_memory=max_memory,
+            progress=progress if ranks.first else False,
+            on_plan=on_plan if ranks.first else None,
+            ranks=ranks,
+        )
+
+
+def _compress(
+    recipe: Recipe,
+    model: Path,
+    output: Path,
+    run_dir: Path | None,
+    *,
+    overwrite: bool,
+    device: str,
+    max_memory: str | int | None,
+    progress: bool | None,
+    on_plan: Callable[[Plan], None] | None,
+    ranks: Ranks,
+) -> Compression:
+    """``compress`` with its arguments read, as one of several processes or alone."""
+    allowed = _allowed(max_memory, device)
+    directory = run_dir if run_dir is not None else output.with_name(f".{output.name}.run")
     published = not overwrite and is_published(directory, output, recipe)
     check_output(output, directory, overwrite or published)
-    source = SourceModel(Path(model), device)
-    plan = make_plan(recipe, source)
+    source = SourceModel(model, device)
+    plan = make_plan(recipe, source, allowed, ranks.count)
     if not published:
-        check_disk_space(plan, recipe, source, directory, output)
+        check_disk_space(plan, source, directory, output)
     check_outer_weights(source)
     calibration = read_calibration(recipe, source)
+    _check_ranks(recipe, calibration, ranks)
     if on_plan is not None:
         on_plan(plan)
+    ranks.wait()  # all have checked, so that none finds what another one has begun
     opened = RunDirectory(directory, fingerprint(recipe, source), keep=run_dir is not None)
-    work = Work(source, recipe, calibration, opened, output, overwrite=overwrite)
+    work = Work(
+        source,
+        recipe,
+        calibration,
+        opened if ranks.alone else SharedRunDirectory(opened, ranks),
+        output,
+        overwrite=overwrite,
+        spill=plan.spill,
+        ranks=ranks,
+    )
     seconds, warnings = work.run(progress)
-    return Compression(output, seconds, warnings, plan)
+    return Compression(output, seconds, warnings, plan, peak_resident_bytes())
+
+
+def _check_ranks(recipe: Recipe, calibration: CalibrationSet, ranks: Ranks) -> None:
+    """InputProblems if several processes cannot share this work."""
+    if ranks.alone:
+        return
+    problems = [
+        Problem(f"stages[{position}] {stage.type}", reason)
+        for position, stage in enumerate(recipe.stages)
+        if (reason := stage.why_not_shared()) is not None
+    ]
+    if calibration.groups:
+        calibration.share(ranks.rank, ranks.count)
+    if problems:
+        raise InputProblems(f"the run of {ranks.count} processes", problems)
+
+
+def _allowed(max_memory: str | int | None, device: str) -> int | None:
+    allowed = read_bytes_of(max_memory)
+    if allowed is not None and device != "cpu":
+        raise InputError(
+            f"max_memory counts the memory of this process, and device {device} has its own: "
+            "leave one of them out"
+        )
+    return allowed
 
 
 @dataclass(frozen=True)
@@ -139,6 +214,8 @@ class Work:
     directory : the run directory, not open yet.
     output, overwrite : folder to make, and whether it may replace one that is there.
     store : where finished stages are looked for and kept; None to run every stage.
+    spill : keep activations in files of the run directory.
+    ranks : the processes that share the work.
     """
 
     source: SourceModel
@@ -148,6 +225,8 @@ class Work:
     output: Path
     overwrite: bool = False
     store: StageStore | None = None
+    spill: bool = False
+    ranks: Ranks = ALONE
 
     def run(self, progress: bool | None = None) -> tuple[Mapping[str, float], Sequence[str]]:
         """Run stages and exporters; seconds of each that was not finished before, and warnings."""
@@ -157,13 +236,28 @@ class Work:
             self.directory as opened,
             ProgressBars(progress) as bars,
         ):
-            if not self.overwrite and is_published(opened.path, self.output, self.recipe):
+            if not self.overwrite and self._is_published(opened.path):
                 logger.info("%s was finished by an earlier run", self.output)
                 return {}, opened.report().warnings
-            context = RunContext(self.source, self.recipe, self.calibration, opened, bars)
+            context = RunContext(
+                self.source,
+                self.recipe,
+                self.calibration,
+                opened,
+                bars,
+                spill=self.spill,
+                ranks=self.ranks,
+            )
             _run_stages(context, watch, self.store)
-            _export(context, self.output, self.overwrite, watch)
+            if self.ranks.first:
+                own = replace(context, directory=opened.own)
+                _export(own, self.output, self.overwrite, watch)
+            self.ranks.wait()
         return watch.seconds, context.report.warnings
+
+    def _is_published(self, run_directory: Path) -> bool:
+        """As the first process sees it."""
+        return self.ranks.share(is_published(run_directory, self.output, self.recipe))
 
 
 def as_recipe(recipe: Recipe | str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -206,7 +300,11 @@ def _run_stage(context: RunContext, stage: Modifier, name: str, watch: _Stopwatc
     logger.info("%s begins", stage.type)
     context.report = RunReport()
     with watch.measure(stage.type):
-        stage.run(context)
+        if stage.needs_calibration() or context.ranks.alone:
+            stage.run(context)
+        elif context.ranks.first:
+            stage.run(replace(context, directory=context.directory.own, ranks=ALONE))
+        context.ranks.wait()
     files = context.directory.files_written(stage.writes)
     finished = FinishedStage(files, context.report, context.directory.checksums(files))
     context.directory.mark_finished(name, finished)

@@ -176,6 +176,11 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
         self.path.rmdir()
 
+    @property
+    def own(self) -> RunDirectory:
+        """The folder as this process alone uses it."""
+        return self
+
     def _has_work(self) -> bool:
         return any(
             file.suffix in (".json", ".safetensors") for file in self.path.glob("*/*")

@@ -18,18 +18,26 @@ class LayerSizes:
     Attributes
     ----------
     bytes : in memory, in the dtype it is computed in.
+    other_bytes : the same without the routed experts.
+    by_expert : whether routed experts can be read from disk one by one.
     experts, top_k : 0 for a dense layer.
     expert_rows, expert_columns : of the matrices of one expert.
     linear_columns : inputs of each linear outside the experts.
+    linear_rows : their outputs.
+    linear_parts : the part of the layer that each is in, e.g. ``self_attn``.
     expert_weights, linear_weights : numbers of weights.
     """
 
     bytes: int
+    other_bytes: int
+    by_expert: bool
     experts: int
     top_k: int
     expert_rows: tuple[int, ...]
     expert_columns: tuple[int, ...]
     linear_columns: tuple[int, ...]
+    linear_rows: tuple[int, ...]
+    linear_parts: tuple[str, ...]
     expert_weights: int
     linear_weights: int
 
@@ -39,18 +47,21 @@ class LayerSizes:
         share = self.top_k / self.experts if self.experts else 0
         return int(self.expert_weights * share) + self.linear_weights
 
-    @property
-    def expert_working_set(self) -> int:
-        """Bytes that quantising one expert's matrix takes."""
-        pairs = zip(self.expert_rows, self.expert_columns, strict=True)
-        return max((4 * (3 * r * c + 3 * c * c) for r, c in pairs), default=0)
-
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """A whole model; ``bytes`` is that of its weight files."""
+    """A whole model.
+
+    Attributes
+    ----------
+    bytes : of its weight files.
+    embedding_bytes : of the parts that are loaded to embed tokens.
+    largest_tensor : bytes of the largest tensor outside of the decoder layers.
+    """
 
     bytes: int
+    embedding_bytes: int
+    largest_tensor: int
     dtype: torch.dtype
     hidden_size: int
     layers: tuple[LayerSizes, ...]
@@ -87,6 +98,8 @@ def model_sizes(source: SourceModel) -> ModelSizes:
     layers = tuple(_layer_sizes(source, i) for i in range(source.topology.num_layers))
     return ModelSizes(
         bytes=source.checkpoint.nbytes,
+        embedding_bytes=_embedding_bytes(source),
+        largest_tensor=_largest_outer_tensor(source),
         dtype=source.dtype,
         hidden_size=source.config.get_text_config().hidden_size,
         layers=layers,
@@ -101,7 +114,8 @@ def packed_bytes_of(weights: int, bits: float, group_size: int) -> int:
 
 def _layer_sizes(source: SourceModel, index: int) -> LayerSizes:
     module = source.layer(index)
-    linears: list[Any] = [module.get_submodule(n) for n in source.topology.linears[index]]
+    names = source.topology.linears[index]
+    linears: list[Any] = [module.get_submodule(n) for n in names]
     block = source.topology.moe.get(index)
     shapes: list[tuple[int, int]] = []
     if block is not None:
@@ -110,16 +124,33 @@ def _layer_sizes(source: SourceModel, index: int) -> LayerSizes:
             _, rows, columns = fused_weight(experts, matrix).shape
             shapes.append((rows, columns))
     count = block.num_experts if block is not None else 0
+    weights = count * sum(rows * columns for rows, columns in shapes)
+    nbytes = sum(p.numel() * p.element_size() for p in module.parameters())
     return LayerSizes(
-        bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
+        bytes=nbytes,
+        other_bytes=nbytes - weights * source.dtype.itemsize,
+        by_expert=block is not None and source.stacked_experts(index) is not None,
         experts=count,
         top_k=block.top_k if block is not None else 0,
         expert_rows=tuple(rows for rows, _ in shapes),
         expert_columns=tuple(columns for _, columns in shapes),
         linear_columns=tuple(linear.in_features for linear in linears),
-        expert_weights=count * sum(rows * columns for rows, columns in shapes),
+        linear_rows=tuple(linear.out_features for linear in linears),
+        linear_parts=tuple(name.split(".")[0] for name in names),
+        expert_weights=weights,
         linear_weights=sum(linear.weight.numel() for linear in linears),
     )
+
+
+def _embedding_bytes(source: SourceModel) -> int:
+    embedding = source.model.get_input_embeddings().weight
+    return int(embedding.numel()) * source.dtype.itemsize
+
+
+def _largest_outer_tensor(source: SourceModel) -> int:
+    layers = f"{source.topology.layers_path}."
+    names = (disk for disk, name in source.memory_names.items() if not name.startswith(layers))
+    return max((source.checkpoint.info(name).nbytes for name in names), default=0)
 
 
 def network_bytes(sizes: ModelSizes, layer: LayerSizes, units: int) -> int:

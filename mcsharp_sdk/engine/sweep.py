@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.engine.ranks import started_together
 from mcsharp_sdk.engine.run import Work, check_writable
 from mcsharp_sdk.engine.run_directory import RunDirectory, write_json
 from mcsharp_sdk.engine.stage_store import StageStore
 from mcsharp_sdk.engine.sweep_folder import WORK_FOLDER, Result, SweepFolder
 from mcsharp_sdk.engine.sweep_plan import EvaluationSettings, PlannedVariant, SweepPlan, plan_sweep
 from mcsharp_sdk.engine.variants import RecipeLike
-from mcsharp_sdk.errors import McSharpError
+from mcsharp_sdk.errors import InputError, McSharpError
 from mcsharp_sdk.evaluation.evaluate import evaluate
 
 OnVariant = Callable[[str, int, int], None]
@@ -96,6 +97,8 @@ def sweep(
     InputError
         If something given is wrong, for whichever variant; nothing was written then.
     """
+    if started_together() > 1:
+        raise InputError("a sweep runs in one process: start it without torchrun")
     settings = EvaluationSettings(None if text is None else Path(text), window, max_tokens)
     plan = plan_sweep(recipe, Path(model), vary, overrides, settings, device)
     folder = SweepFolder(Path(output), plan, keep_models)

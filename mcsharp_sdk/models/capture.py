@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mcsharp_sdk.models.experts import answering, tokens_of_expert
+from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.stream import StreamedLayer
 
 
@@ -25,6 +26,8 @@ class RoutedInputs:
         get a projection of it.
     top_k_index : int64 [T, k]
     top_k_weights : [T, k], as the experts apply them.
+    num_experts : that there are to choose from.
+    ranks : the processes that have tokens of the layer, this one among them.
     batch_tokens : per forward batch, how many of the tokens are its own. Of sequences with images
         some models route the text alone here.
     """
@@ -34,30 +37,41 @@ class RoutedInputs:
     top_k_index: Tensor
     top_k_weights: Tensor
     batch_tokens: tuple[int, ...]
+    num_experts: int
+    ranks: Ranks = ALONE
 
     @property
     def num_tokens(self) -> int:
         """T."""
         return int(self.hidden.shape[0])
 
-    def of_expert(self, expert: int, most: int | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens routed to an expert, [n, hidden], and their routing weights, [n].
-
-        Parameters
-        ----------
-        most : if more tokens than this select the expert, take this many, evenly spaced.
-        """
+    def tokens_of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Which tokens are routed to an expert, int64 [n], and their routing weights, [n]."""
         token, slot = tokens_of_expert(self.top_k_index, expert)
-        if most is not None and token.numel() > most:
-            chosen = torch.linspace(0, token.numel() - 1, most).long()
-            token, slot = token[chosen], slot[chosen]
-        return self.hidden[token], self.top_k_weights[token, slot]
+        return token, self.top_k_weights[token, slot]
+
+    def sample(self, most: int) -> tuple[Tensor, Tensor]:
+        """At most so many tokens [n, hidden], evenly spaced, and the mean routing weight, [].
+
+        They are from the tokens of all processes.
+        """
+        own = torch.zeros(self.ranks.count, dtype=torch.int64)
+        own[self.ranks.rank] = len(self.hidden)
+        counts = self.ranks.sum_(own).tolist()
+        chosen = torch.linspace(0, sum(counts) - 1, min(sum(counts), most)).long()
+        chosen -= sum(counts[: self.ranks.rank])
+        chosen = chosen[(chosen >= 0) & (chosen < len(self.hidden))]
+        if self.ranks.alone:
+            return self.hidden[chosen], self.top_k_weights.mean()
+        total = self.ranks.total(float(self.top_k_weights.double().sum()))
+        mean = self.top_k_weights.new_tensor(total / (sum(counts) * self.top_k_weights.shape[1]))
+        return self.ranks.gather(self.hidden[chosen]), mean
 
     def first(self, tokens: int) -> RoutedInputs:
         """What reaches them of the first so many tokens, in one batch."""
         parts = (self.hidden, self.router_hidden, self.top_k_index, self.top_k_weights)
         hidden, router_hidden, index, weights = (part[:tokens] for part in parts)
-        return RoutedInputs(hidden, router_hidden, index, weights, (len(hidden),))
+        return RoutedInputs(hidden, router_hidden, index, weights, (len(hidden),), self.num_experts)
 
     def counts(self, num_experts: int) -> list[int]:
         """Tokens per expert."""
@@ -72,29 +86,64 @@ def routed_inputs(layer: StreamedLayer) -> RoutedInputs:
     """Run an MoE layer up to its experts and keep what they are called with."""
     experts: Any = layer.module.get_submodule(layer.moe.experts)
     router = layer.module.get_submodule(layer.moe.router)
-    routed: list[Tensor] = []
-    calls: list[tuple[Tensor, Tensor, Tensor]] = []
+    gathered = _Gathered(layer)
+    seen: list[Tensor] = []
     running = [0]
-    counts = [0] * len(layer.inputs.hidden)
 
     def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        routed.append(args[0].reshape(-1, args[0].shape[-1]))
+        seen.append(args[0].reshape(-1, args[0].shape[-1]))
 
     def record(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         hidden, index, weights = (*args, *kwargs.values())
-        calls.append((hidden.reshape(-1, hidden.shape[-1]), index, weights))
-        counts[running[0]] = calls[-1][0].shape[0]
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        gathered.add(running[0], hidden, seen.pop(), index, weights)
         raise _Enough
 
     with ExitStack() as stack:
         stack.callback(router.register_forward_pre_hook(note).remove)
         stack.callback(experts.register_forward_pre_hook(record, with_kwargs=True).remove)
         for running[0] in layer.inputs.batches():
+            seen.clear()
             _run_batch(layer, running[0])
-    hidden, index, weights = (torch.cat(parts) for parts in zip(*calls, strict=True))
-    same = routed[0].data_ptr() == calls[0][0].data_ptr()
-    router_hidden = hidden if same else torch.cat(routed)
-    return RoutedInputs(hidden, router_hidden, index, weights, tuple(counts))
+    return gathered.finish()
+
+
+class _Gathered:
+    """Collects what reaches a layer's experts, batch by batch, without holding it twice."""
+
+    def __init__(self, layer: StreamedLayer) -> None:
+        self._scratch, self._ranks = layer.inputs.scratch, layer.inputs.ranks
+        self._experts = layer.moe.num_experts
+        self._most = sum(hidden.shape[:2].numel() for hidden in layer.inputs.hidden)
+        self._counts = [0] * len(layer.inputs.hidden)
+        self._rooms: dict[str, Tensor] = {}
+        self._routing: list[tuple[Tensor, Tensor]] = []
+
+    def add(
+        self, batch: int, hidden: Tensor, router_hidden: Tensor, index: Tensor, weights: Tensor
+    ) -> None:
+        start = sum(self._counts)
+        self._counts[batch] = len(hidden)
+        self._fill("hidden", hidden, start)
+        if router_hidden.data_ptr() != hidden.data_ptr():
+            self._fill("router_hidden", router_hidden, start)
+        self._routing.append((index, weights))
+
+    def finish(self) -> RoutedInputs:
+        total = sum(self._counts)
+        hidden = self._rooms["hidden"][:total]
+        router_hidden = self._rooms.get("router_hidden", hidden)[:total]
+        index, weights = (torch.cat(parts) for parts in zip(*self._routing, strict=True))
+        counts = tuple(self._counts)
+        return RoutedInputs(
+            hidden, router_hidden, index, weights, counts, self._experts, self._ranks
+        )
+
+    def _fill(self, name: str, rows: Tensor, start: int) -> None:
+        if name not in self._rooms:
+            columns = rows.shape[1]
+            self._rooms[name] = self._scratch.empty(self._most, columns, dtype=rows.dtype)
+        self._rooms[name][start : start + len(rows)] = rows
 
 
 def linear_inputs(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mcsharp_sdk.data.calibration_set import CalibrationSet, SampleGroup
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import Addition, Arguments, LayerInputs
 
@@ -24,7 +25,9 @@ TOKENS_PER_BATCH = 2048
 
 
 @torch.no_grad()
-def embed(source: SourceModel, calibration: CalibrationSet) -> LayerInputs:
+def embed(
+    source: SourceModel, calibration: CalibrationSet, scratch: Scratch | None = None
+) -> LayerInputs:
     """Embed a calibration set and capture what each decoder layer is called with.
 
     Parts outside of the decoder layers are loaded for this and freed: the embedding, and all but
@@ -37,7 +40,10 @@ def embed(source: SourceModel, calibration: CalibrationSet) -> LayerInputs:
     """
     needed = _outer_names(source) if calibration.has_images else [_embedding_path(source)]
     source.load(*needed)
-    inputs, pool = LayerInputs([], [], []), _Pool()
+    scratch = scratch or Scratch(device=source.device)
+    inputs, pool = LayerInputs([], [], [], scratch=scratch), _Pool()
+    room = scratch.empty(calibration.num_tokens, _hidden_size(source), dtype=source.dtype)
+    taken = 0
     checked: set[frozenset[str]] = set()
     with _Recorders.in_place_of_layers(source) as recorders:
         for batch, group in enumerate(calibration.batches(TOKENS_PER_BATCH)):
@@ -45,7 +51,11 @@ def embed(source: SourceModel, calibration: CalibrationSet) -> LayerInputs:
             for layer, call in enumerate(calls[1:], start=1):
                 if call.added is not None:
                     inputs.additions[batch, layer] = call.added
-            inputs.hidden.append(calls[0].hidden.clone())
+            hidden = calls[0].hidden
+            tokens = hidden.shape[:2].numel()
+            inputs.hidden.append(room[taken : taken + tokens].view_as(hidden).copy_(hidden))
+            taken += tokens
+            scratch.release()
             inputs.arguments.append([pool.shared(call.arguments) for call in calls])
             inputs.sources.append(group.source)
             kind = frozenset(group.inputs)
@@ -54,6 +64,10 @@ def embed(source: SourceModel, calibration: CalibrationSet) -> LayerInputs:
                 checked.add(kind)
     source.free(*needed)
     return inputs
+
+
+def _hidden_size(source: SourceModel) -> int:
+    return int(source.config.get_text_config().hidden_size)
 
 
 def _embedding_path(source: SourceModel) -> str:

@@ -7,27 +7,25 @@ layer costs one run of its experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.models.bfloat16 import linear
 from mcsharp_sdk.models.capture import RoutedInputs, routed_inputs
-from mcsharp_sdk.models.experts import (
-    Matrix,
-    activate,
-    finish,
-    fused_weight,
-    tokens_of_expert,
-    weigh,
-)
+from mcsharp_sdk.models.expert_exchange import ExchangedTokens, ExpertTokens, OwnTokens
+from mcsharp_sdk.models.expert_weights import ExpertWeights
+from mcsharp_sdk.models.experts import MATRICES, Matrix, weigh
+from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.models.stream import StreamedLayer
 
 PIECE_TOKENS = 4096
 """Tokens that go through an expert at a time."""
+
+OVERALL_TOKENS = 4096
+"""Tokens of the whole layer that stand in where few tokens reach an expert."""
 
 KEPT_BYTES = 128 * 2**20
 """Inputs of down projections that are kept for the outputs; beyond it they are computed again."""
@@ -51,22 +49,53 @@ class ExpertRuns:
 
     Attributes
     ----------
-    experts : the module of the fused experts, loaded.
-    routed : what reaches them.
-    outputs : [T, hidden], routing-weighted outputs of the experts done so far, summed.
+    weights : of the experts.
+    routed : what reaches them from this process's sequences.
+    tokens : of the experts that this process works on.
+    outputs : [N, hidden], routing-weighted outputs of these on their tokens, summed.
+    scratch : where they are kept.
     """
 
-    experts: Any
+    weights: ExpertWeights
     routed: RoutedInputs
+    tokens: ExpertTokens
     outputs: Tensor
+    scratch: Scratch
     _kept: dict[int, list[Piece]] = field(default_factory=dict)
+    _sampled: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of_layer(cls, layer: StreamedLayer) -> ExpertRuns:
         """Run a layer up to its experts; none of them is done yet."""
         routed = routed_inputs(layer)
-        experts = layer.module.get_submodule(layer.moe.experts)
-        return cls(experts, routed, torch.zeros_like(routed.hidden))
+        scratch, ranks, weights = layer.inputs.scratch, layer.inputs.ranks, layer.expert_weights
+        every = range(weights.num_experts)
+        tokens: ExpertTokens = OwnTokens(every, routed.hidden, [every], routed)
+        if not ranks.alone:
+            tokens = ExchangedTokens.of_layer(routed, _cost(weights), ranks, scratch)
+        outputs = scratch.zeros(*tokens.hidden.shape, dtype=routed.hidden.dtype)
+        runs = cls(weights, routed, tokens, outputs, scratch)
+        if not ranks.alone:
+            runs._sampled = routed.sample(OVERALL_TOKENS)  # all processes do this together
+        return runs
+
+    @property
+    def experts(self) -> Sequence[int]:
+        """The experts that this process works on, in order."""
+        return self.tokens.experts
+
+    def sample_of(self, expert: int, most: int) -> tuple[Tensor, Tensor, int]:
+        """At most so many of an expert's tokens [n, hidden], evenly spaced.
+
+        Returns
+        -------
+        The tokens, their routing weights [n], and how many the expert has in all.
+        """
+        token, routing = self.tokens.of(expert)
+        if len(token) > most:
+            chosen = torch.linspace(0, len(token) - 1, most).long()
+            return self.tokens.hidden[token[chosen]], routing[chosen], len(token)
+        return self.tokens.hidden[token], routing, len(token)
 
     def pieces(self, expert: int, matrix: Matrix, most: int | None = None) -> Iterator[Piece]:
         """The expert's tokens with the inputs of one of its matrices, some at a time.
@@ -76,21 +105,23 @@ class ExpertRuns:
         Those of ``down`` come from the ``gate_up`` that the expert has when they are first asked
         for; it must not change between that and :meth:`add_output`.
         """
-        token, slot = tokens_of_expert(self.routed.top_k_index, expert)
+        token, routing = self.tokens.of(expert)
         every = 1 if most is None else max(1, -(-len(token) // most))
-        for piece in self._all_pieces(expert, matrix, token, slot):
+        for piece in self._all_pieces(expert, matrix, token, routing):
             yield piece if every == 1 else Piece(*(part[::every] for part in piece))
 
     def _all_pieces(
-        self, expert: int, matrix: Matrix, token: Tensor, slot: Tensor
+        self, expert: int, matrix: Matrix, token: Tensor, routing: Tensor
     ) -> Iterator[Piece]:
         if expert in self._kept and matrix == "down":
             yield from self._kept[expert]
             return
         keep: list[Piece] | None = [] if matrix == "down" and self._has_room(len(token)) else None
-        for part, slots in zip(token.split(PIECE_TOKENS), slot.split(PIECE_TOKENS), strict=True):
-            routing = self.routed.top_k_weights[part, slots]
-            tokens, factor = weigh(self.experts, self.routed.hidden[part], routing)
+        for part, weight in zip(
+            token.split(PIECE_TOKENS), routing.split(PIECE_TOKENS), strict=True
+        ):
+            tokens, factor = weigh(self.weights.module, self.tokens.hidden[part], weight)
+            self.scratch.release()
             piece = Piece(part, factor, self.inputs(expert, matrix, tokens))
             if keep is not None:
                 keep.append(piece)
@@ -100,34 +131,42 @@ class ExpertRuns:
 
     def inputs(self, expert: int, matrix: Matrix, tokens: Tensor) -> Tensor:
         """Inputs of one of an expert's matrices, [n, K], from those of the expert, [n, hidden]."""
-        if matrix == "gate_up":
-            return tokens
-        first = fused_weight(self.experts, "gate_up")[expert]
-        return activate(self.experts, linear(tokens, first), expert)
+        return tokens if matrix == "gate_up" else self.weights.activated(expert, tokens)
 
-    def inputs_from_all_tokens(self, expert: int, matrix: Matrix, most: int) -> Tensor:
+    def inputs_from_all_tokens(self, expert: int, matrix: Matrix) -> Tensor:
         """Inputs of one of an expert's matrices, [n, K], as if any token of the layer chose it.
 
-        Of more than ``most`` tokens so many are taken, evenly spaced. Where routing weights
+        Of more than ``OVERALL_TOKENS`` so many are taken, evenly spaced. Where routing weights
         multiply inputs, the layer's mean one does.
         """
-        hidden, weights = self.routed.hidden, self.routed.top_k_weights
-        chosen = torch.linspace(0, len(hidden) - 1, min(len(hidden), most)).long()
-        tokens, _ = weigh(self.experts, hidden[chosen], weights.mean().expand(len(chosen)))
+        if self._sampled is None:
+            self._sampled = self.routed.sample(OVERALL_TOKENS)
+        hidden, weight = self._sampled
+        tokens, _ = weigh(self.weights.module, hidden, weight.expand(len(hidden)))
         return self.inputs(expert, matrix, tokens)
 
     def add_output(self, expert: int) -> None:
         """Run the rest of an expert and add its output; its weights must be final."""
-        down = fused_weight(self.experts, "down")[expert]
         for token, routing, inputs in self.pieces(expert, "down"):
-            output = finish(self.experts, linear(inputs, down), expert)
+            output = self.weights.finished(expert, inputs)
             weighted = (output * routing.unsqueeze(-1)).to(self.outputs.dtype)
             self.outputs.index_add_(0, token, weighted)
+            self.scratch.release()
         self._kept.pop(expert, None)
+
+    def run(self, experts: Sequence[int]) -> None:
+        """Add the outputs of some experts, and release them."""
+        for expert in experts:
+            self.add_output(expert)
+            self.weights.release(expert)
+
+    def finish(self) -> Tensor:
+        """[T, hidden], the summed outputs of all experts on this process's tokens."""
+        return self.tokens.returned(self.outputs)
 
     def _has_room(self, tokens: int) -> bool:
         kept = sum(p.inputs.nbytes for pieces in self._kept.values() for p in pieces)
-        columns = fused_weight(self.experts, "down").shape[-1]
+        _, columns = self.weights.shape("down")
         return kept + tokens * columns * self.outputs.element_size() <= KEPT_BYTES
 
 
@@ -135,6 +174,12 @@ class ExpertRuns:
 def run_experts(layer: StreamedLayer) -> Tensor:
     """Summed outputs of a layer's routed experts, [T, hidden], as if they had been calibrated."""
     runs = ExpertRuns.of_layer(layer)
-    for expert in range(layer.moe.num_experts):
-        runs.add_output(expert)
-    return runs.outputs
+    runs.run(runs.experts)
+    return runs.finish()
+
+
+def _cost(weights: ExpertWeights) -> tuple[float, float]:
+    """Multiplications for quantising an expert, and for each token of it."""
+    shapes = [weights.shape(matrix) for matrix in MATRICES]
+    fixed = sum(columns**3 + 6 * rows * columns**2 for rows, columns in shapes)
+    return float(fixed), float(sum(columns**2 + rows * columns for rows, columns in shapes))

@@ -8,7 +8,9 @@ nothing where the C library is not glibc.
 from __future__ import annotations
 
 import ctypes
+import resource
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 M_MMAP_THRESHOLD = -3
@@ -33,6 +35,24 @@ def release_free_memory() -> None:
     library = _c_library()
     if library is not None:
         library.malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Memory of this process now."""
+    return _status("VmRSS") or peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had; parents do not count where the system tells."""
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _status(name: str) -> int:
+    """A figure of Linux's account of this process, in bytes; 0 where there is none."""
+    file = Path("/proc/self/status")
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = next((line for line in lines if line.startswith(f"{name}:")), None)
+    return int(found.split()[1]) * 1024 if found else 0
 
 
 @cache

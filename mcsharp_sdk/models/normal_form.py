@@ -167,12 +167,14 @@ class _PerExpert(ConversionOps):  # type: ignore[misc]
         target_patterns: list[str],
         **kwargs: Any,
     ) -> dict[str, Any]:
-        experts = len(kwargs["model"].get_parameter(kwargs["full_layer_name"]))
+        # Counted by what one expert has, since only some of the experts may be asked for.
+        expert = kwargs["model"].get_parameter(kwargs["full_layer_name"])[0].numel()
         single = {
             name: found[0] if isinstance(found, list) else found
             for name, found in input_dict.items()
         }
-        return {name: tensor.unflatten(0, (experts, -1)) for name, tensor in single.items()}
+        columns = sum(tensor.shape[1] for tensor in single.values())
+        return {name: t.unflatten(0, (-1, expert // columns)) for name, t in single.items()}
 
 
 def _dbrx_conversions() -> list[Any]:

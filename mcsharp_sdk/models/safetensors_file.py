@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -73,6 +73,27 @@ class Header:
     metadata: Mapping[str, str]
 
 
+class StoredTensor(Protocol):
+    """A tensor that lies on disk and is read when it is needed."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+
+    def numel(self) -> int:
+        """Number of elements."""
+
+    def element_size(self) -> int:
+        """Bytes of one."""
+
+    def read(self) -> torch.Tensor:
+        """The whole tensor, in memory."""
+
+
 class _Damaged(Exception):
     """Nothing more of this header can be checked."""
 
@@ -111,7 +132,9 @@ def read_header(path: Path) -> tuple[Header, list[Problem]]:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, torch.Tensor | StoredTensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> str:
     """Write one safetensors file so that ``path`` holds either all of it or what it held before.
 
@@ -119,7 +142,7 @@ def write_safetensors(
     ----------
     path : the file to write; its folder exists.
     tensors : name -> tensor of any dtype in ``DTYPES``, on any device, of any strides. They are
-        copied to the CPU one at a time.
+        copied to the CPU, or read from where they are stored, one at a time.
     metadata : strings for the header's ``__metadata__``.
 
     Returns
@@ -254,7 +277,9 @@ def _layout_problems(
 
 
 def _file_parts(
-    names: Iterable[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+    names: Iterable[str],
+    tensors: Mapping[str, torch.Tensor | StoredTensor],
+    metadata: Mapping[str, str],
 ) -> Iterator[bytes | memoryview]:
     yield _header_bytes(names, tensors, metadata)
     for name in names:
@@ -262,7 +287,9 @@ def _file_parts(
 
 
 def _header_bytes(
-    names: Iterable[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+    names: Iterable[str],
+    tensors: Mapping[str, torch.Tensor | StoredTensor],
+    metadata: Mapping[str, str],
 ) -> bytes:
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -280,6 +307,7 @@ def _header_bytes(
     return len(text).to_bytes(8, "little") + text
 
 
-def _raw_bytes(tensor: torch.Tensor) -> memoryview:
+def _raw_bytes(given: torch.Tensor | StoredTensor) -> memoryview:
+    tensor = given if isinstance(given, torch.Tensor) else given.read()
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data

@@ -84,6 +84,20 @@ class Checkpoint:
             raise InputProblems(str(directory), problems)
         return cls(directory, files, tensors, metadata)
 
+    @classmethod
+    def of_file(cls, file: Path) -> Checkpoint:
+        """One safetensors file by itself.
+
+        Raises
+        ------
+        InputProblems
+            If it is not there or damaged.
+        """
+        tensors, metadata, _, problems = _read_headers((file,))
+        if problems:
+            raise InputProblems(str(file), problems)
+        return cls(file.parent, (file,), tensors, metadata)
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all tensors, in the order of files and bytes."""
@@ -157,6 +171,23 @@ class TensorSlice:
     def shape(self) -> tuple[int, ...]:
         """Shape of the whole tensor."""
         return self.checkpoint.info(self.name).shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype on disk."""
+        return self.checkpoint.info(self.name).dtype
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.checkpoint.info(self.name).numel
+
+    def element_size(self) -> int:
+        """Bytes of one element."""
+        return self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """The whole tensor."""
+        return self.checkpoint.read(self.name)
 
     def get_shape(self) -> list[int]:
         """Shape of the whole tensor, as safetensors gives it."""

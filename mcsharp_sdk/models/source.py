@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,9 @@ from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.architecture import empty_model, read_config, stored_dtype
 from mcsharp_sdk.models.config_file import check_layer_count, quantisation_method
 from mcsharp_sdk.models.device import check_device
-from mcsharp_sdk.models.experts import MATRICES, parameter_name
+from mcsharp_sdk.models.expert_reading import StackedExperts
+from mcsharp_sdk.models.expert_weights import ExpertWeights, LoadedExperts, StoredExperts
+from mcsharp_sdk.models.experts import MATRICES, Matrix, parameter_name
 from mcsharp_sdk.models.memory import keep_large_blocks_out_of_the_heap, release_free_memory
 from mcsharp_sdk.models.normal_form import weight_conversions
 from mcsharp_sdk.models.routing import Router, read_router, router_tensor_names
@@ -84,9 +87,22 @@ class SourceModel:
         return {memory: name for name, (memory, pattern) in self._renamed.items() if not pattern}
 
     @cached_property
+    def _conversions(self) -> list[Any]:
+        """How tensors on disk become those of the module tree."""
+        return weight_conversions(self.model)
+
+    @cached_property
+    def _sources(self) -> dict[str, list[tuple[str, str | None]]]:
+        """Name in the module tree -> names on disk that it is made of, each with its pattern."""
+        found: dict[str, list[tuple[str, str | None]]] = {}
+        for disk, (memory, pattern) in self._renamed.items():
+            found.setdefault(memory, []).append((disk, pattern))
+        return found
+
+    @cached_property
     def _renamed(self) -> dict[str, tuple[str, str | None]]:
         """Name on disk -> name in the module tree, and what converts the data, if anything does."""
-        mapping = weight_conversions(self.model)
+        mapping = self._conversions
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         tree = self.model.state_dict()
@@ -104,7 +120,7 @@ class SourceModel:
         """
         several = [
             converter.target_patterns
-            for converter in weight_conversions(self.model)
+            for converter in self._conversions
             if isinstance(converter, WeightConverter) and len(converter.target_patterns) > 1
         ]
         return {
@@ -139,6 +155,41 @@ class SourceModel:
         experts = self.model.get_submodule(path)
         return [f"{path}.{parameter_name(experts, matrix)}" for matrix in MATRICES]
 
+    def stacked_experts(self, layer: int) -> dict[Matrix, StackedExperts] | None:
+        """Where the experts of a MoE layer lie on disk; None if they cannot be read one by one."""
+        found: dict[Matrix, StackedExperts] = {}
+        for matrix, name in zip(MATRICES, self.fused_weights(layer), strict=True):
+            stacked = StackedExperts.find(
+                self.checkpoint,
+                name,
+                self.model.get_parameter(name),
+                self._sources.get(name, []),
+                self.model,
+                self._conversions,
+            )
+            if stacked is None:
+                return None
+            found[matrix] = stacked
+        return found
+
+    def load_layer(self, layer: int, *, by_expert: bool = False) -> ExpertWeights | None:
+        """Fill a decoder layer; the weights of its routed experts, or None if it is dense.
+
+        Parameters
+        ----------
+        by_expert : leave the experts on disk if the checkpoint lets them be read one by one.
+        """
+        path = f"{self.layer_path(layer)}."
+        block = self.topology.moe.get(layer)
+        stacked = self.stacked_experts(layer) if by_expert and block is not None else None
+        self.load(path, but_not=self.fused_weights(layer) if stacked is not None else ())
+        if block is None:
+            return None
+        module: Any = self.layer(layer).get_submodule(block.experts)
+        if stacked is None:
+            return LoadedExperts(module)
+        return StoredExperts(module, stacked, self.device)
+
     def load(self, *prefixes: str, but_not: Iterable[str] = ()) -> None:
         """Fill every parameter and buffer whose name starts with one of ``prefixes``.
 
@@ -158,7 +209,7 @@ class SourceModel:
         def wanted(name: str) -> bool:
             return name.startswith(prefixes) and name not in excluded
 
-        mapping = weight_conversions(self.model)
+        mapping = self._conversions
         made = self._made_of
         slices = partial(self.checkpoint.slice, check=check_finite)
         lazy = {k: slices(k) for k in made if any(map(wanted, made[k]))}

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.models.bfloat16 import fast_linears
+from mcsharp_sdk.models.expert_weights import ExpertWeights
 from mcsharp_sdk.models.experts import answering
+from mcsharp_sdk.models.ranks import ALONE, Ranks
+from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.topology import MoeBlock
 
@@ -52,12 +55,16 @@ class LayerInputs:
     arguments : per batch and layer, positional and keyword arguments.
     sources : per batch, the source of its tokens in the calibration set.
     additions : (batch, layer) -> what the model adds in front of the layer, where it does.
+    scratch : where activations are kept.
+    ranks : the processes that share the calibration set; these are this one's sequences.
     """
 
     hidden: list[Tensor]
     arguments: list[list[Arguments]]
     sources: list[int]
     additions: dict[tuple[int, int], Addition] = field(default_factory=dict)
+    scratch: Scratch = field(default_factory=Scratch)
+    ranks: Ranks = ALONE
 
     def token_sources(self, batch_tokens: Sequence[int]) -> Tensor:
         """int64 [T], the source of each token, given the number of tokens of each batch."""
@@ -70,6 +77,7 @@ class LayerInputs:
 
     def call(self, layer: nn.Module, index: int, batch: int) -> Tensor:
         """Output of ``layer`` (decoder layer ``index``) for one batch."""
+        self.scratch.release()
         args, kwargs = self.arguments[batch][index]
         with fast_linears():
             output = layer(self.hidden[batch], *args, **kwargs)
@@ -115,6 +123,7 @@ class StreamedLayer:
     ----------
     source, index, module : the model, and which of its layers this is.
     inputs : in front of it.
+    experts : the weights of its routed experts; None if it is dense.
     expert_outputs : [T, hidden], the sum of the routed experts' outputs on all tokens if the
         consumer has computed it; they are not run again then.
     """
@@ -123,6 +132,7 @@ class StreamedLayer:
     index: int
     module: nn.Module
     inputs: LayerInputs
+    experts: ExpertWeights | None = None
     expert_outputs: Tensor | None = None
 
     @property
@@ -130,8 +140,26 @@ class StreamedLayer:
         """The layer's mixture of experts, or None if it is dense."""
         return self.source.topology.moe.get(self.index)
 
+    @property
+    def expert_weights(self) -> ExpertWeights:
+        """The weights of the routed experts of a MoE layer."""
+        if self.experts is None:
+            raise ValueError(f"decoder layer {self.index} has no routed experts")
+        return self.experts
+
+    @property
+    def known_outputs(self) -> Tensor:
+        """``expert_outputs`` of a layer whose experts the consumer has run."""
+        if self.expert_outputs is None:
+            raise ValueError(f"the experts of decoder layer {self.index} have not been run")
+        return self.expert_outputs
+
     def advance(self) -> None:
         """Move the activations on through the layer as it is now."""
+        from mcsharp_sdk.models.expert_runs import run_experts
+
+        if self.expert_outputs is None and self.experts and not self.experts.in_memory:
+            self.expert_outputs = run_experts(self)
         if self.expert_outputs is None:
             self.inputs.advance(self.module, self.index)
         else:
@@ -144,11 +172,23 @@ def stream_layers(
     source: SourceModel,
     calibration: CalibrationSet,
     track: Callable[[range], Iterator[int]] = iter,  # type: ignore[assignment]
+    *,
+    by_expert: bool = False,
+    scratch: Scratch | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[StreamedLayer]:
     """Yield each decoder layer, loaded, with the activations that reach it.
 
     The consumer may change the layer's weights: the hidden states move on through the layer as the
     consumer leaves it, and the layer is freed. Peak memory is one layer and the activations.
+
+    Parameters
+    ----------
+    by_expert : leave routed experts on disk, to be read one by one through ``layer.experts``. What
+        the consumer makes of them is seen by the layers behind only through
+        ``layer.expert_outputs``.
+    scratch : where activations are kept; by default in memory.
+    ranks : the processes that share the calibration set. Each runs some of its sequences.
 
     Raises
     ------
@@ -157,11 +197,11 @@ def stream_layers(
     """
     from mcsharp_sdk.models.embedding import embed
 
-    inputs = embed(source, calibration)
+    inputs = embed(source, calibration.share(ranks.rank, ranks.count), scratch)
+    inputs.ranks = ranks
     for index in track(range(source.topology.num_layers)):
-        path = f"{source.layer_path(index)}."
-        source.load(path)
-        layer = StreamedLayer(source, index, source.layer(index), inputs)
+        experts = source.load_layer(index, by_expert=by_expert)
+        layer = StreamedLayer(source, index, source.layer(index), inputs, experts)
         yield layer
         layer.advance()
-        source.free(path)
+        source.free(f"{source.layer_path(index)}.")

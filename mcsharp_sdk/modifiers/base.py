@@ -26,6 +26,7 @@ class Modifier(BaseModel, ABC):
     uses : names of the artifacts that change its result if an earlier stage made them.
     writes : name of the artifact that the stage makes.
     uses_calibration : the stage measures with the calibration text.
+    shares_work : several processes can run it together, each with some of the calibration.
     reads_routing : the stage needs to know how the model's routers choose.
     PRESETS : mode -> default settings of that mode; what the user wrote wins over them.
     """
@@ -38,6 +39,7 @@ class Modifier(BaseModel, ABC):
     uses: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[str]
     uses_calibration: ClassVar[bool] = False
+    shares_work: ClassVar[bool] = False
     reads_routing: ClassVar[bool] = False
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -56,6 +58,12 @@ class Modifier(BaseModel, ABC):
     def needs_calibration(self) -> bool:
         """Whether a calibration must be given with these settings."""
         return self.uses_calibration
+
+    def why_not_shared(self) -> str | None:
+        """Why several processes cannot run it together with these settings; None if they can."""
+        if self.shares_work or not self.needs_calibration():
+            return None
+        return "this stage does not say that several processes can share it: start one process"
 
     def files(self) -> dict[str, Path]:
         """Files that the settings name: setting -> path, for existence checks and fingerprints."""

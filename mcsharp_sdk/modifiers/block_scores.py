@@ -8,6 +8,8 @@ with a ridge on one half of the tokens and asked about the other; both are our c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,31 +32,47 @@ def block_cosines(layer: StreamedLayer, outputs: Tensor) -> tuple[float, float]:
     ----------
     outputs : (T, hidden), the summed outputs of the layer's routed experts.
     """
-    before = torch.cat([batch.flatten(0, 1) for batch in layer.inputs.hidden])
-    found, start = [], 0
-    for state in states_behind(layer, outputs):
-        after = state.flatten(0, 1)
-        rows = before[start : start + len(after)]
-        found.append(F.cosine_similarity(rows.float(), after.float(), dim=-1))
-        start += len(after)
-    cosines = torch.cat(found)
-    return float(cosines.double().mean()), _predicted(before, cosines)
+    states = zip(layer.inputs.hidden, states_behind(layer, outputs), strict=True)
+    cosines = torch.cat(
+        [
+            F.cosine_similarity(before.float(), after.float(), dim=-1).flatten()
+            for before, after in states
+        ]
+    )
+    return float(cosines.double().mean()), _predicted(layer.inputs.hidden, cosines)
 
 
-def _predicted(inputs: Tensor, cosines: Tensor) -> float:
-    """Mean of what a predictor that was fitted on the first half says of the second."""
-    half = len(inputs) // 2
+def _predicted(inputs: Sequence[Tensor], cosines: Tensor) -> float:
+    """Mean of what a predictor that was fitted on the first half says of the second.
+
+    Parameters
+    ----------
+    inputs : per batch (sequences, length, hidden).
+    cosines : (T,) of their tokens.
+    """
+    half = len(cosines) // 2
     if not half:
         return float(cosines.double().mean())
     known, asked = (
         torch.linspace(start, stop, min(half, FITTED_TOKENS)).long()
-        for start, stop in ((0, half - 1), (half, len(inputs) - 1))
+        for start, stop in ((0, half - 1), (half, len(cosines) - 1))
     )
-    rows, values = inputs[known].double(), cosines[known].double()
+    rows, values = _rows(inputs, known), cosines[known].double()
     centre, mean = rows.mean(0), values.mean()
     rows -= centre
     # Fewer tokens than hidden elements, often: solved in the space of the tokens.
     gram = rows @ rows.T
     gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()) or 1.0)
     weight = rows.T @ torch.linalg.solve(gram, values - mean)
-    return float(mean + ((inputs[asked].double() - centre) @ weight).mean())
+    return float(mean + ((_rows(inputs, asked) - centre) @ weight).mean())
+
+
+def _rows(inputs: Sequence[Tensor], chosen: Tensor) -> Tensor:
+    """[n, hidden] float64, hidden states of some tokens, given in ascending order."""
+    found, start = [], 0
+    for batch in inputs:
+        rows = batch.flatten(0, 1)
+        own = chosen[(chosen >= start) & (chosen < start + len(rows))] - start
+        found.append(rows[own].double())
+        start += len(rows)
+    return torch.cat(found)

@@ -8,29 +8,27 @@ token with input x and gradient a at the matrix's output adds |a|²·|x|² to th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.models.experts import MATRICES, Matrix, activate, finish, fused_weight
+from mcsharp_sdk.models.expert_weights import ExpertWeights
+from mcsharp_sdk.models.experts import MATRICES, Matrix, activate, finish
 
 HessianName = Literal["input_gram", "loss"]
 
 
-@torch.no_grad()
-def gram_curvature(
-    experts: Any, expert: int, tokens: Tensor, sampled: float
-) -> dict[Matrix, float]:
+def gram_curvature(tokens: Tensor, inner: Tensor, sampled: float) -> dict[Matrix, float]:
     """Tr(H)/n of each matrix with H of its inputs.
 
     Parameters
     ----------
     tokens : [n, hidden], what the expert gets.
+    inner : [n, K], inputs of its down projection.
     sampled : tokens of the expert per token given.
     """
-    pre = tokens.float() @ fused_weight(experts, "gate_up")[expert].float().T
-    inputs: Mapping[Matrix, Tensor] = {"gate_up": tokens, "down": activate(experts, pre, expert)}
+    inputs: Mapping[Matrix, Tensor] = {"gate_up": tokens, "down": inner}
     return {
         matrix: 2 * sampled * float(x.double().square().sum()) / x.shape[-1]
         for matrix, x in inputs.items()
@@ -38,7 +36,7 @@ def gram_curvature(
 
 
 def loss_curvature(
-    experts: Any, expert: int, tokens: Tensor, gradients: Tensor, sampled: float
+    weights: ExpertWeights, expert: int, tokens: Tensor, gradients: Tensor, sampled: float
 ) -> dict[Matrix, float]:
     """Tr(H)/n of each matrix with H that of the loss.
 
@@ -49,7 +47,8 @@ def loss_curvature(
         output times what the expert's output is multiplied by.
     sampled : tokens of the expert per token given.
     """
-    first, second = (fused_weight(experts, matrix)[expert].detach().float() for matrix in MATRICES)
+    experts = weights.module
+    first, second = (weights.read(matrix, expert).detach().float() for matrix in MATRICES)
     with torch.enable_grad():
         pre = (tokens.float() @ first.T).requires_grad_()
         inner = activate(experts, pre, expert)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,18 +11,9 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.artifacts import LayerStatistics, SourceStatistics
-from mcsharp_sdk.models.bfloat16 import linear
 from mcsharp_sdk.models.capture import RoutedInputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
-from mcsharp_sdk.models.experts import (
-    MATRICES,
-    Matrix,
-    activate,
-    finish,
-    fused_weight,
-    tokens_of_expert,
-    weigh,
-)
+from mcsharp_sdk.models.experts import Matrix, weigh
 from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.routing import router_scores
 from mcsharp_sdk.models.stream import StreamedLayer
@@ -89,59 +79,47 @@ class ExpertMeasurement:
         weighs the expert's input, that stands inside.
         """
         runs = ExpertRuns.of_layer(layer)
-        routed, experts = runs.routed, runs.experts
+        routed = runs.routed
         release_free_memory()
         count = layer.moe.num_experts
         reached = routed.counts(count)
+        ranks = routed.ranks
         errors = {width: np.zeros(count) for width in self.widths} if self.block_errors else {}
         hessian_errors = {width: np.zeros(count) for width in self.widths}
         dropped = np.zeros(count)
-        for expert, variants in self.quantised_experts(runs):
-            tokens, routing = weigh(experts, *routed.of_expert(expert, self.error_tokens))
-            sampled = reached[expert] / max(1, tokens.shape[0])
-            output = _run_expert(experts, expert, tokens)
-            dropped[expert] = _norm(output, routing, sampled)
-            curvature = self._curvature(runs, expert, gradients)
-            for width, weights in variants:
-                hessian_errors[width][expert] = _moved(experts, expert, weights, curvature)
+        for chunk in expert_chunks(runs):
+            samples = {expert: self._sample(runs, expert, gradients) for expert in chunk}
+            for expert, sample in samples.items():
+                dropped[expert] = sample.norm_of(sample.output)
+            for width, changes, moved in self._changes(runs, chunk, samples):
+                hessian_errors[width][chunk] = moved
                 if self.block_errors:
-                    change = output - _run_expert(experts, expert, tokens, weights)
-                    errors[width][expert] = _norm(change, routing, sampled)
-        layer.expert_outputs = runs.outputs
-        cosines = block_cosines(layer, runs.outputs) if self.block_scores else (None, None)
+                    errors[width][chunk] = changes
+            runs.run(chunk)
+        layer.expert_outputs = runs.finish()
+        cosines: tuple[float | None, float | None] = (None, None)
+        if self.block_scores:
+            cosines = block_cosines(layer, layer.expert_outputs)
         scores = _selected_scores(layer, routed)
+
+        def summed(values: Any) -> Any:
+            return ranks.sum_(torch.as_tensor(values, dtype=torch.float64)).numpy()
+
         return LayerStatistics(
             layer=layer.index,
-            activation_count=np.array(reached, dtype=np.float64),
-            routing_weight_sum=_summed(routed.top_k_index, scores, count),
-            quant_error=errors,
-            tokens=routed.num_tokens,
-            drop_error=dropped,
+            activation_count=summed(reached),
+            routing_weight_sum=summed(_summed(routed.top_k_index, scores, count)),
+            quant_error={width: summed(error) for width, error in errors.items()},
+            tokens=int(ranks.total(routed.num_tokens)),
+            drop_error=summed(dropped),
             sources=self._of_sources(layer, routed, scores),
-            hessian_error=hessian_errors,
+            hessian_error={width: summed(error) for width, error in hessian_errors.items()},
             block_cosine=cosines[0],
             predicted_block_cosine=cosines[1],
             loss_sensitivity=None
             if gradients is None
             else float(gradients.double().square().mean()),
         )
-
-    def _curvature(
-        self, runs: ExpertRuns, expert: int, gradients: Tensor | None
-    ) -> dict[Matrix, float]:
-        """Mean curvature of an expert's matrices, on as many of its tokens as errors are."""
-        experts, routed = runs.experts, runs.routed
-        if gradients is None or self.hessian == "input_gram":
-            hidden, routing = routed.of_expert(expert, self.error_tokens)
-            reached = int((routed.top_k_index == expert).sum())
-            tokens, _ = weigh(experts, hidden, routing)
-            return gram_curvature(experts, expert, tokens, reached / max(1, len(tokens)))
-        known = routed.first(len(gradients))
-        token, slot = tokens_of_expert(known.top_k_index, expert)
-        tokens, routing = weigh(experts, known.hidden[token], known.top_k_weights[token, slot])
-        of_output = gradients[token] * routing.unsqueeze(-1)
-        share = routed.num_tokens / max(1, known.num_tokens)
-        return loss_curvature(experts, expert, tokens, of_output, share)
 
     def _of_sources(
         self, layer: StreamedLayer, routed: RoutedInputs, scores: Tensor
@@ -156,8 +134,50 @@ class ExpertMeasurement:
             index, count = routed.top_k_index[own], layer.moe.num_experts
             counts = torch.bincount(index.reshape(-1), minlength=count).double().cpu().numpy()
             sums = _summed(index, scores[own], count)
-            found.append(SourceStatistics(name, int(own.sum()), counts, sums))
+            tokens = int(routed.ranks.total(float(own.sum())))
+            both = routed.ranks.sum_(torch.stack([torch.as_tensor(counts), torch.as_tensor(sums)]))
+            found.append(SourceStatistics(name, tokens, *both.numpy()))
         return tuple(found)
+
+    def _sample(self, runs: ExpertRuns, expert: int, gradients: Tensor | None) -> _Sample:
+        """Some of an expert's tokens with what it makes of them, and how curved its error is."""
+        hidden, routing, of = runs.sample_of(expert, self.error_tokens)
+        tokens, routing = weigh(runs.weights.module, hidden, routing)
+        sampled = of / max(1, len(tokens))
+        inner = runs.weights.activated(expert, tokens)
+        output = runs.weights.finished(expert, inner)
+        if gradients is None or self.hessian == "input_gram":
+            curvature = gram_curvature(tokens, inner, sampled)
+        else:
+            curvature = _loss_curvature(runs, expert, gradients)
+        return _Sample(tokens, routing, output, sampled, curvature)
+
+    def _changes(
+        self, runs: ExpertRuns, chunk: Sequence[int], samples: Mapping[int, _Sample]
+    ) -> Iterator[tuple[int, list[float], Any]]:
+        """For each width, what quantising does to each expert of a chunk.
+
+        By how much it changes the output, if that is measured, and the Hessian error, (n,) float64.
+        Of the quantised gate and up projections only what they make of the sampled tokens is held
+        while the down projections are quantised.
+        """
+        inner: dict[int, list[Tensor]] = {}
+        moved: dict[int, Any] = {}
+        for width, weights in self._variants(runs, "gate_up", chunk):
+            moved[width] = _moved(runs, "gate_up", chunk, weights, samples)
+            if self.block_errors:
+                inner[width] = [
+                    runs.weights.activated(e, samples[e].tokens, w)
+                    for e, w in zip(chunk, weights, strict=True)
+                ]
+        for width, weights in self._variants(runs, "down", chunk):
+            changes = []
+            if self.block_errors:
+                changes = [
+                    samples[e].norm_of(samples[e].output - runs.weights.finished(e, i, w))
+                    for e, i, w in zip(chunk, inner.pop(width), weights, strict=True)
+                ]
+            yield width, changes, moved[width] + _moved(runs, "down", chunk, weights, samples)
 
     def quantised_experts(
         self, runs: ExpertRuns
@@ -167,31 +187,35 @@ class ExpertMeasurement:
         Hessians and their factors are computed once and serve all widths. Experts are run on all
         their tokens on the way, so that ``runs.outputs`` is complete behind the last one.
         """
-        for chunk in expert_chunks(runs.experts):
-            variants = self._chunk_variants(runs, chunk)
+        for chunk in expert_chunks(runs):
+            first = dict(self._variants(runs, "gate_up", chunk))
+            second = dict(self._variants(runs, "down", chunk))
+            runs.run(chunk)
             for position, expert in enumerate(chunk):
-                yield expert, _variants_of(variants, position)
-
-    def _chunk_variants(self, runs: ExpertRuns, chunk: Sequence[int]) -> dict[int, ExpertWeights]:
-        """Width -> matrix -> weights of the chunk's experts, [n, R, K] in the model's dtype."""
-        variants: dict[int, ExpertWeights] = {width: {} for width in self.widths}
-        for matrix in MATRICES:
-            weights = fused_weight(runs.experts, matrix)[chunk]
-            factor = self._factor(runs, matrix, chunk)
-            release_free_memory()
-            for width in self.widths:
-                widths = [width] * len(chunk)
-                batch = (
-                    _UNCALIBRATED[self.quantizer](weights, widths, self._grid)
-                    if factor is None
-                    else quantise_gptq(weights, factor, widths, self._grid)
+                yield (
+                    expert,
+                    (
+                        (w, {"gate_up": first[w][position], "down": second[w][position]})
+                        for w in self.widths
+                    ),
                 )
-                variants[width][matrix] = batch.dequantise(weights.dtype)
-                del batch
-                release_free_memory()
-        for expert in chunk:
-            runs.add_output(expert)
-        return variants
+
+    def _variants(
+        self, runs: ExpertRuns, matrix: Matrix, chunk: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Widths, each with the weights of the chunk's experts, [n, R, K] in the model's dtype."""
+        factor = self._factor(runs, matrix, chunk)
+        weights = torch.stack([runs.weights.read(matrix, expert) for expert in chunk])
+        release_free_memory()
+        for width in self.widths:
+            widths = [width] * len(chunk)
+            batch = (
+                _UNCALIBRATED[self.quantizer](weights, widths, self._grid)
+                if factor is None
+                else quantise_gptq(weights, factor, widths, self._grid)
+            )
+            release_free_memory()
+            yield width, batch.dequantise(weights.dtype)
 
     def _factor(
         self, runs: ExpertRuns, matrix: Matrix, chunk: Sequence[int]
@@ -212,39 +236,55 @@ _UNCALIBRATED = {"rtn": quantise_rtn, "hqq": quantise_hqq}
 """Quantisers that take no Hessian."""
 
 
-def _variants_of(
-    variants: dict[int, ExpertWeights], position: int
-) -> Iterator[tuple[int, ExpertWeights]]:
-    for width, matrices in variants.items():
-        yield width, {matrix: stacked[position] for matrix, stacked in matrices.items()}
+@dataclass(frozen=True)
+class _Sample:
+    """Some of an expert's tokens.
+
+    ``tokens`` [n, hidden], ``routing`` [n] what its output is multiplied by, ``output``
+    [n, hidden], ``sampled`` tokens of the expert per token here, ``curvature`` the mean one of its
+    matrices.
+    """
+
+    tokens: Tensor
+    routing: Tensor
+    output: Tensor
+    sampled: float
+    curvature: Mapping[Matrix, float]
+
+    def norm_of(self, change: Tensor) -> float:
+        """Frobenius norm of the routing-weighted change, [n, hidden], over all its tokens."""
+        weighted = change.float() * self.routing.float().unsqueeze(-1)
+        return float(weighted.norm()) * self.sampled**0.5
 
 
-def _run_expert(
-    experts: Any, expert: int, tokens: Tensor, weights: ExpertWeights | None = None
-) -> Tensor:
-    """Output of an expert on tokens [n, hidden], with other weights than its own if given."""
-    if weights is None:
-        weights = {matrix: fused_weight(experts, matrix)[expert] for matrix in MATRICES}
-    inner = activate(experts, linear(tokens, weights["gate_up"]), expert)
-    return finish(experts, linear(inner, weights["down"]), expert)
+def _loss_curvature(runs: ExpertRuns, expert: int, gradients: Tensor) -> dict[Matrix, float]:
+    """Mean curvature of the loss by an expert's matrices, on the tokens with gradients."""
+    known = runs.routed.first(len(gradients))
+    token, routing = known.tokens_of(expert)
+    tokens, routing = weigh(runs.weights.module, known.hidden[token], routing)
+    of_output = gradients[token] * routing.unsqueeze(-1)
+    share = runs.routed.num_tokens / max(1, known.num_tokens)
+    return loss_curvature(runs.weights, expert, tokens, of_output, share)
 
 
 def _moved(
-    experts: Any, expert: int, weights: ExpertWeights, curvature: Mapping[Matrix, float]
-) -> float:
-    """Ω = Σ over matrices of curvature · ‖Q(W) − W‖² (HAWQ-V2)."""
-    return math.fsum(
-        curvature[matrix]
-        * float((weights[matrix].float() - fused_weight(experts, matrix)[expert].float()).norm())
-        ** 2
-        for matrix in MATRICES
-    )
+    runs: ExpertRuns,
+    matrix: Matrix,
+    chunk: Sequence[int],
+    weights: Tensor,
+    samples: Mapping[int, _Sample],
+) -> Any:
+    """(n,) float64, a matrix's part of Ω = Σ over matrices of curvature · ‖Q(W) − W‖² (HAWQ-V2).
 
-
-def _norm(change: Tensor, routing: Tensor, sampled: float) -> float:
-    """Frobenius norm of the routing-weighted change; ``sampled`` is tokens per measured token."""
-    weighted = change.float() * routing.float().unsqueeze(-1)
-    return float(weighted.norm()) * sampled**0.5
+    Parameters
+    ----------
+    weights : [n, R, K], the chunk's experts quantised.
+    """
+    found = []
+    for expert, weight in zip(chunk, weights, strict=True):
+        change = weight.to(torch.float32, copy=True).sub_(runs.weights.read(matrix, expert))
+        found.append(samples[expert].curvature[matrix] * float(change.norm()) ** 2)
+    return np.array(found)
 
 
 def _selected_scores(layer: StreamedLayer, routed: RoutedInputs) -> Tensor:

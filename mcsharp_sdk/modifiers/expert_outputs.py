@@ -3,64 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.models.bfloat16 import fast_linears
 from mcsharp_sdk.models.capture import RoutedInputs
-from mcsharp_sdk.models.experts import answering
+from mcsharp_sdk.models.expert_runs import PIECE_TOKENS
+from mcsharp_sdk.models.expert_weights import ExpertWeights
+from mcsharp_sdk.models.experts import answering, tokens_of_expert
+from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.models.stream import StreamedLayer, in_turn
 
-CHUNK_BYTES = 128 * 2**20
-"""Float32 outputs of all experts of some tokens that are held at a time."""
+CHUNK_BYTES = 2**30
+"""Outputs of all experts of some tokens that are held in memory at a time."""
 
 
 @torch.no_grad()
-def slot_outputs(experts: Any, routed: RoutedInputs) -> Iterator[tuple[slice, Tensor]]:
+def slot_outputs(
+    weights: ExpertWeights, routed: RoutedInputs, scratch: Scratch
+) -> Iterator[tuple[slice, Tensor]]:
     """Outputs of every slot's expert, without its routing weight.
+
+    Each expert is asked for once per chunk of tokens: where outputs lie on disk there is one.
 
     Parameters
     ----------
-    experts : the module of a layer's fused experts, loaded.
+    weights : of the layer's experts.
     routed : what reaches them.
+    scratch : where outputs are kept.
 
     Yields
     ------
     slice, Tensor
-        Some of the T tokens, and their experts' outputs [t, k, hidden], float32, in the order of
+        Some of the T tokens, and their experts' outputs [t, k, hidden], in the order of
         ``routed.top_k_index``.
     """
-    slots = routed.top_k_index.shape[1]
-    size = max(1, CHUNK_BYTES // (4 * slots * routed.hidden.shape[1]))
+    slots, hidden = routed.top_k_index.shape[1], routed.hidden.shape[1]
+    size = max(1, CHUNK_BYTES // (routed.hidden.element_size() * slots * hidden))
+    size = routed.num_tokens if scratch.spills else size
     for start in range(0, routed.num_tokens, size):
         rows = slice(start, min(start + size, routed.num_tokens))
-        hidden, index = routed.hidden[rows], routed.top_k_index[rows]
-        alone = torch.ones(len(hidden), 1, device=hidden.device)
-        with fast_linears():
-            outputs = [experts(hidden, index[:, [slot]], alone).float() for slot in range(slots)]
-        yield rows, torch.stack(outputs, dim=1)
+        count = rows.stop - rows.start
+        outputs = scratch.empty(count, slots, hidden, dtype=routed.hidden.dtype)
+        for expert in range(weights.num_experts):
+            token, slot = tokens_of_expert(routed.top_k_index[rows], expert)
+            parts = zip(token.split(PIECE_TOKENS), slot.split(PIECE_TOKENS), strict=True)
+            for some, at in parts:
+                inner = weights.activated(expert, routed.hidden[rows][some])
+                outputs[some, at] = weights.finished(expert, inner).to(outputs.dtype)
+                scratch.release()
+            weights.release(expert)
+        for first in range(0, count, PIECE_TOKENS):
+            last = min(first + PIECE_TOKENS, count)
+            yield slice(start + first, start + last), outputs[first:last]
+            scratch.release()
 
 
 @torch.no_grad()
-def change_of_output(experts: Any, routed: RoutedInputs, weights: Tensor) -> float:
+def change_of_output(
+    weights: ExpertWeights, routed: RoutedInputs, routing: Tensor, scratch: Scratch
+) -> float:
     """Σ over tokens of the squared norm of what other routing weights change at the output.
 
     Parameters
     ----------
-    weights : (T, k) in place of ``routed.top_k_weights``.
+    weights : of the layer's experts.
+    routing : (T, k) in place of ``routed.top_k_weights``.
+    scratch : where outputs are kept.
     """
-    change = weights.float() - routed.top_k_weights.float()
+    change = routing.float() - routed.top_k_weights.float()
     concerned = change.any(dim=1).nonzero().squeeze(1)
-    total = 0.0
-    size = max(1, CHUNK_BYTES // (4 * routed.hidden.shape[1]))
-    for rows in concerned.split(size):
+    columns, dtype = routed.hidden.shape[1], routed.hidden.dtype
+    changed = scratch.zeros(len(concerned), columns, dtype=dtype)
+    for expert in range(weights.num_experts):
         # Outputs are linear in the routing weights, so their change comes from the weights' change.
-        with fast_linears():
-            output = experts(routed.hidden[rows], routed.top_k_index[rows], change[rows])
-        total += float(output.double().square().sum())
-    return total
+        token, slot = tokens_of_expert(routed.top_k_index[concerned], expert)
+        for some, at in zip(token.split(PIECE_TOKENS), slot.split(PIECE_TOKENS), strict=True):
+            rows = concerned[some]
+            output = weights.finished(expert, weights.activated(expert, routed.hidden[rows]))
+            part = output * change[rows, at].unsqueeze(-1)
+            changed.index_add_(0, some, part.to(dtype))
+            scratch.release()
+        weights.release(expert)
+    return sum(float(part.double().square().sum()) for part in changed.split(PIECE_TOKENS))
 
 
 @torch.no_grad()

@@ -77,6 +77,7 @@ class ExpertStats(Modifier):
 
     writes: ClassVar[str] = ExpertStatistics.NAME
     uses_calibration: ClassVar[bool] = True
+    shares_work: ClassVar[bool] = True
     reads_routing: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"quantizer": "rtn", "scope": "model"},
@@ -97,6 +98,15 @@ class ExpertStats(Modifier):
             raise ValueError("hessian: loss needs gradients of the loss: give 'loss_tokens: 2048'")
         return self
 
+    def why_not_shared(self) -> str | None:
+        if self.scope == "model":
+            return "errors at the model's output are measured by one process: give 'scope: block'"
+        if self.loss_tokens:
+            return "gradients of the loss are measured by one process: give 'loss_tokens: 0'"
+        if self.block_scores:
+            return "block scores are fitted by one process: give 'block_scores: false'"
+        return None
+
     def run(self, context: RunContext) -> None:
         from mcsharp_sdk.models.expert_runs import run_experts
         from mcsharp_sdk.modifiers.expert_measurement import ExpertMeasurement
@@ -116,7 +126,7 @@ class ExpertStats(Modifier):
         if self.loss_tokens:
             measure_loss_gradients(context, self.loss_tokens)
         layers = context.layers(self.writes)
-        for layer in context.stream("measuring experts"):
+        for layer in context.stream("measuring experts", by_expert=True):
             if layer.moe is None:
                 continue
             if layers.has(layer.index):

@@ -80,6 +80,7 @@ class GPTQQuantize(Modifier):
     reads: ClassVar[tuple[str, ...]] = ("bit_allocation",)
     writes: ClassVar[str] = QUANTIZED_WEIGHTS
     uses_calibration: ClassVar[bool] = True
+    shares_work: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"binary": "paper", "router_bits": 4, "clip_search": "narrow"},
         "released": {
@@ -122,12 +123,12 @@ class GPTQQuantize(Modifier):
         bit_map = self._bit_map(context)
         quantiser = self._quantiser()
         layers = context.layers(self.writes)
-        for layer in context.stream("quantising"):
+        for layer in context.stream("quantising", by_expert=True):
             widths = bit_map.bits.get(layer.index)
             if layers.has(layer.index):
                 restore_layer(
                     layer,
-                    layers.tensors(layer.index),
+                    layers.slices(layer.index),
                     expert_bits=widths,
                     linear_bits=self.other_bits,
                     group_size=self.group_size,

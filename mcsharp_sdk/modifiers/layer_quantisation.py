@@ -7,7 +7,7 @@ projections, then their down projections on the quantised gate and up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,16 +16,19 @@ from torch import Tensor
 
 from mcsharp_sdk.models.capture import linear_inputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
-from mcsharp_sdk.models.experts import MATRICES, Matrix, fused_weight
+from mcsharp_sdk.models.experts import MATRICES, Matrix
 from mcsharp_sdk.models.memory import release_free_memory
+from mcsharp_sdk.models.ranks import Ranks, divide
 from mcsharp_sdk.models.stream import StreamedLayer
 from mcsharp_sdk.models.topology import router_weight
+from mcsharp_sdk.modifiers.expert_buckets import ExpertBuckets
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.grid import (
     PackedWeight,
     QuantizedBatch,
     QuantizedWeight,
     dequantise,
+    group_count,
     pack_weight,
 )
 from mcsharp_sdk.quantization.hessian import (
@@ -39,17 +42,15 @@ from mcsharp_sdk.quantization.hqq import quantise_hqq
 from mcsharp_sdk.quantization.lwc import quantise_lwc
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
-from mcsharp_sdk.runtime.layout import (
-    expert_tensors,
-    linear_tensors,
-)
+from mcsharp_sdk.runtime.layout import linear_tensors
 
 QuantizerName = Literal["gptq", "rtn", "hqq", "lwc"]
 WORKING_SET_BYTES = 256 * 2**20
 """Memory for the float32 weights and Hessians of the experts that are quantised together."""
 
-OVERALL_TOKENS = 4096
-"""Tokens of the whole layer that stand in where few tokens reach an expert."""
+
+ERROR_ROWS = 256
+"""Rows of each matrix that its error is noted from: it is told, and decides nothing."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,38 @@ class LayerNotes:
         self.squared_error[part] = self.squared_error.get(part, 0.0) + error
         self.squared_output[part] = self.squared_output.get(part, 0.0) + output
 
+    def merge(self, ranks: Ranks) -> LayerNotes:
+        """Those of all processes, in the order of the experts."""
+        if ranks.alone:
+            return self
+        notes = ranks.collect(self)
+        return LayerNotes(
+            sorted((n for note in notes for n in note.raised_damping), key=_place),
+            sorted((n for note in notes for n in note.fallbacks), key=_place),
+            dict(sorted((s for note in notes for s in note.starved.items()), key=_number)),
+            _summed(note.squared_error for note in notes),
+            _summed(note.squared_output for note in notes),
+        )
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Where a matrix comes: linears first, then by expert, gate and up before down."""
+    parts = name.split(".")
+    return (int(parts[1]), int(parts[2] == "down")) if parts[0] == "experts" else (-1, 0)
+
+
+def _summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Sums of several mappings, key by key."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def _number(starved: tuple[str, int]) -> int:
+    return int(starved[0])
+
 
 @dataclass(frozen=True)
 class LayerQuantiser:
@@ -140,9 +173,10 @@ class LayerQuantiser:
         if expert_bits is not None:
             if self.router_bits is not None:
                 packed |= self._router(layer, self.router_bits)
-            weights = self._experts(layer, expert_bits, notes)
-            packed |= expert_tensors(f"{prefix}.{layer.moe.experts}", expert_bits, weights)
-        return packed, notes
+            path = f"{prefix}.{layer.moe.experts}"
+            tensors = self._experts(layer, expert_bits, notes)
+            packed |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
+        return packed, notes.merge(layer.inputs.ranks)
 
     def _linears(
         self, layer: StreamedLayer, names: Sequence[str], bits: int, notes: LayerNotes
@@ -151,22 +185,53 @@ class LayerQuantiser:
 
         def collect(group: tuple[str, ...], inputs: Tensor) -> None:
             columns = inputs.shape[-1]
-            hessian = hessians.setdefault(
-                group, torch.zeros(columns, columns, device=inputs.device)
-            )
-            accumulate(hessian, inputs)
+            if group not in hessians:
+                hessians[group] = torch.zeros(columns, columns, device=inputs.device)
+            accumulate(hessians[group], inputs)
 
         linear_inputs(layer, names, collect)
-        for group in list(hessians):
-            # Linears that share their input are quantised as one tall matrix.
+        ranks = layer.inputs.ranks
+        costs = [float(ranks.sum_(hessian).shape[-1]) ** 3 for hessian in hessians.values()]
+        owned = divide(costs, ranks.count)
+        groups, batches = list(hessians), {}
+        for position in owned[ranks.rank]:
+            group = groups[position]
+            waiting = [hessians.pop(group).unsqueeze(0)]
+            weights = _stacked(layer, group).unsqueeze(0)
+            batches[position] = self._quantise(weights, waiting, [bits], group[:1], notes)
+        for position, group in enumerate(groups):
             linears: list[Any] = [layer.module.get_submodule(name) for name in group]
             rows = [linear.out_features for linear in linears]
-            stacked = torch.cat([linear.weight for linear in linears]).unsqueeze(0)
-            hessian = hessians.pop(group).unsqueeze(0)
-            batch = self._quantise(stacked, hessian, [bits], group[:1], notes)
+            owner = next(rank for rank, own in enumerate(owned) if position in own)
+            shape = (sum(rows), linears[0].in_features)
+            batch = self._spread(batches.pop(position, None), shape, bits, owner, layer)
             for name, linear, part in zip(group, linears, _split_rows(batch, rows), strict=True):
                 linear.weight.copy_(dequantise(part, linear.weight.dtype))
                 yield name, pack_weight(part)
+
+    def _spread(
+        self,
+        batch: QuantizedBatch | None,
+        shape: tuple[int, int],
+        bits: int,
+        owner: int,
+        layer: StreamedLayer,
+    ) -> QuantizedBatch:
+        """A matrix [1, R, K] that one process quantised, for all of them."""
+        if batch is None:
+            size = self.settings.grid.group_size
+            groups = group_count(shape[1], size)
+            like = torch.empty(0, dtype=torch.uint8, device=layer.source.device)
+            batch = QuantizedBatch(
+                like.new_empty(1, *shape),
+                like.new_empty(1, shape[0], groups, dtype=torch.float16),
+                like.new_empty(1, shape[0], groups),
+                (bits,),
+                size,
+            )
+        for tensor in (batch.codes, batch.scales, batch.zeros):
+            layer.inputs.ranks.spread(tensor, owner)
+        return batch
 
     def _router(self, layer: StreamedLayer, bits: int) -> dict[str, Tensor]:
         router = layer.module.get_submodule(layer.moe.router)
@@ -179,25 +244,39 @@ class LayerQuantiser:
 
     def _experts(
         self, layer: StreamedLayer, bits: Sequence[int], notes: LayerNotes
-    ) -> dict[Matrix, list[PackedWeight]]:
+    ) -> dict[str, Tensor]:
+        """Packed tensors of the experts, by their names within the experts' module."""
         runs = ExpertRuns.of_layer(layer)
-        packed: dict[Matrix, list[PackedWeight]] = {"gate_up": [], "down": []}
-        for chunk in expert_chunks(runs.experts):
-            widths = [bits[e] for e in chunk]
+        buckets = ExpertBuckets(bits, layer.inputs.scratch)
+        for chunk in expert_chunks(runs):
             for matrix in MATRICES:
-                hessians = self.expert_hessians(runs, matrix, chunk, notes)
-                weights = fused_weight(runs.experts, matrix)
-                names = [f"experts.{e}.{matrix}" for e in chunk]
-                batch = self._quantise(weights[chunk], hessians, widths, names, notes)
+                batch = self._quantised_chunk(runs, matrix, chunk, bits, notes)
                 for position, expert in enumerate(chunk):
                     quantised = batch.expert(position)
-                    weights[expert] = dequantise(quantised, weights.dtype)
-                    packed[matrix].append(pack_weight(quantised))
+                    dtype = runs.routed.hidden.dtype
+                    runs.weights.replace(matrix, expert, dequantise(quantised, dtype))
+                    buckets.put(matrix, expert, pack_weight(quantised))
+                del batch, quantised
                 release_free_memory()
-            for expert in chunk:
-                runs.add_output(expert)
-        layer.expert_outputs = runs.outputs
-        return packed
+            runs.run(chunk)
+        layer.expert_outputs = runs.finish()
+        if not layer.inputs.ranks.alone:
+            buckets.gather(runs.tokens.owned, self.settings.grid.group_size, runs)
+        return buckets.tensors
+
+    def _quantised_chunk(
+        self,
+        runs: ExpertRuns,
+        matrix: Matrix,
+        chunk: Sequence[int],
+        bits: Sequence[int],
+        notes: LayerNotes,
+    ) -> QuantizedBatch:
+        """One matrix of some experts, quantised."""
+        waiting = [self.expert_hessians(runs, matrix, chunk, notes)]
+        weights = torch.stack([runs.weights.read(matrix, expert) for expert in chunk])
+        names = [f"experts.{expert}.{matrix}" for expert in chunk]
+        return self._quantise(weights, waiting, [bits[e] for e in chunk], names, notes)
 
     def expert_hessians(
         self,
@@ -214,9 +293,8 @@ class LayerQuantiser:
         sample size), and those that complete them get the expert's mean v. Of more than ``most``
         tokens, so many are taken.
         """
-        columns = fused_weight(runs.experts, matrix).shape[-1]
-        device = runs.routed.hidden.device
-        hessians = torch.zeros(len(chunk), columns, columns, device=device)
+        _, columns = runs.weights.shape(matrix)
+        hessians = torch.zeros(len(chunk), columns, columns, device=runs.routed.hidden.device)
         shared: Tensor | None = None
         for hessian, expert in zip(hessians, chunk, strict=True):
             tokens, weights, squares = 0, 0.0, 0.0
@@ -232,25 +310,32 @@ class LayerQuantiser:
             if counted < columns:
                 notes.starved[str(expert)] = tokens
                 if shared is None or matrix == "down":
+                    shared = None  # the old one goes before the new one is made
                     shared = _mean_hessian(runs, matrix, expert)
-                completion = shared * (weights / tokens) if weighed else shared
-                hessian.copy_(shrink(hessian[None], [counted], completion, 1)[0])
+                # What completes it gets the expert's mean weight.
+                shrink(hessian[None], [counted], shared, tokens / weights if weighed else 1)
         return hessians
 
     def _quantise(
         self,
         weights: Tensor,
-        hessians: Tensor,
+        waiting: list[Tensor],
         bits: Sequence[int],
         names: Sequence[str],
         notes: LayerNotes,
     ) -> QuantizedBatch:
-        """Quantise matrices [n, R, K] with their Hessians [n, K, K], and note their errors."""
+        """Quantise matrices [n, R, K] with their Hessians [n, K, K], and note their errors.
+
+        Hessians are taken out of ``waiting``, so that nobody else holds them.
+        """
+        hessians = waiting.pop()
         batch = self._quantised(weights, hessians, bits, names, notes)
         for position, name in enumerate(names):
-            changed = dequantise(batch.expert(position), torch.float32)
-            found = squared_output_error(weights[position], changed, hessians[position])
-            notes.add_error(name.split(".")[0], *found)
+            rows = _some_rows(weights.shape[1])
+            changed = dequantise(_at_rows(batch.expert(position), rows), torch.float32)
+            found = squared_output_error(weights[position, rows], changed, hessians[position])
+            of = weights.shape[1] / len(rows)
+            notes.add_error(name.split(".")[0], *(of * square for square in found))
         return batch
 
     def _quantised(
@@ -270,6 +355,7 @@ class LayerQuantiser:
         if s.quantizer == "lwc":
             return quantise_lwc(weights, hessians, bits, s.grid)
         factor = factorise(hessians, damping=s.damping)
+        release_free_memory()
         notes.raised_damping += [names[e] for e in factor.raised]
         notes.fallbacks += [names[e] for e in factor.failed]
         return quantise_gptq(
@@ -279,6 +365,23 @@ class LayerQuantiser:
             s.grid,
             compensate_within_block=s.compensate_within_block or min(bits) > 3,
         )
+
+
+def _stacked(layer: StreamedLayer, names: Sequence[str]) -> Tensor:
+    """The weights of linears that share their input, as one tall matrix [R, K]."""
+    linears: list[Any] = [layer.module.get_submodule(name) for name in names]
+    return torch.cat([linear.weight for linear in linears])
+
+
+def _some_rows(rows: int) -> Tensor:
+    """At most ``ERROR_ROWS`` numbers of rows, evenly spaced."""
+    return torch.linspace(0, rows - 1, min(rows, ERROR_ROWS)).long()
+
+
+def _at_rows(whole: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
+    """Some rows of a quantised matrix."""
+    parts = (tensor[rows] for tensor in (whole.codes, whole.scales, whole.zeros))
+    return QuantizedWeight(*parts, whole.bits, whole.group_size)
 
 
 def _split_rows(batch: QuantizedBatch, rows: Sequence[int]) -> Iterator[QuantizedWeight]:
@@ -297,18 +400,21 @@ def components(names: Sequence[str]) -> list[list[str]]:
     return list(found.values())
 
 
-def expert_chunks(experts: Any) -> Iterator[list[int]]:
+def expert_chunks(runs: ExpertRuns) -> Iterator[list[int]]:
     """Experts in runs that fit the working set together; at least one a run.
 
     What a run has freed is given back to the system before the next begins.
     """
-    rows_columns = [fused_weight(experts, matrix).shape[1:] for matrix in ("gate_up", "down")]
-    each = max(4 * (3 * rows * columns + 3 * columns**2) for rows, columns in rows_columns)
-    size = max(1, WORKING_SET_BYTES // each)
-    count = int(experts.num_experts)
-    for start in range(0, count, size):
-        yield list(range(start, min(start + size, count)))
+    size = experts_at_once([runs.weights.shape(matrix) for matrix in MATRICES])
+    for start in range(0, len(runs.experts), size):
+        yield list(runs.experts[start : start + size])
         release_free_memory()
+
+
+def experts_at_once(shapes: Sequence[tuple[int, int]]) -> int:
+    """Experts with matrices of such shapes, (R, K), that fit the working set together."""
+    each = max(4 * (3 * rows * columns + 3 * columns**2) for rows, columns in shapes)
+    return max(1, WORKING_SET_BYTES // each)
 
 
 def _mean_hessian(runs: ExpertRuns, matrix: Matrix, expert: int) -> Tensor:
@@ -316,7 +422,8 @@ def _mean_hessian(runs: ExpertRuns, matrix: Matrix, expert: int) -> Tensor:
 
     For gate and up it is the same for all experts.
     """
-    inputs = runs.inputs_from_all_tokens(expert, matrix, OVERALL_TOKENS)
-    hessian = torch.zeros(inputs.shape[-1], inputs.shape[-1], device=inputs.device)
+    inputs = runs.inputs_from_all_tokens(expert, matrix)
+    columns = inputs.shape[-1]
+    hessian = torch.zeros(columns, columns, device=inputs.device)
     accumulate(hessian, inputs)
     return hessian.div_(len(inputs))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mcsharp_sdk.models.experts import MATRICES, fused_weight
+from mcsharp_sdk.models.expert_weights import ExpertWeights
+from mcsharp_sdk.models.experts import MATRICES, Matrix, fused_weight
+from mcsharp_sdk.models.shards import TensorSlice
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import StreamedLayer
-from mcsharp_sdk.models.topology import MoeBlock, router_weight
+from mcsharp_sdk.models.topology import router_weight
 from mcsharp_sdk.quantization.grid import PackedWeight, dequantise, unpack_weight
 from mcsharp_sdk.runtime.layout import (
     TENSORS,
@@ -21,11 +24,61 @@ from mcsharp_sdk.runtime.layout import (
     tensor_name,
 )
 
+Packed = Mapping[str, TensorSlice]
+"""Full names of a layer's packed tensors -> what reads them."""
+
+
+@dataclass
+class PackedExperts(ExpertWeights):
+    """Weights that are packed in a file, unpacked one expert at a time.
+
+    Attributes
+    ----------
+    bits : width of each expert.
+    packed : names within the experts' module -> what reads the tensors.
+    """
+
+    module: Any
+    bits: Sequence[int]
+    group_size: int
+    packed: Packed
+    device: str
+
+    def __post_init__(self) -> None:
+        self._members = members(self.bits)
+        self._in_use: dict[tuple[Matrix, int], Tensor] = {}
+
+    @property
+    def in_memory(self) -> bool:
+        """Never."""
+        return False
+
+    def read(self, matrix: Matrix, expert: int) -> Tensor:
+        """From the file, unless the expert is in use."""
+        if (matrix, expert) not in self._in_use:
+            width = self.bits[expert]
+            slot = self._members[width].index(expert)
+            names = (f"{bucket_name(width)}.{tensor_name(matrix, part)}" for part in TENSORS)
+            parts = (self.packed[n][slot : slot + 1][0].to(self.device) for n in names)
+            like = fused_weight(self.module, matrix)[0]
+            restored = _restored(PackedWeight(*parts), like, width, self.group_size)
+            self._in_use[matrix, expert] = restored
+        return self._in_use[matrix, expert]
+
+    def replace(self, matrix: Matrix, expert: int, weight: Tensor) -> None:
+        """Kept in memory until the expert is released; what is on disk stays."""
+        self._in_use[matrix, expert] = weight
+
+    def release(self, expert: int) -> None:
+        """Forget the expert."""
+        for matrix in MATRICES:
+            self._in_use.pop((matrix, expert), None)
+
 
 @torch.no_grad()
 def restore_layer(
     layer: StreamedLayer,
-    packed: Mapping[str, Tensor],
+    packed: Packed,
     *,
     expert_bits: Sequence[int] | None,
     linear_bits: int | None,
@@ -41,51 +94,68 @@ def restore_layer(
     names = layer.source.topology.linears[layer.index]
     linears = {} if linear_bits is None else dict.fromkeys(names, linear_bits)
     experts = {} if expert_bits is None else {layer.index: tuple(expert_bits)}
-    layout = PackedLayout(group_size, experts, linears)
-    restore_packed(layer.source, layer.index, packed, layout)
+    restore_packed(layer, packed, PackedLayout(group_size, experts, linears))
 
 
 @torch.no_grad()
-def restore_packed(
-    source: SourceModel, index: int, packed: Mapping[str, Tensor], layout: PackedLayout
-) -> None:
+def restore_packed(layer: StreamedLayer, packed: Packed, layout: PackedLayout) -> None:
     """Give a loaded layer the weights that are packed as ``layout`` says.
+
+    Its routed experts are read from ``packed`` from now on, one by one.
 
     Parameters
     ----------
-    source, index : the model, and which of its layers.
     packed : the layer's tensors, by their full names.
     """
+    restore_linears(layer.source, layer.index, packed, layout)
+    experts = packed_experts(layer.source, layer.index, packed, layout)
+    layer.experts = layer.experts if experts is None else experts
+
+
+@torch.no_grad()
+def restore_whole(source: SourceModel, index: int, packed: Packed, layout: PackedLayout) -> None:
+    """As :func:`restore_packed`, with all of the experts written into the loaded layer."""
+    restore_linears(source, index, packed, layout)
+    experts = packed_experts(source, index, packed, layout)
+    if experts is None:
+        return
+    for expert in range(experts.num_experts):
+        for matrix in MATRICES:
+            fused_weight(experts.module, matrix)[expert] = experts.read(matrix, expert)
+        experts.release(expert)
+
+
+def restore_linears(source: SourceModel, index: int, packed: Packed, layout: PackedLayout) -> None:
+    """Give the linears outside of the experts, and the router if it was rounded, what is packed."""
     prefix = f"{source.layer_path(index)}."
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in packed.items()}
+    layer: Any = source.layer(index)
     for name in source.topology.linears[index]:
         if name in layout.linears:
-            linear: Any = source.layer(index).get_submodule(name)
-            weight = PackedWeight(*(tensors[f"{name}.{part}"] for part in TENSORS))
+            linear = layer.get_submodule(name)
+            parts = (packed[f"{prefix}{name}.{part}"][...] for part in TENSORS)
+            weight = PackedWeight(*(part.to(source.device) for part in parts))
             linear.weight.copy_(
                 _restored(weight, linear.weight, layout.linears[name], layout.group_size)
             )
-    if index in layout.experts:
-        block = source.topology.moe[index]
-        _restore_moe(source.layer(index), block, tensors, layout)
+    block = source.topology.moe.get(index)
+    if block is not None and index in layout.experts:
+        router = f"{block.router}.{router_weight(layer.get_submodule(block.router))}"
+        if f"{prefix}{router}" in packed:
+            layer.get_parameter(router).copy_(packed[f"{prefix}{router}"][...])
 
 
-def _restore_moe(
-    layer: nn.Module, block: MoeBlock, tensors: Mapping[str, Tensor], layout: PackedLayout
-) -> None:
-    """The router, if it was rounded, and the experts; ``tensors`` by names within the layer."""
-    router = f"{block.router}.{router_weight(layer.get_submodule(block.router))}"
-    if router in tensors:
-        layer.get_parameter(router).copy_(tensors[router])
-    experts: Any = layer.get_submodule(block.experts)
-    for matrix in MATRICES:
-        weights = fused_weight(experts, matrix)
-        for width, chosen in members(layout.experts[block.layer]).items():
-            bucket = f"{block.experts}.{bucket_name(width)}."
-            stacked = [tensors[f"{bucket}{tensor_name(matrix, part)}"] for part in TENSORS]
-            for slot, expert in enumerate(chosen):
-                weight = PackedWeight(*(part[slot] for part in stacked))
-                weights[expert] = _restored(weight, weights[expert], width, layout.group_size)
+def packed_experts(
+    source: SourceModel, index: int, packed: Packed, layout: PackedLayout
+) -> PackedExperts | None:
+    """A layer's packed experts; None if they are not packed."""
+    if index not in layout.experts:
+        return None
+    block = source.topology.moe[index]
+    prefix = f"{source.layer_path(index)}.{block.experts}."
+    own = {n.removeprefix(prefix): t for n, t in packed.items() if n.startswith(prefix)}
+    module = source.layer(index).get_submodule(block.experts)
+    bits = layout.experts[index]
+    return PackedExperts(module, bits, layout.group_size, own, source.device)
 
 
 def _restored(packed: PackedWeight, like: Tensor, bits: int, group_size: int) -> Tensor:

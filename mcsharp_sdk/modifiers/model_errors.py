@@ -18,6 +18,7 @@ from torch import Tensor
 from mcsharp_sdk.artifacts import LayerStatistics
 from mcsharp_sdk.models.embedding import embed
 from mcsharp_sdk.models.expert_runs import ExpertRuns
+from mcsharp_sdk.models.expert_weights import LoadedExperts
 from mcsharp_sdk.models.experts import MATRICES, fused_weight
 from mcsharp_sdk.models.stream import LayerInputs, StreamedLayer
 
@@ -38,25 +39,27 @@ def measure_model_errors(
     source, calibration = context.model, context.calibration
     few = calibration.first(measurement.error_tokens)
     last = source.topology.num_layers
-    inputs, probe = embed(source, calibration), embed(source, few)
+    inputs, probe = embed(source, calibration, context.scratch()), embed(source, few)
     source.load(f"{source.topology.layers_path}.")
     reference = _run_layers(context, probe, 0, last)
     filled = []
     for index in context.track(range(last), "measuring model errors"):
-        layer = StreamedLayer(source, index, source.layer(index), inputs)
         statistics = next((s for s in measured if s.layer == index), None)
         if statistics is not None:
+            module = source.layer(index)
+            experts = LoadedExperts(module.get_submodule(source.topology.moe[index].experts))
+            layer = StreamedLayer(source, index, module, inputs, experts)
             count = statistics.num_experts
             errors = {width: np.zeros(count) for width in measurement.widths}
             runs = ExpertRuns.of_layer(layer)
             for expert, variants in measurement.quantised_experts(runs):
                 for width, weights in variants:
-                    with _replaced(runs.experts, expert, weights):
+                    with _replaced(experts.module, expert, weights):
                         output = _run_layers(context, probe, index, last)
                     errors[width][expert] = float((output - reference).float().norm())
             filled.append(replace(statistics, quant_error=errors))
-        inputs.advance(layer.module, index)
-        probe.advance(layer.module, index)
+        inputs.advance(source.layer(index), index)
+        probe.advance(source.layer(index), index)
     source.free(f"{source.topology.layers_path}.")
     return filled
 

@@ -54,20 +54,23 @@ class ProtectionMeasurement:
         weights = runs.routed.top_k_weights
         top_k = weights.shape[1]
         thresholds = (
-            slot_thresholds(weights, self.quantile)
+            slot_thresholds(runs.routed.ranks.gather(weights), self.quantile)
             if self.threshold is None
             else [self.threshold] * (top_k - 1)
         )
         kept = self._kept(layer, runs.routed, received, thresholds)
         drops_tokens = self.rule.metric == DROP_INSIGNIFICANT
         pruned = weights * kept if drops_tokens else renormalise(weights, kept)
-        change = change_of_output(runs.experts, runs.routed, pruned)
-        behind = float(squared_norms_behind(layer, runs.outputs).double().sum())
+        ranks = runs.routed.ranks
+        change = ranks.total(change_of_output(runs.weights, runs.routed, pruned, runs.scratch))
+        norms = squared_norms_behind(layer, layer.known_outputs)
+        behind = ranks.total(float(norms.double().sum()))
+        slots = ranks.total(kept.numel())
         return LayerProtection(
             layer=layer.index,
             thresholds=tuple([0.0] * (top_k - 1) if drops_tokens else thresholds),
             cost=(change / behind) ** 0.5 if behind else 0.0,
-            keep_ratio=float(kept.double().mean()),
+            keep_ratio=ranks.total(float(kept.double().sum())) / slots,
         )
 
     @torch.no_grad()
@@ -84,9 +87,8 @@ class ProtectionMeasurement:
             attention = received
         else:
             runs = ExpertRuns.of_layer(layer)
-        for expert in range(layer.moe.num_experts):
-            runs.add_output(expert)
-        layer.expert_outputs = runs.outputs
+        runs.run(runs.experts)
+        layer.expert_outputs = runs.finish()
         return runs, attention
 
     def _kept(

@@ -44,6 +44,9 @@ class RouterCalibration(Modifier):
     uses_calibration: ClassVar[bool] = True
     reads_routing: ClassVar[bool] = True
 
+    def why_not_shared(self) -> str | None:
+        return "routers are fitted by one process, on tokens of all sequences: start one process"
+
     def check_routers(self, routers: Mapping[int, RouterSettings]) -> list[Problem]:
         """Whether probabilities over experts say how these routers choose."""
         mixing = [s.model_type for s in routers.values() if s.sparse_mixing is not None]
@@ -62,9 +65,9 @@ class RouterCalibration(Modifier):
 
         fitting = RouterFitting(self.tokens, self.ridge, self.steps)
         layers = context.layers(self.writes)
-        for layer in context.stream("calibrating routers"):
+        for layer in context.stream("calibrating routers", by_expert=True):
             target = fitting.target_of(layer)
-            context.restore_quantised(layer.source, layer.index)
+            context.restore_streamed(layer)
             if target is None:
                 continue
             if layers.has(layer.index):

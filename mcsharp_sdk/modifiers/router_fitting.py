@@ -57,16 +57,16 @@ class RouterFitting:
         To be called once for each layer in turn, before it gets its quantised weights.
         """
         if self._original is None:
-            hidden = [batch.clone() for batch in layer.inputs.hidden]
-            self._original = replace(layer.inputs, hidden=hidden)
-        original = StreamedLayer(layer.source, layer.index, layer.module, self._original)
+            self._original = replace(layer.inputs, hidden=_copied(layer.inputs))
+        original = StreamedLayer(
+            layer.source, layer.index, layer.module, self._original, layer.experts
+        )
         target = None
         if layer.moe is not None:
             runs = ExpertRuns.of_layer(original)
             target = _target(layer.source.router(layer.moe), runs.routed.router_hidden)
-            for expert in range(layer.moe.num_experts):
-                runs.add_output(expert)
-            original.expert_outputs = runs.outputs
+            runs.run(runs.experts)
+            original.expert_outputs = runs.finish()
         original.advance()
         return target
 
@@ -116,6 +116,17 @@ class RouterFitting:
         name = _weight_name(layer)
         if name in tensors:
             layer.source.model.get_parameter(name).copy_(tensors[name])
+
+
+def _copied(inputs: LayerInputs) -> list[Tensor]:
+    """The hidden states once more, where activations are kept."""
+    counts = [hidden.shape[:2].numel() for hidden in inputs.hidden]
+    like = inputs.hidden[0]
+    room = inputs.scratch.empty(sum(counts), like.shape[-1], dtype=like.dtype)
+    return [
+        part.view_as(hidden).copy_(hidden)
+        for part, hidden in zip(room.split(counts), inputs.hidden, strict=True)
+    ]
 
 
 def _weight_name(layer: StreamedLayer) -> str:

@@ -78,6 +78,7 @@ class TokenProtection(Modifier):
     uses: ClassVar[tuple[str, ...]] = ("quantized_weights", "calibrated_routers")
     writes: ClassVar[str] = TokenProtectionRule.NAME
     uses_calibration: ClassVar[bool] = True
+    shares_work: ClassVar[bool] = True
 
     def check_blocks(self, blocks: Mapping[int, MoeBlock]) -> list[Problem]:
         """Whether there are experts to drop, and as many layers as are to prune."""
@@ -103,7 +104,7 @@ class TokenProtection(Modifier):
         rule = RulePruning(self.metric, self.protect_ratio, self.drop_ratio, {})
         measurement = ProtectionMeasurement(rule, self.threshold, self.quantile)
         layers = context.layers(self.writes)
-        for layer in context.stream("measuring thresholds", quantised=True):
+        for layer in context.stream("measuring thresholds", quantised=True, by_expert=True):
             if layer.moe is None:
                 continue
             if layers.has(layer.index):

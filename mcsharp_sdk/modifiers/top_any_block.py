@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.models.capture import RoutedInputs, routed_inputs
+from mcsharp_sdk.models.ranks import Ranks
 from mcsharp_sdk.models.stream import StreamedLayer
 from mcsharp_sdk.modifiers.expert_outputs import slot_outputs, squared_norms_behind
 from mcsharp_sdk.modifiers.top_any_target import apply_shift, keep_ratio, shift_for
@@ -24,11 +25,10 @@ from mcsharp_sdk.modifiers.top_any_training import (
     StepLosses,
     Training,
     new_network,
-    noise_like,
     renormalised,
 )
 from mcsharp_sdk.pruning.rule import ranked
-from mcsharp_sdk.pruning.top_any import TopAnyNetwork, keep_mask, soft_keep
+from mcsharp_sdk.pruning.top_any import TopAnyNetwork, gumbel_noise, keep_mask, soft_keep
 
 if TYPE_CHECKING:
     from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
@@ -46,36 +46,39 @@ class BlockTask:
     weights : (T, k) float32 routing weights, falling.
     gram : (T, k, k) float32, G of each token.
     norms : (T,) float32, squared norms of the hidden states behind the layer.
+    ranks : the processes that have tokens of the layer; T counts those of this one.
+    before, whole : tokens of the processes before this one, and of all.
     """
 
     hidden: Tensor
     weights: Tensor
     gram: Tensor
     norms: Tensor
+    ranks: Ranks
+    before: int
+    whole: int
 
     @classmethod
     @torch.no_grad()
     def of_layer(cls, layer: StreamedLayer) -> BlockTask:
         """Run a loaded layer's experts once; its ``expert_outputs`` are known then."""
         routed = in_falling_order(routed_inputs(layer))
-        experts: Any = layer.module.get_submodule(layer.moe.experts)
-        weights = routed.top_k_weights.float()
-        summed = torch.empty_like(routed.hidden)
+        weights, scratch = routed.top_k_weights.float(), layer.inputs.scratch
+        summed = scratch.empty(*routed.hidden.shape, dtype=routed.hidden.dtype)
         top_k = weights.shape[1]
         gram = torch.empty(len(weights), top_k, top_k, device=weights.device)
-        for rows, outputs in slot_outputs(experts, routed):
+        for rows, found in slot_outputs(layer.expert_weights, routed, scratch):
+            outputs = found.float()
             gram[rows] = outputs @ outputs.transpose(1, 2)
             summed[rows] = (weights[rows].unsqueeze(1) @ outputs).squeeze(1).to(summed.dtype)
         layer.expert_outputs = summed
-        return cls(routed.hidden, weights, gram, squared_norms_behind(layer, summed))
-
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return len(self.weights)
+        norms = squared_norms_behind(layer, summed)
+        counts = routed.ranks.collect(routed.num_tokens)
+        before = sum(counts[: routed.ranks.rank])
+        return cls(routed.hidden, weights, gram, norms, routed.ranks, before, sum(counts))
 
     def error(self, keep: Tensor, rows: Tensor | slice) -> Tensor:
-        """Mean over some tokens of the squared change of the block's output.
+        """Sum over some tokens of the squared change of the block's output.
 
         It is relative to the squared norm of the token's hidden state behind the layer: what
         follows normalises that state, so this is what the token's change amounts to there.
@@ -88,23 +91,33 @@ class BlockTask:
         weights = self.weights[rows]
         change = renormalised(weights, keep.to(weights.dtype)) - weights
         squared = torch.einsum("ti,tij,tj->t", change, self.gram[rows], change)
-        return (squared / self.norms[rows].clamp_min(torch.finfo(torch.float32).tiny)).mean()
+        return (squared / self.norms[rows].clamp_min(torch.finfo(torch.float32).tiny)).sum()
 
     def worst_error(self) -> float:
         """Error if every token kept its first expert alone."""
         keep = torch.zeros_like(self.weights)
         keep[:, 0] = 1.0
-        return float(self.error(keep, slice(None)))
+        return self._mean_error(keep)
+
+    def _mean_error(self, keep: Tensor) -> float:
+        """Error over the tokens of all processes; ``keep`` (T, k) is of this one's."""
+        return self.ranks.total(float(self.error(keep, slice(None)))) / self.whole
 
     def step_losses(
         self, network: TopAnyNetwork, tokens: int, temperature: float, generator: torch.Generator
     ) -> StepLosses:
-        """Losses of one training step, on tokens drawn at random."""
-        rows = torch.randint(self.num_tokens, (tokens,), generator=generator)
-        rows = rows.to(self.hidden.device)
+        """This process's part of the losses of one training step, on tokens drawn at random.
+
+        All processes draw the same tokens of the whole layer, and each works on those it has.
+        """
+        drawn = torch.randint(self.whole, (tokens,), generator=generator)
+        top_k = self.weights.shape[1]
+        noise = gumbel_noise(torch.empty(tokens, top_k), generator)
+        own = (drawn >= self.before) & (drawn < self.before + len(self.weights))
+        rows = (drawn[own] - self.before).to(self.hidden.device)
         logits = network(self.hidden[rows], self.weights[rows])
-        keep = soft_keep(logits, temperature, noise=noise_like(logits, generator))
-        return StepLosses(self.error(keep, rows), keep.mean())
+        keep = soft_keep(logits, temperature, noise=noise[own].to(logits.device))
+        return StepLosses(self.error(keep, rows) / tokens, keep.sum() / (tokens * top_k))
 
     @torch.no_grad()
     def logits(self, network: TopAnyNetwork) -> Tensor:
@@ -116,10 +129,10 @@ class BlockTask:
     @torch.no_grad()
     def final_error(self, logits: Tensor) -> float:
         """Error with the masks of the finished network, over all tokens."""
-        return float(self.error(keep_mask(logits, self.weights).float(), slice(None)))
+        return self._mean_error(keep_mask(logits, self.weights).float())
 
     def _chunks(self) -> Iterator[slice]:
-        for start in range(0, self.num_tokens, CHUNK_TOKENS):
+        for start in range(0, len(self.weights), CHUNK_TOKENS):
             yield slice(start, start + CHUNK_TOKENS)
 
 
@@ -149,7 +162,9 @@ def train_block(
     """
     hidden_size, top_k = task.hidden.shape[1], task.weights.shape[1]
     network = new_network(layer, hidden_size, top_k, settings, str(task.hidden.device))
-    training = Training(settings, str(layer), {layer: network}, task.worst_error(), state)
+    training = Training(
+        settings, str(layer), {layer: network}, task.worst_error(), state, task.ranks
+    )
     curve = training.run(
         lambda temperature, generator: task.step_losses(
             network, settings.batch_tokens, temperature, generator
@@ -157,10 +172,11 @@ def train_block(
     )
     logits = task.logits(network)
     if settings.target_activation is not None:
-        apply_shift({layer: network}, shift_for([logits], settings.target_activation))
+        whole = [task.ranks.gather(logits)]
+        apply_shift({layer: network}, shift_for(whole, settings.target_activation))
         logits = task.logits(network)
     notes = {
-        "keep_ratio": keep_ratio([logits]),
+        "keep_ratio": keep_ratio([task.ranks.gather(logits)]),
         "error": task.final_error(logits),
         "curve": asdict(curve),
     }

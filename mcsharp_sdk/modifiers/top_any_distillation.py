@@ -23,6 +23,7 @@ from mcsharp_sdk.data.calibration_set import CalibrationSet, SampleGroup
 from mcsharp_sdk.errors import RunError
 from mcsharp_sdk.models.bfloat16 import fast_linears
 from mcsharp_sdk.models.embedding import model_inputs
+from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.top_any_target import TOLERANCE, apply_shift, keep_ratio, shift_for
 from mcsharp_sdk.modifiers.top_any_training import (
@@ -99,6 +100,7 @@ class ModelTask:
     batch_tokens : most tokens of a forward, of at least one sequence.
     pruning : attached to the model.
     device : of the model.
+    ranks : the processes that train together; each has the whole model.
     """
 
     model: Any
@@ -106,6 +108,7 @@ class ModelTask:
     batch_tokens: int
     pruning: PrunedExperts
     device: str
+    ranks: Ranks = ALONE
 
     def divergence(self, group: SampleGroup, keep_of: KeepOf) -> Tensor:
         """Mean KL(unpruned ‖ pruned) over the tokens of some sequences, scalar."""
@@ -116,21 +119,37 @@ class ModelTask:
         return terms.sum(-1).mean()
 
     def step_losses(self, temperature: float, generator: torch.Generator) -> StepLosses:
-        """Losses of one training step, on sequences drawn at random."""
+        """This process's part of the losses of one training step, on sequences drawn at random.
+
+        All processes draw the same sequences, and each works on some of them.
+        """
         group = self._drawn(generator)
         top_k = {layer: n.second.out_features for layer, n in self.pruning.networks.items()}
-        count = group.tokens.numel()
+        count, length = group.tokens.numel(), group.tokens.shape[1]
         # Drawn beforehand, so that layers that are computed again for gradients draw the same.
         noise = {k: noise_like(torch.empty(count, n), generator) for k, n in top_k.items()}
+        sequences = len(group.tokens)
+        first = sequences * self.ranks.rank // self.ranks.count
+        last = sequences * (self.ranks.rank + 1) // self.ranks.count
+        if first == last:
+            return self._nothing()
+        if last - first < sequences:
+            group = SampleGroup({"input_ids": group.tokens[first:last]}, group.source)
+        share = (last - first) / sequences
 
         def sampled(layer: int, logits: Tensor) -> Tensor:
-            return soft_keep(
-                logits, temperature, noise=noise[layer][: len(logits)].to(logits.device)
-            )
+            own = noise[layer][first * length :][: len(logits)]
+            return soft_keep(logits, temperature, noise=own.to(logits.device))
 
         error = self.divergence(group, sampled)
         kept = [self.pruning.kept[layer].to(error.device) for layer in self.pruning.networks]
-        return StepLosses(error, torch.stack(kept).mean())
+        return StepLosses(error * share, torch.stack(kept).mean() * share)
+
+    def _nothing(self) -> StepLosses:
+        """The part of a process that has no sequence: zero, with gradients of zero."""
+        parameters = [p for n in self.pruning.networks.values() for p in n.parameters()]
+        zero = sum((p.sum() * 0.0 for p in parameters), torch.zeros((), device=self.device))
+        return StepLosses(zero, zero)
 
     @torch.no_grad()
     def worst_error(self) -> float:
@@ -149,11 +168,12 @@ class ModelTask:
     def all_logits(self) -> dict[int, Tensor]:
         """Decoder layer -> (T, k), what the networks say in the model that they prune."""
         found: dict[int, list[Tensor]] = {layer: [] for layer in self.pruning.networks}
-        for group in self.calibration.batches(self.batch_tokens):
+        own = self.calibration.share(self.ranks.rank, self.ranks.count)
+        for group in own.batches(self.batch_tokens):
             self._predict(group, _hard)
             for layer, logits in self.pruning.logits.items():
                 found[layer].append(logits.cpu())
-        return {layer: torch.cat(parts) for layer, parts in found.items()}
+        return {layer: self.ranks.gather(torch.cat(parts)) for layer, parts in found.items()}
 
     def _drawn(self, generator: torch.Generator) -> SampleGroup:
         """Sequences of one group; the longer a group, the more often it is drawn."""
@@ -198,12 +218,15 @@ def train_on_model(
         for layer, block in source.topology.moe.items()
     }
     pruning = PrunedExperts(networks)
+    ranks = context.ranks
     task = ModelTask(
-        source.model, context.calibration, settings.batch_tokens, pruning, source.device
+        source.model, context.calibration, settings.batch_tokens, pruning, source.device, ranks
     )
     layers = source.model.get_submodule(source.topology.layers_path)
     with task.pruning.attached(source), checkpointed(layers):
-        training = Training(settings, "model", networks, task.worst_error(), state)
+        training = Training(
+            settings, "model", networks, ranks.share(task.worst_error()), state, ranks
+        )
         curve = training.run(task.step_losses)
         logits = task.all_logits()
         for _ in range(SHIFTS):

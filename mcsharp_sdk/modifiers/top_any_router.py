@@ -85,6 +85,7 @@ class TopAnyRouter(Modifier):
     uses: ClassVar[tuple[str, ...]] = ("quantized_weights", "calibrated_routers")
     writes: ClassVar[str] = TOP_ANY_ROUTER
     uses_calibration: ClassVar[bool] = True
+    shares_work: ClassVar[bool] = True
 
     @model_validator(mode="before")
     @classmethod
@@ -125,12 +126,14 @@ class TopAnyRouter(Modifier):
         summary = {"units": self.units, "layers": list(context.model.topology.moe)}
         layers.write_summary(summary)
         self._report(context, training)
-        state.unlink(missing_ok=True)
+        if context.ranks.first:
+            state.unlink(missing_ok=True)
 
     def _train_blocks(self, context: RunContext, layers: LayerStore, state: Path) -> TopAnyTraining:
         from mcsharp_sdk.modifiers.top_any_block import BlockTask, train_block
 
-        for layer in context.stream("training top-any networks", quantised=True):
+        streamed = context.stream("training top-any networks", quantised=True, by_expert=True)
+        for layer in streamed:
             if layer.moe is None:
                 continue
             task = BlockTask.of_layer(layer)

@@ -20,6 +20,7 @@ from torch import Tensor
 from mcsharp_sdk.artifacts import TrainingCurve
 from mcsharp_sdk.checked_files import DamagedFile, hash_of
 from mcsharp_sdk.errors import RunError
+from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.shards import write_safetensors
 from mcsharp_sdk.pruning.top_any import TopAnyNetwork, gumbel_noise
 
@@ -38,7 +39,10 @@ NEAR_TARGET = 0.02
 
 
 class StepLosses(NamedTuple):
-    """``error``: distillation loss; ``keep_ratio``: mean share of kept experts; both scalars."""
+    """``error``: distillation loss; ``keep_ratio``: mean share of kept experts; both scalars.
+
+    Of several processes, each has a part, and the parts add up.
+    """
 
     error: Tensor
     keep_ratio: Tensor
@@ -92,6 +96,7 @@ class Training:
     networks : decoder layer -> network; trained in place.
     worst_error : error if every token kept one expert.
     file : where the state is kept every ``checkpoint_steps``; read first if it is there.
+    ranks : the processes that train together, each on its part of a step's tokens.
     """
 
     def __init__(
@@ -101,8 +106,10 @@ class Training:
         networks: Mapping[int, TopAnyNetwork],
         worst_error: float,
         file: Path,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._settings, self._name, self._networks, self._file = settings, name, networks, file
+        self._ranks = ranks
         # Comparing with the worst error makes settings mean the same at every layer.
         self._scale = max(worst_error, torch.finfo(torch.float32).tiny)
         parameters = [p for network in networks.values() for p in network.parameters()]
@@ -110,7 +117,9 @@ class Training:
         given = settings.activation_penalty
         self._penalty = self._scale if given is None else given
         self._curve: dict[str, list[float]] = {n: [] for n in TrainingCurve.__dataclass_fields__}
+        self._ranks.wait()  # nobody writes the state before all have read it
         self._restore()
+        self._ranks.wait()
 
     @property
     def curve(self) -> TrainingCurve:
@@ -129,7 +138,7 @@ class Training:
             if self._is_done():
                 break
             self._step(step, losses)
-            if (step + 1) % self._settings.checkpoint_steps == 0:
+            if (step + 1) % self._settings.checkpoint_steps == 0 and self._ranks.first:
                 self._save()
         if not all(p.isfinite().all() for n in self._networks.values() for p in n.parameters()):
             raise RunError(self._not_finite(self.curve.steps, math.nan))
@@ -145,19 +154,32 @@ class Training:
         with torch.enable_grad():
             error, keep = losses(temperature, generator)
             loss = error + self._penalty * keep
-            value = float(loss.detach())
+            value, error_now, kept = self._summed(loss, error, keep)
             if not math.isfinite(value):
                 raise RunError(self._not_finite(step, value))
             self._optimizer.zero_grad()
             (loss / self._scale).backward()
+        self._sum_gradients()
         self._optimizer.step()
-        kept = float(keep.detach())
-        now = (value, float(error.detach()), kept, temperature, self._penalty)
+        now = (value, error_now, kept, temperature, self._penalty)
         for values, number in zip(self._curve.values(), now, strict=True):
             values.append(number)
         if self._settings.target_activation is not None:
             excess = kept - self._settings.target_activation
             self._penalty *= math.exp(PENALTY_RATE * excess)
+
+    def _summed(self, *parts: Tensor) -> list[float]:
+        """The values of scalars of which each process has a part."""
+        return self._ranks.sum_(torch.stack([part.detach() for part in parts])).tolist()
+
+    def _sum_gradients(self) -> None:
+        if self._ranks.alone:
+            return
+        for network in self._networks.values():
+            for parameter in network.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.copy_(self._ranks.sum_(parameter.grad.contiguous()))
 
     def _is_done(self) -> bool:
         """Whether the last ``patience`` steps were no better than as many before them."""

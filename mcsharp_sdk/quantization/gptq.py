@@ -6,8 +6,8 @@ one matrix. Updates are lazy at three levels: columns of a run of ``RUN``, of a 
 and the rest. Within a group the work is done in units of the scale, t = w/scale + zero, so that a
 column costs a rounding, a clamp and a subtraction.
 
-Working set besides the arguments: 4 bytes per weight for the transposed copy, 1 for the codes, and
-what ``InverseFactor.upper`` takes once more. Pass fewer experts at a time to need less.
+Working set besides the arguments: 4 bytes per weight for the transposed copy, and 2 for the codes.
+Pass fewer experts at a time to need less.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from mcsharp_sdk.quantization.search import GridSettings, GroupGrid, fit_group
 
 BLOCK = 128
 """Columns whose updates to all later columns are applied together."""
+
+COPIED_ROWS = 1024
+"""Rows that are transposed at a time."""
 
 RUN = 16
 """Columns whose updates to the rest of their group are applied together."""
@@ -85,7 +88,8 @@ class _State:
     """Work in progress; experts sorted by width, B matrices (1 if U is shared, else E)."""
 
     weights: Tensor  # fp32 [B, K, rows], updated in place
-    updates: Tensor  # fp32 [B, K, K]: row i of U divided by U_ii
+    upper: Tensor  # fp32 [B, K, K]: U, in another order
+    matrices: list[int]  # places of the B matrices in ``upper``
     importance: Tensor  # fp32 [B, K]: 1/U_ii²
     codes: Tensor  # uint8 [B, K, rows]
     scales: Tensor  # fp32 [E, G, R]
@@ -94,6 +98,12 @@ class _State:
     top: Tensor  # fp32 [B, rows]: the largest code
     magnitude: Tensor  # fp32 [E]: mean |w| of the expert
     grid: GridSettings
+
+    def updates(self, start: int, stop: int) -> Tensor:
+        """Rows i of U divided by U_ii, [B, stop - start, K - start], from column ``start`` on."""
+        rows = self.upper[:, start:stop, start:]
+        rows = rows[self.matrices] if len(self.matrices) > 1 else rows
+        return rows / rows.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
 
     def by_expert(self, columns: Tensor) -> Tensor:
         """View [B, c, rows] as [E, c, R]."""
@@ -115,27 +125,30 @@ def _start(
     transposed = weights.new_empty(
         matrices, columns, experts * rows // matrices, dtype=torch.float32
     )
-    updates, importance = torch.empty_like(upper), upper.new_empty(matrices, columns)
+    importance, magnitude = upper.new_empty(matrices, columns), upper.new_empty(experts)
     for place, expert in enumerate(order):
         # One transposing copy per expert: several times faster than of the whole batch.
         target = transposed[0, :, place * rows :][:, :rows] if shared else transposed[place]
-        target.copy_(weights[expert].float().T)
+        for some, into in zip(
+            weights[expert].split(COPIED_ROWS), target.split(COPIED_ROWS, dim=1), strict=True
+        ):
+            into.copy_(some.float().T)
+        magnitude[place] = torch.linalg.vector_norm(target, 1) / target.numel()
     for place, matrix in enumerate([0] if shared else order):
-        diagonal = upper[matrix].diagonal()
-        torch.div(upper[matrix], diagonal.unsqueeze(-1), out=updates[place])
-        torch.reciprocal(diagonal.square(), out=importance[place])
+        torch.reciprocal(upper[matrix].diagonal().square(), out=importance[place])
     groups = group_count(columns, grid.group_size)
     top = transposed.new_tensor([top_code(width) for width in widths])
     return _State(
         weights=transposed,
-        updates=updates,
+        upper=upper,
+        matrices=[0] if shared else order,
         importance=importance,
         codes=torch.empty_like(transposed, dtype=torch.uint8),
         scales=transposed.new_empty(experts, groups, rows),
         zeros=transposed.new_empty(experts, groups, rows),
         widths=widths,
         top=top.unsqueeze(-1).expand(-1, rows).reshape(len(transposed), -1),
-        magnitude=torch.stack([weights[expert].float().abs().mean() for expert in order]),
+        magnitude=magnitude,
         grid=grid,
     )
 
@@ -151,7 +164,8 @@ def _blocks(columns: int, group_size: int) -> Iterator[tuple[int, int]]:
 
 def _quantise_block(state: _State, start: int, stop: int, compensate: bool) -> None:
     """Quantise the columns ``start`` to ``stop`` and update all later ones."""
-    weights, updates, size = state.weights, state.updates, state.grid.group_size
+    weights, size = state.weights, state.grid.group_size
+    updates = state.updates(start, stop)
     errors = torch.empty_like(weights[:, start:stop])
     at = start
     while at < stop:
@@ -162,14 +176,15 @@ def _quantise_block(state: _State, start: int, stop: int, compensate: bool) -> N
         zeros = state.by_matrix(state.zeros[:, at // size]).unsqueeze(1)
         exact = weights[:, at:end].mul_(scales.reciprocal()).add_(zeros)
         error = errors[:, at - start : end - start]
-        within = updates[:, at:end, at:end] if compensate else None
+        rows = updates[:, at - start : end - start]
+        within = rows[..., at - start : end - start] if compensate else None
         state.codes[:, at:end] = _column_loop(exact)(exact, within, state.top, error)
         error *= scales
         if compensate and end < stop:
-            _compensate(weights[:, end:stop], updates[:, at:end, end:stop], error)
+            _compensate(weights[:, end:stop], rows[..., end - start : stop - start], error)
         at = end
     if stop < weights.shape[1]:
-        _compensate(weights[:, stop:], updates[:, start:stop, stop:], errors)
+        _compensate(weights[:, stop:], updates[..., stop - start :], errors)
 
 
 def _fit_groups(state: _State, group: int) -> None:
@@ -233,8 +248,12 @@ def _finish(
     zero_codes = torch.empty_like(state.zeros, dtype=torch.uint8)
     for expert, width in enumerate(state.widths):
         zero_codes[expert] = GroupGrid(state.scales, state.zeros[expert]).zero_codes(width)
+    codes = state.by_expert(state.codes)
+    in_order = codes.new_empty(len(codes), codes.shape[2], codes.shape[1])
+    for expert, place in enumerate(rank):
+        in_order[expert] = codes[place].T
     return QuantizedBatch(
-        state.by_expert(state.codes)[rank].transpose(1, 2).contiguous(),
+        in_order,
         state.scales[rank].transpose(1, 2).to(torch.float16).contiguous(),
         zero_codes[rank].transpose(1, 2).contiguous(),
         widths,

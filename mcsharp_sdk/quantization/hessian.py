@@ -22,6 +22,12 @@ DAMPING_RAISES = 3
 CHUNK_TOKENS = 2048
 """Tokens that are converted to fp32 at a time."""
 
+GRAM_COLUMNS = 4096
+"""Columns of a Hessian's blocks that are added at a time: a product of all is as large as it."""
+
+ROWS_AT_A_TIME = 256
+"""Rows of a factor that are checked or turned round at a time."""
+
 
 @dataclass(frozen=True)
 class InverseFactor:
@@ -62,7 +68,19 @@ def accumulate(hessian: Tensor, inputs: Tensor, weight: Tensor | None = None) ->
         rows = chunk.to(hessian.dtype)
         if sigma is not None:
             rows = rows * sigma.to(hessian.dtype).unsqueeze(-1)
-        hessian.add_(_gram(rows), alpha=2.0)
+        _add_gram(hessian, rows)
+
+
+def _add_gram(hessian: Tensor, rows: Tensor) -> None:
+    """Add 2 Xᵀ X of fp32 X, [T, K], to [K, K], a block and its mirror image at a time."""
+    parts = rows.split(GRAM_COLUMNS, dim=1)
+    for i, first in enumerate(parts):
+        blocks = hessian.split(GRAM_COLUMNS)[i].split(GRAM_COLUMNS, dim=1)
+        blocks[i].add_(_gram(first), alpha=2.0)
+        for j in range(i + 1, len(parts)):
+            product = first.T @ parts[j]
+            blocks[j].add_(product, alpha=2.0)
+            hessian.split(GRAM_COLUMNS)[j].split(GRAM_COLUMNS, dim=1)[i].add_(product.T, alpha=2.0)
 
 
 def _gram(rows: Tensor) -> Tensor:
@@ -78,7 +96,7 @@ def shrink(
     hessians: Tensor,
     tokens: Sequence[float],
     overall: Tensor,
-    overall_tokens: int,
+    overall_tokens: float,
     *,
     enough: int | None = None,
 ) -> Tensor:
@@ -89,23 +107,23 @@ def shrink(
 
     Parameters
     ----------
-    hessians : fp32 [E, K, K], sums over each expert's tokens.
+    hessians : fp32 [E, K, K], sums over each expert's tokens; changed in place.
     tokens : number of tokens in each, length E; an effective one where they are weighed.
     overall : fp32 [K, K], sum over all tokens.
-    overall_tokens : number of tokens in it, > 0.
+    overall_tokens : number of tokens in it, > 0; where others are weighed, over their mean weight.
     enough : tokens that need no completion; K if left out.
 
     Returns
     -------
-    fp32 [E, K, K]; ``hessians`` itself where nothing was to do.
+    ``hessians``.
     """
     if overall_tokens <= 0:
         raise ValueError("the overall Hessian needs at least one token")
     enough = hessians.shape[-1] if enough is None else enough
-    missing = hessians.new_tensor([max(enough - count, 0) / overall_tokens for count in tokens])
-    if not missing.any():
-        return hessians
-    return hessians + missing.view(-1, 1, 1) * overall
+    for hessian, count in zip(hessians, tokens, strict=True):
+        if count < enough:
+            hessian.add_(overall, alpha=(enough - count) / overall_tokens)
+    return hessians
 
 
 def diagonal_importance(hessians: Tensor) -> Tensor:
@@ -123,7 +141,8 @@ def factorise(hessians: Tensor, *, damping: float = DAMPING) -> InverseFactor:
 
     Parameters
     ----------
-    hessians : fp32 [E, K, K], symmetric; not changed.
+    hessians : fp32 [E, K, K], symmetric; not changed. Besides them and the factor one more [K, K]
+        is needed for a moment.
     damping : > 0.
 
     Returns
@@ -165,28 +184,48 @@ def _ridge(diagonal: Tensor, mean: Tensor, damping: float) -> Tensor:
 
 def _inverse_upper(hessians: Tensor, ridge: Tensor) -> tuple[Tensor, list[bool]]:
     """U of H + diag(ridge) per expert, and which of them failed."""
-    reversed_ = hessians.flip(-1, -2)
-    reversed_.diagonal(dim1=-2, dim2=-1).add_(ridge.flip(-1))
-    lower, info = torch.linalg.cholesky_ex(reversed_)
-    upper = _invert_upper(lower.flip(-1, -2))
-    finite = torch.isfinite(upper).flatten(1).all(-1)
-    return upper, ((info != 0) | ~finite).tolist()
+    upper = hessians.flip(-1, -2)
+    upper.diagonal(dim1=-2, dim2=-1).add_(ridge.flip(-1))
+    info = torch.zeros(len(upper), dtype=torch.int32, device=upper.device)
+    for index in range(len(upper)):
+        # One by one and in place, so that there is one copy at a time, LAPACK's own.
+        torch.linalg.cholesky_ex(upper[index], out=(upper[index], info[index]))
+    _turn_round(upper)
+    _invert_upper(upper)
+    return upper, [bool(i) or not _is_finite(one) for i, one in zip(info, upper, strict=True)]
 
 
-def _invert_upper(upper: Tensor, leaf: int = 128) -> Tensor:
-    """Inverse of upper triangular matrices by halving, so that most of the work is matmuls."""
+def _turn_round(matrices: Tensor) -> None:
+    """Flip rows and columns of [E, K, K], in place."""
+    size = matrices.shape[-1]
+    for start in range(0, size // 2, ROWS_AT_A_TIME):
+        stop = min(start + ROWS_AT_A_TIME, size // 2)
+        above, below = matrices[:, start:stop], matrices[:, size - stop : size - start]
+        flipped = above.flip(-1, -2)
+        above.copy_(below.flip(-1, -2))
+        below.copy_(flipped)
+    if size % 2:
+        middle = matrices[:, size // 2]
+        middle.copy_(middle.flip(-1))
+
+
+def _is_finite(matrix: Tensor) -> bool:
+    return all(bool(torch.isfinite(rows).all()) for rows in matrix.split(ROWS_AT_A_TIME))
+
+
+def _invert_upper(upper: Tensor, leaf: int = 128) -> None:
+    """Invert upper triangular matrices in place by halving, so that most of it is matmuls."""
     size = upper.shape[-1]
     if size <= leaf:
         eye = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True)
+        upper.copy_(torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True))
+        return
     half = size // 2
-    out = torch.zeros_like(upper)
-    first = _invert_upper(upper[..., :half, :half], leaf)
-    second = _invert_upper(upper[..., half:, half:], leaf)
-    out[..., :half, :half] = first
-    out[..., half:, half:] = second
-    out[..., :half, half:] = first @ (upper[..., :half, half:] @ second).neg_()
-    return out
+    first, second = upper[..., :half, :half], upper[..., half:, half:]
+    _invert_upper(first, leaf)
+    _invert_upper(second, leaf)
+    corner = upper[..., :half, half:]
+    corner.copy_(first @ (corner @ second).neg_())
 
 
 def _diagonal_only(diagonal: Tensor, mean: Tensor) -> Tensor:

@@ -117,9 +117,10 @@ def _learned(clipping: _Clipping, weight: Tensor, hessian: Tensor) -> Tensor:
     """γ and β, [2, R, G], of the step with the least error of each row."""
     curvature = hessian / hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     with torch.enable_grad():
-        strength = torch.full((2, *clipping.low.shape), START, requires_grad=True)
+        like = clipping.low
+        strength = like.new_full((2, *like.shape), START).requires_grad_()
         best = strength.detach().clone()
-        least = torch.full((len(weight),), torch.inf)
+        least = like.new_full((len(weight),), torch.inf)
         optimiser = torch.optim.Adam([strength], lr=RATE)
         for _ in range(STEPS):
             change = clipping.rounded(*clipping.range(strength)) - weight

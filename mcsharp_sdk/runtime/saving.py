@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mcsharp_sdk.models.safetensors_file import StoredTensor
 from mcsharp_sdk.models.shards import Checkpoint, write_safetensors
 
 
@@ -41,6 +42,9 @@ def rename_weight_files(folder: Path, base: str) -> None:
 class ShardWriter:
     """Writes tensors into shards of bounded size as they come, then an index.
 
+    Tensors that are stored elsewhere are read one by one as their shard is written; others are held
+    until then.
+
     Parameters
     ----------
     folder : where to write.
@@ -50,17 +54,19 @@ class ShardWriter:
 
     def __init__(self, folder: Path, base: str, limit: int) -> None:
         self._folder, self._base, self._limit = folder, base, limit
-        self._waiting: dict[str, Tensor] = {}
+        self._waiting: dict[str, Tensor | StoredTensor] = {}
         self._written: list[Path] = []
         self._shard_of: dict[str, int] = {}
         self._total = 0
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor | StoredTensor) -> None:
         """Take one tensor; it is on disk after ``finish`` at the latest."""
-        waiting = sum(t.nbytes for t in self._waiting.values())
-        if self._waiting and waiting + tensor.nbytes > self._limit:
+        if self._waiting and self._waiting_bytes() + _nbytes(tensor) > self._limit:
             self._flush()
-        self._waiting[name] = tensor.contiguous()
+        self._waiting[name] = tensor
+
+    def _waiting_bytes(self) -> int:
+        return sum(map(_nbytes, self._waiting.values()))
 
     def finish(self) -> None:
         """Write what waits, give the shards their numbers, and write the index."""
@@ -79,5 +85,9 @@ class ShardWriter:
         write_safetensors(file, self._waiting, {"format": "pt"})
         self._shard_of |= dict.fromkeys(self._waiting, len(self._written))
         self._written.append(file)
-        self._total += sum(t.nbytes for t in self._waiting.values())
+        self._total += self._waiting_bytes()
         self._waiting = {}
+
+
+def _nbytes(tensor: Tensor | StoredTensor) -> int:
+    return tensor.numel() * tensor.element_size()

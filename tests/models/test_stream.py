@@ -77,8 +77,8 @@ def test_an_experts_pieces_are_its_tokens_and_what_its_matrices_see(
     source = SourceModel(save_tiny_model(tmp_path, "mixtral"))
     layer = next(_streamed(source, _tokens()))
     runs = expert_runs.ExpertRuns.of_layer(layer)
-    tokens, routing = runs.routed.of_expert(1)
-    projected = tokens @ runs.experts.gate_up_proj[1].T
+    tokens, routing, _ = runs.sample_of(1, most=10**6)
+    projected = tokens @ runs.weights.module.gate_up_proj[1].T
     gate, up = projected.chunk(2, dim=-1)
     inner = torch.nn.functional.silu(gate) * up
     for _ in range(2):
@@ -158,13 +158,16 @@ def test_linears_that_share_an_input_are_handed_over_together(tmp_path: Path) ->
 def test_an_expert_gets_its_own_tokens_and_weights(tmp_path: Path) -> None:
     source = SourceModel(save_tiny_model(tmp_path, "mixtral"))
     layer = next(iter(_streamed(source, _tokens())))
-    routed = routed_inputs(layer)
+    runs = expert_runs.ExpertRuns.of_layer(layer)
+    routed = runs.routed
     for expert in range(4):
         chosen = (routed.top_k_index == expert).any(1)
-        tokens, weights = routed.of_expert(expert)
+        tokens, weights, count = runs.sample_of(expert, most=10**6)
         assert torch.equal(tokens, routed.hidden[chosen])
         assert weights.shape == (int(chosen.sum()),)
-        fewer, _ = routed.of_expert(expert, most=3)
+        assert count == len(tokens)
+        fewer, _, count = runs.sample_of(expert, most=3)
+        assert count == len(tokens)
         assert fewer.shape[0] == min(3, tokens.shape[0])
 
 

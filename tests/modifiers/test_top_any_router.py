@@ -109,7 +109,7 @@ def test_the_loss_is_the_change_of_the_blocks_output(
         pruned = pruned * (weights.sum(1, keepdim=True) / pruned.sum(1, keepdim=True))
         change = experts[layer](hidden, index, pruned) - experts[layer](hidden, index, weights)
         expected = (change.double().square().sum(1) / behind[layer].double().square().sum(1)).mean()
-        error = task.error(keep.gather(1, order).float(), slice(None))
+        error = task.error(keep.gather(1, order).float(), slice(None)) / task.whole
         assert float(error) == pytest.approx(float(expected), rel=1e-3)
 
 
@@ -186,7 +186,7 @@ def test_training_beats_what_the_start_knows(
             keep = torch.ones_like(task.weights)
             chosen = torch.randperm(len(keep), generator=generator)
             keep[chosen[: len(keep) // 2], 1] = 0.0
-            assert told["error"] < float(task.error(keep, slice(None)))
+            assert told["error"] < float(task.error(keep, slice(None))) / task.whole
 
 
 # Cut off, and the same again

@@ -1,0 +1,311 @@
+"""How much memory a run takes at its peak, told from shapes alone.
+
+What is counted is what the code holds at the same time, written down here stage by stage next to
+the names of what it is. ``benchmarks/plan_accuracy.py`` compares it with reality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mcsharp_sdk.engine.sizes import LayerSizes, ModelSizes, packed_bytes_of
+from mcsharp_sdk.models.embedding import TOKENS_PER_BATCH
+from mcsharp_sdk.models.expert_runs import KEPT_BYTES, PIECE_TOKENS
+from mcsharp_sdk.models.memory import resident_bytes
+from mcsharp_sdk.modifiers.base import Modifier
+from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
+from mcsharp_sdk.modifiers.expert_stats import ExpertStats
+from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
+from mcsharp_sdk.modifiers.loss_gradients import LOGITS_AT_ONCE
+from mcsharp_sdk.modifiers.router_calibration import RouterCalibration
+from mcsharp_sdk.modifiers.token_protection import TokenProtection
+from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
+from mcsharp_sdk.quantization.router_fit import HISTORY
+
+SOLVER_BYTES = 120 * 10**6
+"""What the solver of the allocation adds once it is imported; it stays."""
+
+LOADING_OVERHEAD = 1.3
+"""Peak memory of loading a layer whole, in layers: fused tensors are stacked from single ones."""
+
+FACTOR_COPIES = 3.0
+"""A Hessian, the factor of its inverse, and LAPACK's copy of it, in Hessians."""
+
+SHARD_BYTES = 5 * 10**9
+"""Size of the shards of a result, unless the exporter is told otherwise."""
+
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that something takes.
+
+    Attributes
+    ----------
+    fixed : in memory, whatever is allowed.
+    movable : activations, which may lie in files instead.
+    """
+
+    fixed: int
+    movable: int
+
+    def peak(self, *, spill: bool) -> int:
+        """Bytes in memory."""
+        return self.fixed + (0 if spill else self.movable)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage works on.
+
+    ``tokens`` of calibration, sequences of at most ``length``, divided among ``processes``.
+    """
+
+    sizes: ModelSizes
+    tokens: int
+    length: int
+    processes: int = 1
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of one process."""
+        return -(-self.tokens // self.processes)
+
+    @property
+    def activations(self) -> int:
+        """Bytes of a hidden state of every token that a process has."""
+        return self.own_tokens * self.sizes.hidden_size * self.sizes.dtype_bytes
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a forward."""
+        return min(self.own_tokens, max(TOKENS_PER_BATCH, self.length))
+
+    def tokens_per_expert(self, layer: LayerSizes) -> int:
+        """On average."""
+        return self.tokens * layer.top_k // max(1, layer.experts)
+
+
+def base_bytes() -> int:
+    """What this process takes before the work begins: torch, transformers, the module tree."""
+    return resident_bytes()
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run takes.
+
+    Attributes
+    ----------
+    needs : of each stage, and of writing the result.
+    base : what each of them comes on top of.
+    """
+
+    needs: tuple[Need, ...]
+    base: int
+
+    @classmethod
+    def of(cls, stages: Sequence[Modifier], work: Work, bits: float | None) -> MemoryPlan:
+        """Of a recipe's stages; ``bits`` is the mean width of the experts, if it is known."""
+        needs = [_stage_need(stage, work, bits) for stage in stages]
+        solver = SOLVER_BYTES if any(isinstance(s, BitAllocation) for s in stages) else 0
+        packed = any(isinstance(s, GPTQQuantize) for s in stages)
+        return cls((*needs, _export_need(work, packed=packed)), base_bytes() + solver)
+
+    def stages(self, *, spill: bool) -> list[int]:
+        """Bytes of each stage."""
+        return [self.base + need.peak(spill=spill) for need in self.needs[:-1]]
+
+    def peak(self, *, spill: bool) -> int:
+        """Bytes of the whole run."""
+        return self.base + max(need.peak(spill=spill) for need in self.needs)
+
+    @property
+    def movable(self) -> int:
+        """Bytes that lie in files where activations do."""
+        return max(need.movable for need in self.needs)
+
+
+def _export_need(work: Work, *, packed: bool) -> Need:
+    """What writing the result takes: one tensor at a time where experts are packed.
+
+    Others are stacked as transformers has them, and held until their shard is written.
+    """
+    if packed:
+        return Need(work.sizes.largest_tensor, 0)
+    layer = max(layer.bytes for layer in work.sizes.layers)
+    waiting = min(SHARD_BYTES, work.sizes.bytes)
+    return Need(max(work.sizes.largest_tensor, int(LOADING_OVERHEAD * layer) + waiting), 0)
+
+
+def _stage_need(stage: Modifier, work: Work, bits: float | None) -> Need:
+    if not stage.needs_calibration():
+        return Need(0, 0)
+    embedding = Need(work.sizes.embedding_bytes + _forward_bytes(work), work.activations)
+    layers = [_layer_need(stage, layer, work, bits) for layer in work.sizes.layers]
+    if _holds_model(stage):
+        layers.append(_whole_model(work))
+    if isinstance(stage, ExpertStats) and stage.loss_tokens:
+        layers += _gradient_needs(stage.loss_tokens, work)
+    needs = [embedding, *layers]
+    return Need(max(n.fixed for n in needs), max(n.movable for n in needs))
+
+
+def _holds_model(stage: Modifier) -> bool:
+    return isinstance(stage, (ExpertStats, TopAnyRouter)) and stage.scope == "model"
+
+
+def _whole_model(work: Work) -> Need:
+    """The whole model, in float32 where it is held on a CPU."""
+    sizes = work.sizes
+    return Need(sizes.bytes * FLOAT // sizes.stored_bytes_per_weight, 2 * work.activations)
+
+
+def _gradient_needs(loss_tokens: int, work: Work) -> list[Need]:
+    """What gradients of the loss take: behind the head, and on the way back through each layer.
+
+    Hidden states in front of every layer are held, of few tokens and always in memory; layers are
+    loaded whole, and a batch's intermediate results and their gradients are kept for each.
+    """
+    sizes = work.sizes
+    tokens = min(work.tokens, max(loss_tokens, work.length))
+    state = tokens * sizes.hidden_size * sizes.dtype_bytes
+    # Behind the layers: gradients of all tokens. Logits, their probabilities, and gradients.
+    head = 2 * sizes.embedding_bytes + 4 * LOGITS_AT_ONCE * FLOAT
+    needs = [Need((len(sizes.layers) + 2) * state + head, 0)]
+    for layer in sizes.layers:
+        columns = sum((*layer.linear_rows, *layer.linear_columns)) + 8 * sizes.hidden_size
+        columns += 2 * layer.top_k * sum((*layer.expert_rows, *layer.expert_columns))
+        passing = 2 * min(tokens, work.batch_tokens) * columns * sizes.dtype_bytes
+        loading = int(layer.bytes * LOADING_OVERHEAD)
+        kept = (len(sizes.layers) + 2) * state
+        needs.append(Need(kept + max(loading, layer.bytes + passing), 0))
+    return needs
+
+
+def _fitting(stage: RouterCalibration, layer: LayerSizes, work: Work) -> int:
+    """Bytes for fitting a router: what it gets and gives on all tokens, and the fit's own."""
+    width, seen = work.sizes.hidden_size, min(work.tokens, stage.tokens)
+    everything = work.own_tokens * (width + 3 * layer.experts) * FLOAT
+    # The second moments and their root in float64, and the tokens that are fitted on.
+    fit = 4 * 2 * FLOAT * width**2 + seen * (width + 4 * layer.experts) * FLOAT
+    history = 2 * HISTORY * layer.experts * width * FLOAT
+    return max(everything, work.own_tokens * layer.experts * FLOAT + fit + history)
+
+
+def _layer_need(stage: Modifier, layer: LayerSizes, work: Work, bits: float | None) -> Need:
+    """A layer that is worked on, with the activations of all tokens."""
+    by_expert = layer.by_expert and isinstance(stage, _BUILT_IN)
+    resident = layer.other_bytes if by_expert or not layer.experts else layer.bytes
+    working, more = 0, 0
+    if isinstance(stage, GPTQQuantize):
+        working, more = _quantising(stage, layer, work, bits)
+    elif isinstance(stage, ExpertStats):
+        working = _measuring(stage, layer, work)
+    elif isinstance(stage, TokenProtection):
+        working, more = _running(layer, work), work.activations
+    elif isinstance(stage, RouterCalibration) and layer.experts:
+        # The original's hidden states are carried along.
+        working = max(_running(layer, work), _fitting(stage, layer, work))
+        more = work.activations
+    elif isinstance(stage, TopAnyRouter):
+        working = _running(layer, work) + work.own_tokens * layer.top_k**2 * FLOAT
+        more = min(work.activations * layer.top_k, 2**30)
+    # Hidden states before the layer, in front of its experts, and the experts' outputs.
+    movable = (3 if layer.experts else 1) * work.activations + more
+    if work.processes > 1:
+        # Tokens of the experts of a process, what they give, and what comes back to their owners.
+        movable += 3 * layer.top_k * work.activations
+    loading = int(resident * (LOADING_OVERHEAD - 1)) if resident == layer.bytes else 0
+    fixed = resident + max(loading, working, _forward_bytes(work, layer))
+    return Need(fixed + work.own_tokens * layer.top_k * 16, movable)
+
+
+_BUILT_IN = (ExpertStats, GPTQQuantize, RouterCalibration, TokenProtection, TopAnyRouter)
+
+
+def _forward_bytes(work: Work, layer: LayerSizes | None = None) -> int:
+    """Temporaries of one batch on its way through a layer without its routed experts."""
+    widest = max(layer.linear_rows, default=0) if layer is not None else 0
+    columns = 8 * work.sizes.hidden_size + 3 * widest
+    return work.batch_tokens * columns * work.sizes.dtype_bytes
+
+
+def _running(layer: LayerSizes, work: Work) -> int:
+    """One expert with its inputs."""
+    if not layer.experts:
+        return 0
+    weights = sum(r * c for r, c in zip(layer.expert_rows, layer.expert_columns, strict=True))
+    tokens = min(work.tokens_per_expert(layer), PIECE_TOKENS)
+    columns = max((*layer.expert_rows, *layer.expert_columns), default=0)
+    kept = min(KEPT_BYTES, work.tokens_per_expert(layer) * layer.expert_columns[-1] * 2)
+    # Reading an expert stacks its parts, so that it is there twice for a moment.
+    return 2 * weights * work.sizes.dtype_bytes + kept + 2 * tokens * columns * FLOAT
+
+
+def _chunk_experts(layer: LayerSizes) -> int:
+    """Experts that are quantised together."""
+    from mcsharp_sdk.modifiers.layer_quantisation import experts_at_once
+
+    shapes = list(zip(layer.expert_rows, layer.expert_columns, strict=True))
+    return min(experts_at_once(shapes), layer.experts)
+
+
+def _expert_quantising(layer: LayerSizes, work: Work, kept_copies: int) -> int:
+    """Hessians, factors, and the float32 weights and codes of a chunk of experts."""
+    if not layer.experts:
+        return 0
+    count, dtype = _chunk_experts(layer), work.sizes.dtype_bytes
+    weights = sum(r * c for r, c in zip(layer.expert_rows, layer.expert_columns, strict=True))
+    peak = 0
+    for rows, columns in zip(layer.expert_rows, layer.expert_columns, strict=True):
+        square, matrix = FLOAT * columns**2, rows * columns
+        collecting = square * (2 if work.tokens_per_expert(layer) < columns else 1) * count
+        collecting += FLOAT * (min(columns, 4096) ** 2 + 2048 * columns)
+        factorising = int(FACTOR_COPIES * square) * count + matrix * dtype * count
+        walking = (square + matrix * (FLOAT + 2 + dtype * (1 + kept_copies))) * count
+        peak = max(peak, collecting, factorising, walking)
+    kept = min(KEPT_BYTES, count * work.tokens_per_expert(layer) * layer.expert_columns[-1] * 2)
+    return count * weights * dtype + kept + peak
+
+
+def _measuring(stage: ExpertStats, layer: LayerSizes, work: Work) -> int:
+    if not layer.experts:
+        return 0
+    if stage.quantizer == "gptq":
+        return _expert_quantising(layer, work, kept_copies=1)
+    return _running(layer, work) + _chunk_experts(layer) * 10 * max(
+        r * c for r, c in zip(layer.expert_rows, layer.expert_columns, strict=True)
+    )
+
+
+def _quantising(
+    stage: GPTQQuantize, layer: LayerSizes, work: Work, bits: float | None
+) -> tuple[int, int]:
+    """Working set, and the packed experts, which may lie in files."""
+    width = bits if bits is not None else 3.0
+    packed = packed_bytes_of(layer.expert_weights, width, stage.group_size)
+    experts = _expert_quantising(layer, work, kept_copies=1)
+    linears = 0 if stage.other_bits is None else _linear_quantising(layer, work)
+    return max(experts, linears), packed
+
+
+def _linear_quantising(layer: LayerSizes, work: Work) -> int:
+    """Hessians of one part's linears, and the quantising of those that share an input."""
+    peak = 0
+    for part in set(layer.linear_parts):
+        groups: dict[int, int] = {}
+        for name, rows, columns in zip(
+            layer.linear_parts, layer.linear_rows, layer.linear_columns, strict=True
+        ):
+            if name == part:
+                groups[columns] = groups.get(columns, 0) + rows
+        squares = sum(FLOAT * columns**2 for columns in groups)
+        for columns, rows in groups.items():
+            square, matrix = FLOAT * columns**2, rows * columns
+            factorising = int((FACTOR_COPIES - 1) * square) + matrix * work.sizes.dtype_bytes
+            walking = matrix * (FLOAT + 2 + 2 * work.sizes.dtype_bytes)
+            peak = max(peak, squares + max(factorising, walking))
+    return peak
