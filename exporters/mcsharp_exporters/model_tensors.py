@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,12 @@ from mcsharp_exporters.router_pruning import (
     pruning_of_directory,
     pruning_of_run,
 )
-from mcsharp_exporters.safetensors_model import model_layout, named_layer_tensors, outer_tensors
+from mcsharp_exporters.safetensors_model import (
+    AnyTensor,
+    model_layout,
+    named_layer_tensors,
+    outer_tensors,
+)
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.architecture import empty_model
 from mcsharp_sdk.models.directory import CompressedFolder
@@ -99,8 +103,8 @@ class ModelTensors:
             source.topology,
             layout,
             pruning_of_run(context),
-            partial(outer_tensors, source),
-            partial(named_layer_tensors, context, layout),
+            lambda: _read(outer_tensors(source)),
+            lambda index: _read(named_layer_tensors(context, layout, index)),
         )
 
     def read_layer(self, index: int) -> LayerTensors:
@@ -108,6 +112,12 @@ class ModelTensors:
         prefix = f"{self.topology.layers_path}.{index}."
         tensors = {name.removeprefix(prefix): tensor for name, tensor in self.layer(index)}
         return LayerTensors(self, index, tensors)
+
+
+def _read(tensors: Iterable[tuple[str, AnyTensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same, read where they were not yet, one at a time."""
+    for name, tensor in tensors:
+        yield name, tensor if isinstance(tensor, Tensor) else tensor.read()
 
 
 def _of_original(path: Path) -> ModelTensors:
@@ -119,7 +129,7 @@ def _of_original(path: Path) -> ModelTensors:
         source.topology,
         PackedLayout(1, {}, {}),
         None,
-        partial(outer_tensors, source),
+        lambda: _read(outer_tensors(source)),
         lambda index: source.stored_tensors(f"{source.layer_path(index)}."),
     )
 

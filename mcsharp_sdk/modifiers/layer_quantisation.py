@@ -380,8 +380,8 @@ def _some_rows(rows: int) -> Tensor:
 
 def _at_rows(whole: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
     """Some rows of a quantised matrix."""
-    parts = (tensor[rows] for tensor in (whole.codes, whole.scales, whole.zeros))
-    return QuantizedWeight(*parts, whole.bits, whole.group_size)
+    codes, scales, zeros = (tensor[rows] for tensor in (whole.codes, whole.scales, whole.zeros))
+    return QuantizedWeight(codes, scales, zeros, whole.bits, whole.group_size)
 
 
 def _split_rows(batch: QuantizedBatch, rows: Sequence[int]) -> Iterator[QuantizedWeight]:
