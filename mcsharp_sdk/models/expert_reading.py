@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, dot_natural_key
 
 from mcsharp_sdk.errors import RunError
 from mcsharp_sdk.models.shards import Checkpoint
+from mcsharp_sdk.models.weight_checks import check_finite
 
 Sources = Sequence[tuple[str, str | None]]
 """Names on disk of what a parameter is made of, and what converts the data, if anything does."""
@@ -91,13 +92,11 @@ class StackedExperts:
         Raises
         ------
         RunError
-            If what is on disk does not fit the architecture.
+            If what is on disk does not fit the architecture, or is not all finite numbers.
         """
         if self.converter is None:
             (name,) = self.parts[""]
-            return self.checkpoint.read_rows(name, expert, expert + 1)[0].to(
-                device, self.like.dtype
-            )
+            return self._rows(name, expert, expert + 1)[0].to(device, self.like.dtype)
         converter = deepcopy(self.converter)
         for pattern, names in self.parts.items():
             converter.add_tensor(self.name, names[0], pattern, self._reader(names, expert, device))
@@ -116,10 +115,17 @@ class StackedExperts:
 
         def read() -> Tensor:
             if len(names) > 1 or len(self.like) == 1:
-                tensor = self.checkpoint.read(names[min(expert, len(names) - 1)])
+                name = names[min(expert, len(names) - 1)]
+                tensor = self._rows(name, 0, self.checkpoint.info(name).shape[0])
             else:
                 rows = self.checkpoint.info(names[0]).shape[0] // len(self.like)
-                tensor = self.checkpoint.read_rows(names[0], expert * rows, (expert + 1) * rows)
+                tensor = self._rows(names[0], expert * rows, (expert + 1) * rows)
             return tensor.to(device, self.like.dtype)
 
         return read
+
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor on disk, all of them numbers."""
+        rows = self.checkpoint.read_rows(name, start, stop)
+        check_finite(rows, self.checkpoint.info(name), name)
+        return rows

@@ -187,7 +187,7 @@ class TensorSlice:
 
     def read(self) -> torch.Tensor:
         """The whole tensor."""
-        return self.checkpoint.read(self.name)
+        return self._checked(self.checkpoint.read(self.name))
 
     def get_shape(self) -> list[int]:
         """Shape of the whole tensor, as safetensors gives it."""
