@@ -107,7 +107,7 @@ def test_names_are_short_distinct_and_safe_for_files() -> None:
     vary: dict[str, Any] = {
         "stages.ExpertStats.group_size": [16, 32],
         "stages.GPTQQuantize.group_size": [16, 32],
-        "stages.ExpertStats.bits": [[1, 2, 3], [1, 3]],
+        "stages.ExpertStats.bits": [[1, 2, 3], [1, 2, 3, 4]],
     }
     variants, _ = open_variants(RECIPE, variations_of(vary))
     names = [variant.name for variant in variants]
