@@ -100,7 +100,8 @@ class StackedExperts:
         converter = deepcopy(self.converter)
         for pattern, names in self.parts.items():
             converter.add_tensor(self.name, names[0], pattern, self._reader(names, expert, device))
-        found = converter.convert(self.name, model=self.model, config=self.model.config)
+        model = _OfOneExpert(self.model, self.name, self.like[:1])
+        found = converter.convert(self.name, model=model, config=self.model.config)
         tensor = next(iter(found.values()), None)
         tensor = tensor[0] if isinstance(tensor, list) else tensor
         if tensor is None or tensor.shape != (1, *self.like.shape[1:]):
@@ -129,3 +130,18 @@ class StackedExperts:
         rows = self.checkpoint.read_rows(name, start, stop)
         check_finite(rows, self.checkpoint.info(name), name)
         return rows
+
+
+class _OfOneExpert:
+    """A model in which one fused parameter has one expert: some conversions go by its shape."""
+
+    def __init__(self, model: Any, name: str, parameter: Tensor) -> None:
+        self._model, self._name, self._parameter = model, name, parameter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        """As the model's."""
+        found: Tensor = self._model.get_parameter(name)
+        return self._parameter if name == self._name else found
