@@ -247,7 +247,7 @@ def _running(layer: LayerSizes, work: Work) -> int:
 
 def _chunk_experts(layer: LayerSizes) -> int:
     """Experts that are quantised together."""
-    from mcsharp_sdk.modifiers.layer_quantisation import experts_at_once
+    from mcsharp_sdk.modifiers.expert_chunks import experts_at_once
 
     shapes = list(zip(layer.expert_rows, layer.expert_columns, strict=True))
     return min(experts_at_once(shapes), layer.experts)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mcsharp_sdk.checked_files import CHECKSUMS_FILE
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.data.gathering import gather
 from mcsharp_sdk.engine.budget import read_bytes_of
@@ -19,6 +18,7 @@ from mcsharp_sdk.engine.context import RunContext
 from mcsharp_sdk.engine.disk_space import check_disk_space
 from mcsharp_sdk.engine.fingerprint import fingerprint, stage_keys
 from mcsharp_sdk.engine.obstacles import explained
+from mcsharp_sdk.engine.output_folder import check_output
 from mcsharp_sdk.engine.plan import Plan, make_plan
 from mcsharp_sdk.engine.progress import ProgressBars
 from mcsharp_sdk.engine.publication import is_published, partial_output, publish
@@ -34,9 +34,6 @@ from mcsharp_sdk.models.weight_checks import check_outer_weights
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.recipe.library import open_recipe
 from mcsharp_sdk.recipe.schema import Recipe
-
-RESULT_FILES = ("mcsharp_report.json", "onnx_routers/manifest.json", "onnx_model/manifest.json")
-"""A folder with one of these was written by an exporter, and may be overwritten."""
 
 logger = logging.getLogger("mcsharp_sdk")
 
@@ -309,38 +306,6 @@ def _run_stage(context: RunContext, stage: Modifier, name: str, watch: _Stopwatc
     finished = FinishedStage(files, context.report, context.directory.checksums(files))
     context.directory.mark_finished(name, finished)
     logger.info("%s took %.1f s", stage.type, watch.seconds[stage.type])
-
-
-def check_output(output: Path, run_directory: Path, overwrite: bool) -> None:
-    if output.is_file():
-        raise InputError(f"{output} is a file; the output must be a folder to make")
-    if output.exists() and not overwrite:
-        raise InputError(f"{output} exists already; give --overwrite to replace it")
-    if output.exists() and _holds_something(output) and not _is_ours(output):
-        raise InputError(
-            f"{output} holds something else than a result of mcsharp, so it is not overwritten; "
-            "give another --output, or empty the folder yourself"
-        )
-    if output.resolve() in (run_directory.resolve(), *run_directory.resolve().parents):
-        raise InputError(f"the run directory {run_directory} must not lie in the output {output}")
-    check_writable(output)
-
-
-def check_writable(folder: Path) -> None:
-    """InputError if a folder cannot be made."""
-    parent = folder.absolute().parent
-    existing = next(p for p in (parent, *parent.parents) if p.exists())
-    if not os.access(existing, os.W_OK):
-        raise InputError(f"{folder} cannot be made: {existing} is not writable")
-
-
-def _holds_something(folder: Path) -> bool:
-    """Whether there is more in a folder than what a run without exporters leaves."""
-    return any(entry.name != CHECKSUMS_FILE for entry in folder.iterdir())
-
-
-def _is_ours(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in RESULT_FILES)
 
 
 def _export(context: RunContext, output: Path, overwrite: bool, watch: _Stopwatch) -> None:

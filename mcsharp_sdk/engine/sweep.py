@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.engine.output_folder import check_writable
 from mcsharp_sdk.engine.ranks import started_together
-from mcsharp_sdk.engine.run import Work, check_writable
+from mcsharp_sdk.engine.run import Work
 from mcsharp_sdk.engine.run_directory import RunDirectory, write_json
 from mcsharp_sdk.engine.stage_store import StageStore
 from mcsharp_sdk.engine.sweep_folder import WORK_FOLDER, Result, SweepFolder

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mcsharp_sdk.artifact_file import write_text_atomically
-from mcsharp_sdk.engine.run import check_writable
+from mcsharp_sdk.engine.output_folder import check_writable
 from mcsharp_sdk.engine.run_directory import lock, write_json
 from mcsharp_sdk.engine.sweep_plan import PlannedVariant, SweepPlan
 from mcsharp_sdk.errors import InputError, InputProblems, Problem

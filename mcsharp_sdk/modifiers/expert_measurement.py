@@ -18,12 +18,12 @@ from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.routing import router_scores
 from mcsharp_sdk.models.stream import StreamedLayer
 from mcsharp_sdk.modifiers.block_scores import block_cosines
+from mcsharp_sdk.modifiers.expert_chunks import expert_chunks
 from mcsharp_sdk.modifiers.expert_curvature import HessianName, gram_curvature, loss_curvature
+from mcsharp_sdk.modifiers.layer_notes import LayerNotes
 from mcsharp_sdk.modifiers.layer_quantisation import (
-    LayerNotes,
     LayerQuantiser,
     QuantizerSettings,
-    expert_chunks,
 )
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.hessian import DAMPING, InverseFactor, factorise

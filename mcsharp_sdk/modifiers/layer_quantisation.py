@@ -7,8 +7,8 @@ projections, then their down projections on the quantised gate and up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,10 +18,12 @@ from mcsharp_sdk.models.capture import linear_inputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import MATRICES, Matrix
 from mcsharp_sdk.models.memory import release_free_memory
-from mcsharp_sdk.models.ranks import Ranks, divide
+from mcsharp_sdk.models.ranks import divide
 from mcsharp_sdk.models.stream import StreamedLayer
 from mcsharp_sdk.models.topology import router_weight
 from mcsharp_sdk.modifiers.expert_buckets import ExpertBuckets
+from mcsharp_sdk.modifiers.expert_chunks import expert_chunks
+from mcsharp_sdk.modifiers.layer_notes import LayerNotes
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.grid import (
     PackedWeight,
@@ -45,9 +47,6 @@ from mcsharp_sdk.quantization.search import GridSettings
 from mcsharp_sdk.runtime.layout import linear_tensors
 
 QuantizerName = Literal["gptq", "rtn", "hqq", "lwc"]
-WORKING_SET_BYTES = 256 * 2**20
-"""Memory for the float32 weights and Hessians of the experts that are quantised together."""
-
 
 ERROR_ROWS = 256
 """Rows of each matrix that its error is noted from: it is told, and decides nothing."""
@@ -72,64 +71,6 @@ class QuantizerSettings:
     damping: float
     routing_weighted: bool
     compensate_within_block: bool
-
-
-@dataclass
-class LayerNotes:
-    """What happened to a layer, for the report.
-
-    Attributes
-    ----------
-    raised_damping : matrices whose Hessian needed more damping.
-    fallbacks : matrices that were rounded to nearest because no damping helped.
-    starved : experts that fewer tokens reached than their input has columns -> tokens.
-    squared_error, squared_output : part of the layer (``experts``, ``self_attn`` …) -> what
-        quantising changed of the outputs of its matrices on the calibration inputs, and those
-        outputs themselves, squared and summed up to a common factor.
-    """
-
-    raised_damping: list[str] = field(default_factory=list)
-    fallbacks: list[str] = field(default_factory=list)
-    starved: dict[str, int] = field(default_factory=dict)
-    squared_error: dict[str, float] = field(default_factory=dict)
-    squared_output: dict[str, float] = field(default_factory=dict)
-
-    def add_error(self, part: str, error: float, output: float) -> None:
-        """Count a matrix to its part of the layer."""
-        self.squared_error[part] = self.squared_error.get(part, 0.0) + error
-        self.squared_output[part] = self.squared_output.get(part, 0.0) + output
-
-    def merge(self, ranks: Ranks) -> LayerNotes:
-        """Those of all processes, in the order of the experts."""
-        if ranks.alone:
-            return self
-        notes = ranks.collect(self)
-        return LayerNotes(
-            sorted((n for note in notes for n in note.raised_damping), key=_place),
-            sorted((n for note in notes for n in note.fallbacks), key=_place),
-            dict(sorted((s for note in notes for s in note.starved.items()), key=_number)),
-            _summed(note.squared_error for note in notes),
-            _summed(note.squared_output for note in notes),
-        )
-
-
-def _place(name: str) -> tuple[int, int]:
-    """Where a matrix comes: linears first, then by expert, gate and up before down."""
-    parts = name.split(".")
-    return (int(parts[1]), int(parts[2] == "down")) if parts[0] == "experts" else (-1, 0)
-
-
-def _summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Sums of several mappings, key by key."""
-    total: dict[str, float] = {}
-    for part in parts:
-        for name, value in part.items():
-            total[name] = total.get(name, 0.0) + value
-    return total
-
-
-def _number(starved: tuple[str, int]) -> int:
-    return int(starved[0])
 
 
 @dataclass(frozen=True)
@@ -398,23 +339,6 @@ def components(names: Sequence[str]) -> list[list[str]]:
     for name in names:
         found.setdefault(name.split(".")[0], []).append(name)
     return list(found.values())
-
-
-def expert_chunks(runs: ExpertRuns) -> Iterator[list[int]]:
-    """Experts in runs that fit the working set together; at least one a run.
-
-    What a run has freed is given back to the system before the next begins.
-    """
-    size = experts_at_once([runs.weights.shape(matrix) for matrix in MATRICES])
-    for start in range(0, len(runs.experts), size):
-        yield list(runs.experts[start : start + size])
-        release_free_memory()
-
-
-def experts_at_once(shapes: Sequence[tuple[int, int]]) -> int:
-    """Experts with matrices of such shapes, (R, K), that fit the working set together."""
-    each = max(4 * (3 * rows * columns + 3 * columns**2) for rows, columns in shapes)
-    return max(1, WORKING_SET_BYTES // each)
 
 
 def _mean_hessian(runs: ExpertRuns, matrix: Matrix, expert: int) -> Tensor:

@@ -12,7 +12,8 @@ from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import stream_layers
-from mcsharp_sdk.modifiers.layer_quantisation import LayerNotes, LayerQuantiser, QuantizerSettings
+from mcsharp_sdk.modifiers.layer_notes import LayerNotes
+from mcsharp_sdk.modifiers.layer_quantisation import LayerQuantiser, QuantizerSettings
 from mcsharp_sdk.quantization.search import GridSettings
 
 
