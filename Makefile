@@ -5,6 +5,9 @@ BIN = $(VENV)/bin
 # onnxruntime and onnxruntime-gpu share one folder, so exactly one of them is installed.
 RUNTIME := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 
+# onnxruntime-genai needs the former of the two.
+TESTED := $(RUNTIME)$(if $(filter cpu,$(RUNTIME)),$(shell printf ',genai'))
+
 .PHONY: demo test test-slow lint install install-dev clean
 
 demo: install
@@ -32,7 +35,7 @@ $(VENV)/installed-$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/pip
 
 $(VENV)/installed-$(RUNTIME)-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$(RUNTIME),dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$(TESTED),dev]"
 	touch $@ $(VENV)/installed-$(RUNTIME)
 
 $(BIN)/pip:
