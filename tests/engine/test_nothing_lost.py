@@ -122,8 +122,10 @@ def test_a_run_that_is_killed_at_any_time_ends_with_the_same_bytes(
 ) -> None:
     chance = random.Random(0)
     kills = 0
-    while kills < 20:
-        folder = tmp_path / str(kills)
+    for number in itertools.count():
+        if kills >= 20:
+            break
+        folder = tmp_path / str(number)
         folder.mkdir()
         wanted = command(base, folder / "out")
         while run(wanted, Death(folder), seconds=chance.uniform(0.1, 3)).code:

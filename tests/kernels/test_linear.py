@@ -292,7 +292,8 @@ from test_linear import KERNELS, assert_close, by_experts, case_of, random_stack
 for bits in (1, 2, 3, 4, 8):
     stack, exact = random_stack(2, 70, 300, bits, 32)
     x = torch.randn(5, 300)
-    for name, kernel in KERNELS.items():
+    for name in ("integer_dot", "dequantise", "chunked"):
+        kernel = KERNELS[name]
         for dtype in (torch.float32, torch.bfloat16):
             if reason := kernel.refuses(case_of(stack, 5, dtype)):
                 assert (bits, name) == (8, "integer_dot"), reason
