@@ -92,7 +92,7 @@ def make_model(folder: Path, layers: int, experts: int) -> int:
             shapes = {f"{own}.w{n}.weight": (INTERMEDIATE, HIDDEN) for n in (1, 3)}
             shards.add({**shapes, f"{own}.w2.weight": (HIDDEN, INTERMEDIATE)})
     shards.finish()
-    save_tokenizer(folder)
+    save_tokenizer(folder, VOCABULARY)
     return shards.total
 
 

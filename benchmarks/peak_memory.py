@@ -92,13 +92,15 @@ def layer_shapes(
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
-def save_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer, one token per byte."""
+def save_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> None:
+    """A byte-level tokenizer, one token per byte; the rest of the vocabulary never occurs."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    spare = (f"<{number}>" for number in range(len(alphabet), vocabulary))
+    tokens = {token: number for number, token in enumerate([*alphabet, *spare])}
+    tokenizer = Tokenizer(models.BPE(tokens, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
