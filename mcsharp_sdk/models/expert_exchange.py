@@ -8,6 +8,7 @@ added there expert by expert, again in that order.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from mcsharp_sdk.models.scratch import Scratch
 
 
 @dataclass(frozen=True)
-class ExpertTokens:
+class ExpertTokens(ABC):
     """Tokens of the experts that this process works on.
 
     Attributes
@@ -34,13 +35,13 @@ class ExpertTokens:
     hidden: Tensor
     owned: Sequence[Sequence[int]]
 
+    @abstractmethod
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
         """Rows of ``hidden`` that are an expert's, int64 [n], and their routing weights, [n]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def returned(self, outputs: Tensor) -> Tensor:
         """[T, hidden], summed outputs of this process's tokens, from those of :attr:`hidden`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
