@@ -22,8 +22,8 @@ DAMPING_RAISES = 3
 CHUNK_TOKENS = 2048
 """Tokens that are converted to fp32 at a time."""
 
-GRAM_COLUMNS = 4096
-"""Columns of a Hessian's blocks that are added at a time: a product of all is as large as it."""
+GRAM_COLUMNS = 192
+"""Columns of a Hessian that are added at a time."""
 
 ROWS_AT_A_TIME = 256
 """Rows of a factor that are checked or turned round at a time."""
@@ -72,24 +72,17 @@ def accumulate(hessian: Tensor, inputs: Tensor, weight: Tensor | None = None) ->
 
 
 def _add_gram(hessian: Tensor, rows: Tensor) -> None:
-    """Add 2 Xᵀ X of fp32 X, [T, K], to [K, K], a block and its mirror image at a time."""
-    parts = rows.split(GRAM_COLUMNS, dim=1)
-    for i, first in enumerate(parts):
-        blocks = hessian.split(GRAM_COLUMNS)[i].split(GRAM_COLUMNS, dim=1)
-        blocks[i].add_(_gram(first), alpha=2.0)
-        for j in range(i + 1, len(parts)):
-            product = first.T @ parts[j]
-            blocks[j].add_(product, alpha=2.0)
-            hessian.split(GRAM_COLUMNS)[j].split(GRAM_COLUMNS, dim=1)[i].add_(product.T, alpha=2.0)
+    """Add 2 Xᵀ X of fp32 X, [T, K], to [K, K].
 
-
-def _gram(rows: Tensor) -> Tensor:
-    """Xᵀ X of fp32 X, [T, K] -> [K, K]."""
-    if rows.device.type != "cpu":
-        return rows.T @ rows
-    # numpy sees that both factors are the same matrix and computes half of the product only.
-    array = rows.detach().contiguous().numpy()
-    return torch.from_numpy(array.T @ array)
+    Blocks on and above the diagonal are computed, which is little more than half of the product,
+    and mirrored. numpy knows such products, but its library's idle threads keep cores busy that
+    torch's need.
+    """
+    columns = hessian.shape[0]
+    for start in range(0, columns, GRAM_COLUMNS):
+        stop = min(start + GRAM_COLUMNS, columns)
+        hessian[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:], alpha=2.0)
+        hessian[stop:, start:stop] = hessian[start:stop, stop:].T
 
 
 def shrink(
