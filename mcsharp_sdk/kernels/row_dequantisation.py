@@ -16,12 +16,10 @@ from mcsharp_sdk.kernels.packed_codes import (
     unpack,
     unpack_zeros,
 )
-from mcsharp_sdk.kernels.simd import (
+from mcsharp_sdk.kernels.simd import load_byte, load_bytes, load_half
+from mcsharp_sdk.kernels.simd_weights import (
     bfloat16_levels,
     float16_levels,
-    load_byte,
-    load_bytes,
-    load_half,
     store_bfloat16,
     store_float16,
     store_float32,

@@ -12,13 +12,14 @@ Pass fewer experts at a time to need less.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from mcsharp_sdk.quantization.compiled import FEWEST_ROWS, ColumnLoop, column_loop
 from mcsharp_sdk.quantization.grid import (
     QuantizedBatch,
     check_widths,
@@ -206,16 +207,10 @@ def _fit_groups(state: _State, group: int) -> None:
         state.zeros[same, group] = fitted.zeros
 
 
-def _column_loop(exact: Tensor) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
-    """On a GPU that has triton one launch for all columns, where torch takes several for each."""
-    if exact.device.type == "cuda":
-        from mcsharp_sdk.kernels.gpu_support import missing_support
-
-        if not missing_support("cuda"):
-            from mcsharp_sdk.kernels.triton_gptq import quantise_columns
-
-            return quantise_columns
-    return _quantise_columns
+def _column_loop(exact: Tensor) -> ColumnLoop:
+    """Compiled for this device where it can be: torch takes several operations for each column."""
+    compiled = column_loop(exact.device.type) if exact.shape[-1] >= FEWEST_ROWS else None
+    return compiled or _quantise_columns
 
 
 def _quantise_columns(exact: Tensor, updates: Tensor | None, top: Tensor, error: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mcsharp_sdk.quantization.compiled import GroupSearch, group_search
 from mcsharp_sdk.quantization.grid import ZERO_STEP, top_code
 
 BinaryScale = Literal["optimised", "released", "paper"]
@@ -92,6 +93,30 @@ def fit_group(
             magnitude = matrix_magnitude
         scales = _storable(2 * magnitude)
         return GroupGrid(scales, torch.full_like(scales, 0.5))
+    compiled = group_search(weights.device.type)
+    if compiled is None:
+        return search_by_torch(weights, bits, importance, settings)
+    return _search_compiled(compiled, weights, bits, importance, settings)
+
+
+def _search_compiled(
+    search: GroupSearch, weights: Tensor, bits: int, importance: Tensor, settings: GridSettings
+) -> GroupGrid:
+    top = top_code(bits)
+    scales, offsets = search(
+        weights,
+        importance,
+        (top, ZERO_STEP),
+        (SMALLEST_SCALE, LARGEST_SCALE),
+        (settings.clip_ratios, settings.neighbours, settings.refinements),
+    )
+    return grid_of(scales.unsqueeze(-2), offsets.unsqueeze(-2), top)
+
+
+def search_by_torch(
+    weights: Tensor, bits: int, importance: Tensor, settings: GridSettings
+) -> GroupGrid:
+    """``fit_group`` on any device and processor, at any width with a zero point."""
     n, columns, rows = weights.shape
     scales, zeros = weights.new_empty(n, rows), weights.new_empty(n, rows)
     step = max(CHUNK_ELEMENTS // (n * columns), 1)

@@ -1,0 +1,99 @@
+"""The compiled loops of quantising against float64 and against torch's search."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mcsharp_sdk.kernels.support import missing_support
+from mcsharp_sdk.quantization.grid import top_code
+from mcsharp_sdk.quantization.search import GridSettings, GroupGrid, fit_group, search_by_torch
+
+pytestmark = pytest.mark.skipif(bool(missing_support()), reason=missing_support())
+
+
+def squared_error(weights: Tensor, bits: int, importance: Tensor, found: GroupGrid) -> Tensor:
+    """Σ_k d_k (w_k − scale·(code_k − zero))² of each row, float64 [n, R]."""
+    scales, zeros = (tensor.double().unsqueeze(-2) for tensor in (found.scales, found.zeros))
+    codes = (weights.double() / scales + zeros).round().clamp(0, top_code(bits))
+    squares = (weights.double() - scales * (codes - zeros)).square()
+    return (importance.double().unsqueeze(-1) * squares).sum(-2)
+
+
+@settings(deadline=None)  # the first call compiles
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 150)),
+    bits=st.sampled_from([1, 2, 3, 4, 8]),
+    shared=st.booleans(),
+    scale=st.sampled_from([0.0, 1e-9, 0.02, 1e6]),
+    seed=st.integers(0, 1000),
+)
+def test_search_is_as_good_as_torchs(
+    shape: tuple[int, int, int], bits: int, shared: bool, scale: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(shape, generator=generator) * scale
+    importance = torch.rand(1 if shared else shape[0], shape[1], generator=generator)
+    grid = GridSettings(group_size=shape[1])
+    compiled = fit_group(weights, bits, importance, grid)
+    by_torch = search_by_torch(weights, bits, importance, grid)
+    ours = squared_error(weights, bits, importance, compiled)
+    theirs = squared_error(weights, bits, importance, by_torch)
+    # Sums in another order may choose another of two equally good grids, and go on from there.
+    assert (ours <= theirs * 1.05 + 1e-30).float().mean() >= 0.9
+    assert ours.sum() <= theirs.sum() * 1.01 + 1e-30
+    assert torch.equal(compiled.scales, compiled.scales.half().float())
+
+
+def test_search_reads_transposed_weights_where_they_lie() -> None:
+    stored = torch.randn(96, 200)
+    grid = GridSettings(group_size=64)
+    importance = torch.rand(1, 64) + 0.1
+    part = stored.T[None, 64:128]
+    found = fit_group(part, 2, importance, grid)
+    again = fit_group(part.contiguous(), 2, importance, grid)
+    assert torch.equal(found.scales, again.scales)
+    assert torch.equal(found.zeros, again.zeros)
+
+
+@settings(deadline=None)  # the first call compiles
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 131), st.integers(16, 90)),
+    compensate=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_columns_follow_the_recurrence_in_float64(
+    shape: tuple[int, int, int], compensate: bool, seed: int
+) -> None:
+    from mcsharp_sdk.kernels.gptq_rows import quantise_columns
+
+    matrices, columns, rows = shape
+    generator = torch.Generator().manual_seed(seed)
+    around = torch.randn(matrices, columns + 5, rows, generator=generator) * 2 + 1.5
+    exact = around[:, 3 : 3 + columns]
+    updates = torch.randn(matrices, columns, columns + 7, generator=generator)[..., 5:-2] * 0.1
+    top = torch.randint(0, 3, (matrices, rows), generator=generator).float().mul_(2).add_(1)
+    errors = torch.zeros(matrices, columns + 2, rows)
+    before = around.clone()
+
+    codes = quantise_columns(exact, updates if compensate else None, top, errors[:, 1:-1])
+
+    moved = exact.double()
+    for i in range(columns):
+        code = codes[:, i].double()
+        assert (code <= top).all()
+        # With the codes as they are, each must be the nearest to what the recurrence has there.
+        within = (moved[:, i] - code).abs() <= 0.5 + 1e-4
+        beyond = ((code == 0) & (moved[:, i] < 0)) | ((code == top) & (moved[:, i] > top))
+        assert (within | beyond).all()
+        error = moved[:, i] - code
+        torch.testing.assert_close(errors[:, 1 + i].double(), error, rtol=1e-4, atol=1e-4)
+        if compensate:
+            later = updates[:, i, i + 1 :].double().unsqueeze(-1)
+            moved[:, i + 1 :] -= later * error.unsqueeze(1)
+    assert torch.equal(around, before)
+    assert not errors[:, 0].any()
+    assert not errors[:, -1].any()
