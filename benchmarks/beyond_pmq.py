@@ -20,7 +20,8 @@ from method_runs import Runs, Stages, add_arguments, markdown, mean_and_spread
 GOAL = 0.5
 STATISTICS: Mapping[str, Mapping[str, Any]] = {
     "released": {"mode": "released"},
-    "best": {"loss_tokens": 4096, "block_scores": True},
+    "best": {},
+    "all": {"loss_tokens": 4096, "block_scores": True},
 }
 """Name -> settings of ExpertStats."""
 
@@ -29,17 +30,18 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Stages]] 
     "best": ("best", {}, {}, ({"type": "RouterCalibration"},)),
     "best without RouterCalibration": ("best", {}, {}, ()),
     "best, global budget": (
-        "best",
+        "all",
         {"budget_scope": "global"},
         {},
         ({"type": "RouterCalibration"},),
     ),
     **{
         allocator: ("best", {"allocator": allocator}, {}, ())
-        for allocator in (
-            *("uniform", "random", "frequency", "routing_weight", "f_norm", "hessian"),
-            *("block_score_predictor", "block_score_oracle"),
-        )
+        for allocator in ("uniform", "random", "frequency", "routing_weight", "f_norm")
+    },
+    **{
+        allocator: ("all", {"allocator": allocator}, {}, ())
+        for allocator in ("hessian", "block_score_predictor", "block_score_oracle")
     },
     **{
         f"uniform, {quantizer}": ("best", {"allocator": "uniform"}, {"quantizer": quantizer}, ())
