@@ -191,11 +191,13 @@ def make_plan(
     Raises
     ------
     InputProblems
-        If recipe and model do not fit.
+        If recipe and model do not fit, or a stage cannot be shared by several processes.
     InputError
         If the run would take more memory.
     """
     check_model(recipe, source)
+    if processes > 1:
+        check_shared(recipe)
     sizes = model_sizes(source)
     bits = _intended_bits(recipe, source)
     blocks = list(source.topology.moe.values())
@@ -220,6 +222,17 @@ def make_plan(
         run_bytes=_run_bytes(recipe, sizes, after) + (processes * memory.movable if spill else 0),
         output_bytes=after,
     )
+
+
+def check_shared(recipe: Recipe) -> None:
+    """InputProblems if several processes cannot share the stages of a recipe."""
+    misfits = [
+        (("stages", position), reason)
+        for position, stage in enumerate(recipe.stages)
+        if (reason := stage.why_not_shared()) is not None
+    ]
+    if misfits:
+        raise recipe.error(misfits)
 
 
 def _quantiser(recipe: Recipe) -> GPTQQuantize | None:

@@ -26,7 +26,7 @@ from mcsharp_sdk.engine.ranks import SharedRunDirectory, joined, own_device
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.engine.stage_store import StageStore
-from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.memory import peak_resident_bytes
 from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.source import SourceModel
@@ -157,7 +157,8 @@ def _compress(
         check_disk_space(plan, source, directory, output)
     check_outer_weights(source)
     calibration = read_calibration(recipe, source)
-    _check_ranks(recipe, calibration, ranks)
+    if calibration.groups:
+        calibration.share(ranks.rank, ranks.count)  # fewer sequences than processes are refused
     if on_plan is not None:
         on_plan(plan)
     ranks.wait()  # all have checked, so that none finds what another one has begun
@@ -174,21 +175,6 @@ def _compress(
     )
     seconds, warnings = work.run(progress)
     return Compression(output, seconds, warnings, plan, peak_resident_bytes())
-
-
-def _check_ranks(recipe: Recipe, calibration: CalibrationSet, ranks: Ranks) -> None:
-    """InputProblems if several processes cannot share this work."""
-    if ranks.alone:
-        return
-    problems = [
-        Problem(f"stages[{position}] {stage.type}", reason)
-        for position, stage in enumerate(recipe.stages)
-        if (reason := stage.why_not_shared()) is not None
-    ]
-    if calibration.groups:
-        calibration.share(ranks.rank, ranks.count)
-    if problems:
-        raise InputProblems(f"the run of {ranks.count} processes", problems)
 
 
 def _allowed(max_memory: str | int | None, device: str) -> int | None:

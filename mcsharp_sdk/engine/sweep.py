@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.engine.disk_space import check_disk_space
 from mcsharp_sdk.engine.output_folder import check_writable
+from mcsharp_sdk.engine.plan import make_plan
 from mcsharp_sdk.engine.ranks import started_together
 from mcsharp_sdk.engine.run import Work
 from mcsharp_sdk.engine.run_directory import RunDirectory, write_json
@@ -106,12 +108,21 @@ def sweep(
     folder.check(overwrite)
     work = Path(run_dir) if run_dir is not None else folder.path / WORK_FOLDER
     check_writable(work)
+    _check_disk_space(plan, folder, work, overwrite)
     with folder.opened(overwrite):
         runner = _Runner(plan, folder, work, run_dir is not None, device, progress)
         results = runner.run(on_variant)
         if run_dir is None and not any(result.error for result in results):
             shutil.rmtree(work, ignore_errors=True)
     return Sweep(folder.path, plan.varied, results)
+
+
+def _check_disk_space(plan: SweepPlan, folder: SweepFolder, work: Path, overwrite: bool) -> None:
+    """Check that there is room for each variant that will be made, its run directory included."""
+    for variant in plan.variants:
+        if overwrite or folder.finished(variant) is None:
+            planned = make_plan(variant.recipe, plan.source)
+            check_disk_space(planned, plan.source, work / "runs" / variant.identity, work)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ import mcsharp_sdk
 from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, TokenProtectionRule, TopAnyTraining
 from mcsharp_sdk.data.calibration_set import CalibrationSet, SampleGroup
 from mcsharp_sdk.engine.ranks import joined, own_device
-from mcsharp_sdk.engine.run import _check_ranks
 from mcsharp_sdk.errors import InputError, InputProblems
-from mcsharp_sdk.models.ranks import Ranks, divide
+from mcsharp_sdk.models.ranks import divide
 from mcsharp_sdk.recipe.schema import Recipe
 
 RECIPE = """version: 1
@@ -169,14 +168,14 @@ def test_the_parts_of_a_calibration_set_are_the_whole_in_order(parts: int) -> No
 @pytest.mark.parametrize(
     ("settings", "more", "refused"),
     [
-        ({"scope": "model"}, [], r"stages\[0\] ExpertStats: .*scope: block"),
-        ({"loss_tokens": 64}, [], r"stages\[0\] ExpertStats: gradients .*loss_tokens: 0"),
-        ({"block_scores": True}, [], r"stages\[0\] ExpertStats: .*block_scores: false"),
-        ({}, [{"type": "RouterCalibration"}], r"stages\[3\] RouterCalibration: .* one process"),
+        ({"scope": "model"}, [], r"stages\[0\]: .*scope: block"),
+        ({"loss_tokens": 64}, [], r"stages\[0\]: gradients .*loss_tokens: 0"),
+        ({"block_scores": True}, [], r"stages\[0\]: .*block_scores: false"),
+        ({}, [{"type": "RouterCalibration"}], r"stages\[3\]: .* one process"),
     ],
 )
 def test_what_several_processes_cannot_share_is_refused_before_work(
-    settings: dict[str, Any], more: list[dict[str, Any]], refused: str
+    settings: dict[str, Any], more: list[dict[str, Any]], refused: str, work: Path
 ) -> None:
     stages: list[dict[str, Any]] = [
         {"type": "ExpertStats", **settings},
@@ -186,10 +185,9 @@ def test_what_several_processes_cannot_share_is_refused_before_work(
     ]
     calibration = {"source": "embedded", "sequences": 4, "length": 8}
     recipe = Recipe.from_dict({"version": 1, "calibration": calibration, "stages": stages})
-    calls = CalibrationSet.of_tokens(torch.ones(4, 8, dtype=torch.int64))
     with pytest.raises(InputProblems, match=refused):
-        _check_ranks(recipe, calls, Ranks(0, 2))
-    _check_ranks(recipe, calls, Ranks())
+        mcsharp_sdk.plan(recipe, work / "model", processes=2)
+    assert mcsharp_sdk.plan(recipe, work / "model").stages
 
 
 def test_without_a_launcher_there_is_one_process() -> None:

@@ -12,6 +12,7 @@ from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 
 import mcsharp_sdk
+from mcsharp_sdk.engine import disk_space
 from mcsharp_sdk.engine.fingerprint import stage_keys
 from mcsharp_sdk.engine.run import Work
 from mcsharp_sdk.engine.run_directory import LayerStore
@@ -422,3 +423,20 @@ def test_a_folder_of_something_else_is_never_touched(
     with pytest.raises(InputError, match="is a file"):
         sweep(recipe, model, tmp_path / "thesis" / "chapter_1.tex", {BITS: [2]})
     assert [f.name for f in tmp_path.rglob("*")] == ["thesis", "chapter_1.tex"]
+
+
+def test_too_little_disk_space_is_found_before_any_variant(
+    model: Path, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vary = {BITS: [2, 2.5]}
+    sweep(recipe, model, tmp_path / "out", vary)
+
+    class Usage:
+        free = 10_000
+
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda _: Usage)
+    with pytest.raises(InputError, match="too little disk space: the run needs .* kB"):
+        sweep(recipe, model, tmp_path / "other", vary)
+    assert not (tmp_path / "other").exists()
+    again = sweep(recipe, model, tmp_path / "out", vary)
+    assert not again.failures
