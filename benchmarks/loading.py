@@ -85,7 +85,7 @@ def load(folder: Path) -> dict[str, float]:
         import mcsharp_sdk.kernels.integer_products  # noqa: F401
     torch.zeros(1)
     before, start = resident_bytes(), time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     seconds = time.perf_counter() - start
     loaded = resident_bytes() - before
     prompt = torch.randint(0, model.config.vocab_size, (1, PROMPT))

@@ -20,13 +20,10 @@ from mcsharp_sdk.models.stream import StreamedLayer
 from mcsharp_sdk.modifiers.block_scores import block_cosines
 from mcsharp_sdk.modifiers.expert_chunks import expert_chunks
 from mcsharp_sdk.modifiers.expert_curvature import HessianName, gram_curvature, loss_curvature
+from mcsharp_sdk.modifiers.expert_hessians import expert_hessians
 from mcsharp_sdk.modifiers.layer_notes import LayerNotes
-from mcsharp_sdk.modifiers.layer_quantisation import (
-    LayerQuantiser,
-    QuantizerSettings,
-)
 from mcsharp_sdk.quantization.gptq import quantise_gptq
-from mcsharp_sdk.quantization.hessian import DAMPING, InverseFactor, factorise
+from mcsharp_sdk.quantization.hessian import InverseFactor, factorise
 from mcsharp_sdk.quantization.hqq import quantise_hqq
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
@@ -222,10 +219,7 @@ class ExpertMeasurement:
     ) -> InverseFactor | None:
         if self.quantizer in _UNCALIBRATED:
             return None
-        settings = QuantizerSettings("gptq", self._grid, DAMPING, False, True)
-        quantiser = LayerQuantiser(settings, None, None)
-        hessians = quantiser.expert_hessians(runs, matrix, chunk, LayerNotes(), HESSIAN_TOKENS)
-        return factorise(hessians)
+        return factorise(expert_hessians(runs, matrix, chunk, LayerNotes(), most=HESSIAN_TOKENS))
 
     @property
     def _grid(self) -> GridSettings:

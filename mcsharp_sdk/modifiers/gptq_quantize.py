@@ -164,7 +164,8 @@ class GPTQQuantize(Modifier):
         return bit_map
 
     def _quantiser(self) -> LayerQuantiser:
-        from mcsharp_sdk.modifiers.layer_quantisation import LayerQuantiser, QuantizerSettings
+        from mcsharp_sdk.modifiers.layer_quantisation import LayerQuantiser
+        from mcsharp_sdk.modifiers.matrix_quantisation import QuantizerSettings
         from mcsharp_sdk.quantization.search import GridSettings
 
         settings = QuantizerSettings(

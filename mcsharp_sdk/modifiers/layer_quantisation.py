@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from mcsharp_sdk.models.stream import StreamedLayer
 from mcsharp_sdk.models.topology import router_weight
 from mcsharp_sdk.modifiers.expert_buckets import ExpertBuckets
 from mcsharp_sdk.modifiers.expert_chunks import expert_chunks
+from mcsharp_sdk.modifiers.expert_hessians import expert_hessians
 from mcsharp_sdk.modifiers.layer_notes import LayerNotes
-from mcsharp_sdk.quantization.gptq import quantise_gptq
+from mcsharp_sdk.modifiers.matrix_quantisation import QuantizerSettings, quantise_matrices
 from mcsharp_sdk.quantization.grid import (
     PackedWeight,
     QuantizedBatch,
@@ -35,42 +36,9 @@ from mcsharp_sdk.quantization.grid import (
 )
 from mcsharp_sdk.quantization.hessian import (
     accumulate,
-    diagonal_importance,
-    factorise,
-    shrink,
-    squared_output_error,
 )
-from mcsharp_sdk.quantization.hqq import quantise_hqq
-from mcsharp_sdk.quantization.lwc import quantise_lwc
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
-from mcsharp_sdk.quantization.search import GridSettings
 from mcsharp_sdk.runtime.layout import linear_tensors
-
-QuantizerName = Literal["gptq", "rtn", "hqq", "lwc"]
-
-ERROR_ROWS = 256
-"""Rows of each matrix that its error is noted from: it is told, and decides nothing."""
-
-
-@dataclass(frozen=True)
-class QuantizerSettings:
-    """How weights are quantised, whatever their width.
-
-    Attributes
-    ----------
-    quantizer : ``gptq``, or one without compensation: ``rtn`` (round to nearest), ``hqq``
-        (half-quadratic) or ``lwc`` (learned clipping).
-    grid : group size and clip search.
-    damping : share of the Hessian's mean diagonal that is added to it.
-    routing_weighted : weigh each token's part of an expert's Hessian by its routing weight squared.
-    compensate_within_block : whether GPTQ passes errors on inside a block at 3 bits and fewer.
-    """
-
-    quantizer: QuantizerName
-    grid: GridSettings
-    damping: float
-    routing_weighted: bool
-    compensate_within_block: bool
 
 
 @dataclass(frozen=True)
@@ -139,7 +107,9 @@ class LayerQuantiser:
             group = groups[position]
             waiting = [hessians.pop(group).unsqueeze(0)]
             weights = _stacked(layer, group).unsqueeze(0)
-            batches[position] = self._quantise(weights, waiting, [bits], group[:1], notes)
+            batches[position] = quantise_matrices(
+                self.settings, weights, waiting, [bits], group[:1], notes
+            )
         for position, group in enumerate(groups):
             linears: list[Any] = [layer.module.get_submodule(name) for name in group]
             rows = [linear.out_features for linear in linears]
@@ -214,97 +184,15 @@ class LayerQuantiser:
         notes: LayerNotes,
     ) -> QuantizedBatch:
         """One matrix of some experts, quantised."""
-        waiting = [self.expert_hessians(runs, matrix, chunk, notes)]
+        waiting = [
+            expert_hessians(
+                runs, matrix, chunk, notes, routing_weighted=self.settings.routing_weighted
+            )
+        ]
         weights = torch.stack([runs.weights.read(matrix, expert) for expert in chunk])
         names = [f"experts.{expert}.{matrix}" for expert in chunk]
-        return self._quantise(weights, waiting, [bits[e] for e in chunk], names, notes)
-
-    def expert_hessians(
-        self,
-        runs: ExpertRuns,
-        matrix: Matrix,
-        chunk: Sequence[int],
-        notes: LayerNotes,
-        most: int | None = None,
-    ) -> Tensor:
-        """Hessians of one matrix of some experts, [n, K, K], from the tokens routed to each.
-
-        Experts with few tokens are completed by tokens of the whole layer, and noted. Tokens that
-        are weighed by their routing weight squared, v, count as (Σ v)²/Σ v² (Kish's effective
-        sample size), and those that complete them get the expert's mean v. Of more than ``most``
-        tokens, so many are taken.
-        """
-        _, columns = runs.weights.shape(matrix)
-        hessians = torch.zeros(len(chunk), columns, columns, device=runs.routed.hidden.device)
-        shared: Tensor | None = None
-        for hessian, expert in zip(hessians, chunk, strict=True):
-            tokens, weights, squares = 0, 0.0, 0.0
-            for piece in runs.pieces(expert, matrix, most):
-                routing = piece.routing if self.settings.routing_weighted else None
-                accumulate(hessian, piece.inputs, routing)
-                tokens += len(piece.token)
-                if routing is not None:
-                    weights += float(routing.double().square().sum())
-                    squares += float(routing.double().pow(4).sum())
-            weighed = squares > 0
-            counted = weights**2 / squares if weighed else tokens
-            if counted < columns:
-                notes.starved[str(expert)] = tokens
-                if shared is None or matrix == "down":
-                    shared = None  # the old one goes before the new one is made
-                    shared = _mean_hessian(runs, matrix, expert)
-                # What completes it gets the expert's mean weight.
-                shrink(hessian[None], [counted], shared, tokens / weights if weighed else 1)
-        return hessians
-
-    def _quantise(
-        self,
-        weights: Tensor,
-        waiting: list[Tensor],
-        bits: Sequence[int],
-        names: Sequence[str],
-        notes: LayerNotes,
-    ) -> QuantizedBatch:
-        """Quantise matrices [n, R, K] with their Hessians [n, K, K], and note their errors.
-
-        Hessians are taken out of ``waiting``, so that nobody else holds them.
-        """
-        hessians = waiting.pop()
-        batch = self._quantised(weights, hessians, bits, names, notes)
-        for position, name in enumerate(names):
-            rows = _some_rows(weights.shape[1])
-            changed = dequantise(_at_rows(batch.expert(position), rows), torch.float32)
-            found = squared_output_error(weights[position, rows], changed, hessians[position])
-            of = weights.shape[1] / len(rows)
-            notes.add_error(name.split(".")[0], *(of * square for square in found))
-        return batch
-
-    def _quantised(
-        self,
-        weights: Tensor,
-        hessians: Tensor,
-        bits: Sequence[int],
-        names: Sequence[str],
-        notes: LayerNotes,
-    ) -> QuantizedBatch:
-        s = self.settings
-        if s.quantizer == "rtn":
-            importance = diagonal_importance(hessians)
-            return quantise_rtn(weights, bits, s.grid, importance=importance)
-        if s.quantizer == "hqq":
-            return quantise_hqq(weights, bits, s.grid)
-        if s.quantizer == "lwc":
-            return quantise_lwc(weights, hessians, bits, s.grid)
-        factor = factorise(hessians, damping=s.damping)
-        release_free_memory()
-        notes.raised_damping += [names[e] for e in factor.raised]
-        notes.fallbacks += [names[e] for e in factor.failed]
-        return quantise_gptq(
-            weights,
-            factor,
-            bits,
-            s.grid,
-            compensate_within_block=s.compensate_within_block or min(bits) > 3,
+        return quantise_matrices(
+            self.settings, weights, waiting, [bits[e] for e in chunk], names, notes
         )
 
 
@@ -312,17 +200,6 @@ def _stacked(layer: StreamedLayer, names: Sequence[str]) -> Tensor:
     """The weights of linears that share their input, as one tall matrix [R, K]."""
     linears: list[Any] = [layer.module.get_submodule(name) for name in names]
     return torch.cat([linear.weight for linear in linears])
-
-
-def _some_rows(rows: int) -> Tensor:
-    """At most ``ERROR_ROWS`` numbers of rows, evenly spaced."""
-    return torch.linspace(0, rows - 1, min(rows, ERROR_ROWS)).long()
-
-
-def _at_rows(whole: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
-    """Some rows of a quantised matrix."""
-    codes, scales, zeros = (tensor[rows] for tensor in (whole.codes, whole.scales, whole.zeros))
-    return QuantizedWeight(codes, scales, zeros, whole.bits, whole.group_size)
 
 
 def _split_rows(batch: QuantizedBatch, rows: Sequence[int]) -> Iterator[QuantizedWeight]:
@@ -339,15 +216,3 @@ def components(names: Sequence[str]) -> list[list[str]]:
     for name in names:
         found.setdefault(name.split(".")[0], []).append(name)
     return list(found.values())
-
-
-def _mean_hessian(runs: ExpertRuns, matrix: Matrix, expert: int) -> Tensor:
-    """Hessian of one matrix of an expert per token, [K, K], over tokens of the whole layer.
-
-    For gate and up it is the same for all experts.
-    """
-    inputs = runs.inputs_from_all_tokens(expert, matrix)
-    columns = inputs.shape[-1]
-    hessian = torch.zeros(columns, columns, device=inputs.device)
-    accumulate(hessian, inputs)
-    return hessian.div_(len(inputs))

@@ -12,9 +12,8 @@ from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import stream_layers
+from mcsharp_sdk.modifiers.expert_hessians import expert_hessians
 from mcsharp_sdk.modifiers.layer_notes import LayerNotes
-from mcsharp_sdk.modifiers.layer_quantisation import LayerQuantiser, QuantizerSettings
-from mcsharp_sdk.quantization.search import GridSettings
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -25,8 +24,7 @@ def test_few_tokens_are_completed_by_all_tokens_in_the_same_measure(
     tokens = torch.randint(0, 128, (3, 32), generator=torch.Generator().manual_seed(0))
     layer = next(iter(stream_layers(source, CalibrationSet.of_tokens(tokens))))
     runs, notes = ExpertRuns.of_layer(layer), LayerNotes()
-    settings = QuantizerSettings("gptq", GridSettings(16), 0.01, weighted, True)
-    found = LayerQuantiser(settings, None, None).expert_hessians(runs, "gate_up", range(4), notes)
+    found = expert_hessians(runs, "gate_up", range(4), notes, routing_weighted=weighted)
     routed, columns = runs.routed, runs.routed.hidden.shape[1]
     everything = 2 * routed.hidden.double().T @ routed.hidden.double() / routed.num_tokens
     completed = 0

@@ -1,0 +1,112 @@
+"""Quantise matrices by one of several quantisers, and note what that does to their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mcsharp_sdk.models.memory import release_free_memory
+from mcsharp_sdk.modifiers.layer_notes import LayerNotes
+from mcsharp_sdk.quantization.gptq import quantise_gptq
+from mcsharp_sdk.quantization.grid import QuantizedBatch, QuantizedWeight, dequantise
+from mcsharp_sdk.quantization.hessian import (
+    diagonal_importance,
+    factorise,
+    squared_output_error,
+)
+from mcsharp_sdk.quantization.hqq import quantise_hqq
+from mcsharp_sdk.quantization.lwc import quantise_lwc
+from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
+from mcsharp_sdk.quantization.search import GridSettings
+
+QuantizerName = Literal["gptq", "rtn", "hqq", "lwc"]
+
+ERROR_ROWS = 256
+"""Rows of each matrix that its error is noted from: it is told, and decides nothing."""
+
+
+@dataclass(frozen=True)
+class QuantizerSettings:
+    """How weights are quantised, whatever their width.
+
+    Attributes
+    ----------
+    quantizer : ``gptq``, or one without compensation: ``rtn`` (round to nearest), ``hqq``
+        (half-quadratic) or ``lwc`` (learned clipping).
+    grid : group size and clip search.
+    damping : share of the Hessian's mean diagonal that is added to it.
+    routing_weighted : weigh each token's part of an expert's Hessian by its routing weight squared.
+    compensate_within_block : whether GPTQ passes errors on inside a block at 3 bits and fewer.
+    """
+
+    quantizer: QuantizerName
+    grid: GridSettings
+    damping: float
+    routing_weighted: bool
+    compensate_within_block: bool
+
+
+def quantise_matrices(
+    settings: QuantizerSettings,
+    weights: Tensor,
+    waiting: list[Tensor],
+    bits: Sequence[int],
+    names: Sequence[str],
+    notes: LayerNotes,
+) -> QuantizedBatch:
+    """Quantise matrices [n, R, K] with their Hessians [n, K, K], and note their errors.
+
+    Hessians are taken out of ``waiting``, so that nobody else holds them.
+    """
+    hessians = waiting.pop()
+    batch = _quantised(settings, weights, hessians, bits, names, notes)
+    for position, name in enumerate(names):
+        rows = _some_rows(weights.shape[1])
+        changed = dequantise(_at_rows(batch.expert(position), rows), torch.float32)
+        found = squared_output_error(weights[position, rows], changed, hessians[position])
+        of = weights.shape[1] / len(rows)
+        notes.add_error(name.split(".")[0], *(of * square for square in found))
+    return batch
+
+
+def _quantised(
+    s: QuantizerSettings,
+    weights: Tensor,
+    hessians: Tensor,
+    bits: Sequence[int],
+    names: Sequence[str],
+    notes: LayerNotes,
+) -> QuantizedBatch:
+    if s.quantizer == "rtn":
+        importance = diagonal_importance(hessians)
+        return quantise_rtn(weights, bits, s.grid, importance=importance)
+    if s.quantizer == "hqq":
+        return quantise_hqq(weights, bits, s.grid)
+    if s.quantizer == "lwc":
+        return quantise_lwc(weights, hessians, bits, s.grid)
+    factor = factorise(hessians, damping=s.damping)
+    release_free_memory()
+    notes.raised_damping += [names[e] for e in factor.raised]
+    notes.fallbacks += [names[e] for e in factor.failed]
+    return quantise_gptq(
+        weights,
+        factor,
+        bits,
+        s.grid,
+        compensate_within_block=s.compensate_within_block or min(bits) > 3,
+    )
+
+
+def _some_rows(rows: int) -> Tensor:
+    """At most ``ERROR_ROWS`` numbers of rows, evenly spaced."""
+    return torch.linspace(0, rows - 1, min(rows, ERROR_ROWS)).long()
+
+
+def _at_rows(whole: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
+    """Some rows of a quantised matrix."""
+    codes, scales, zeros = (tensor[rows] for tensor in (whole.codes, whole.scales, whole.zeros))
+    return QuantizedWeight(codes, scales, zeros, whole.bits, whole.group_size)
