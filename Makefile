@@ -44,3 +44,4 @@ $(BIN)/pip:
 
 clean:
 	rm -rf $(VENV) out build *.egg-info
+	find mcsharp_sdk -name '*.nb[ic]' -delete

@@ -127,7 +127,9 @@ def in_turns(calls: Mapping[str, Call], x: Tensor, rounds: int) -> dict[str, lis
 def compare(options: argparse.Namespace, bits: int, weights: list[Tensor]) -> None:
     shape = (options.rows, options.columns, bits, options.group_size)
     matrices = [random_matrix(*shape) for _ in range(options.copies)]
-    names = [name for name in KERNELS if name != "chunked" or options.chunked]
+    one = Case(*shape, tokens=1, dtype=torch.bfloat16, device="cpu")
+    fit = [name for name, kernel in KERNELS.items() if not kernel.refuses(one)]
+    names = [name for name in fit if name != "chunked" or options.chunked]
     calls: dict[str, Call] = {"dense": rotated([weight_call(weight) for weight in weights])}
     calls |= {name: kernel_call(name, matrices) for name in names}
     if find_spec(LIBRARY) and bits in LIBRARY_BITS:

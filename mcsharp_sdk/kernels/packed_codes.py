@@ -18,9 +18,11 @@ from mcsharp_sdk.kernels.simd import (
     field,
     load_byte,
     load_bytes,
+    load_word,
     no_bytes,
     store_byte,
     store_bytes,
+    store_word,
     two_bits,
     with_third_bit,
 )
@@ -73,13 +75,32 @@ def unpack_short_block(source, bits, columns, target, stride):
         width = 2 if bits == 3 and low == 0 else bits - low
         length = padded * width // 8
         for place in range(8 // width):
-            for byte in range(length):
-                code = (load_byte(source + byte) >> (width * place)) & (2**width - 1)
-                column = length * place + byte
-                to = target + stride * (column // VECTOR) + column % VECTOR
-                store_byte(to, load_byte(to) | (code << low))
+            shift, first = width * place, length * place
+            if length % 8:
+                unpack_bytes(source, length, shift, width, low, target, stride, first)
+            else:
+                unpack_words(source, length, shift, width, low, target, stride, first)
         source += length
         low += width
+
+
+@inlined
+def unpack_bytes(source, length, shift, width, low, target, stride, first):
+    """Add the codes at one place of each byte, ``low`` bits up, to columns from ``first`` on."""
+    for byte in range(length):
+        code = (load_byte(source + byte) >> shift) & (2**width - 1)
+        to = target + stride * ((first + byte) // VECTOR) + (first + byte) % VECTOR
+        store_byte(to, load_byte(to) | (code << low))
+
+
+@inlined
+def unpack_words(source, length, shift, width, low, target, stride, first):
+    """As ``unpack_bytes``, eight bytes at a time; ``length`` and ``first`` are multiples of 8."""
+    every = (2**width - 1) * 0x0101010101010101
+    for byte in range(0, length, 8):
+        codes = (load_word(source + byte) >> shift) & every
+        to = target + stride * ((first + byte) // VECTOR) + (first + byte) % VECTOR
+        store_word(to, load_word(to) | (codes << low))
 
 
 @inlined

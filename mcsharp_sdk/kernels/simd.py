@@ -249,6 +249,18 @@ def store_byte(builder: Any, address: Any, value: Any) -> None:
     store(builder, address, builder.trunc(value, I8))
 
 
+@operation(types.int64, types.int64)
+def load_word(builder: Any, address: Any) -> Any:
+    """Eight bytes as one number."""
+    return load(builder, address, ir.IntType(64))
+
+
+@operation(types.void, types.int64, types.int64)
+def store_word(builder: Any, address: Any, value: Any) -> None:
+    """Write one number as eight bytes."""
+    store(builder, address, value)
+
+
 @operation(Bytes)
 def no_bytes(builder: Any) -> Any:
     """Zeros."""
