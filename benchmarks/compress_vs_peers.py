@@ -3,10 +3,10 @@
 Each package quantises the same model with the same calibration tokens, widths and group size, in a
 process of its own, one after the other. Peers are installed from PyPI, each into a virtual
 environment that this script makes in ``--work``; they see the packages of this environment, so that
-torch is not downloaded again, unless they need another version. Printed are, of quantising with
-loading and writing, seconds on the wall and of the process on all processors (which other programs
-disturb less), the peak of resident memory above that of the interpreter with its imports, and the
-perplexity of the result.
+torch is not downloaded again, unless they need another version. The model as it is comes first, for
+its perplexity. Printed are, of quantising with loading and writing, seconds on the wall and of the
+process on all processors (which other programs disturb less), the peak of resident memory above
+that of the interpreter with its imports, and the perplexity of the result.
 
     python benchmarks/compress_vs_peers.py MODEL CALIBRATION.txt TEST.txt [--bits 4 3 2]
 """
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = {"llmcompressor": "llmcompressor==0.14.0.1", "gptqmodel": "gptqmodel==7.7.0"}
-OURS = "mcsharp_sdk"
+OURS, ORIGINAL = "mcsharp_sdk", "original"
 KEPT = ["lm_head", r"re:.*\.gate$", r"re:.*\.router$"]
 """What llm-compressor leaves as it is: head and routers, as ours does."""
 
@@ -163,7 +163,17 @@ def run_gptqmodel(job: Job) -> Job:
     return measure.stop(lambda: perplexity(GPTQModel.load(output, device="cpu").model, job))
 
 
+def run_original(job: Job) -> Job:
+    """Only the perplexity of the model as it is."""
+    from transformers import AutoModelForCausalLM
+
+    measure = Measure()
+    model: Any = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
+    return measure.stop(lambda: perplexity(model, job))
+
+
 RUNNERS: dict[str, Callable[[Job], Job]] = {
+    ORIGINAL: run_original,
     OURS: run_mcsharp_sdk,
     "llmcompressor": run_llmcompressor,
     "gptqmodel": run_gptqmodel,
@@ -172,7 +182,7 @@ RUNNERS: dict[str, Callable[[Job], Job]] = {
 
 def interpreter(package: str, work: Path) -> str:
     """Python of the package's environment, made and filled if it is not there."""
-    if package == OURS:
+    if package in (OURS, ORIGINAL):
         return sys.executable
     folder = work / "environments" / package
     python = folder / "bin" / "python"
@@ -230,6 +240,8 @@ def main() -> None:
     print(f"{'':20}{'bits':>5}{'wall s':>9}{'CPU s':>9}{'MB':>7}{'perplexity':>11}")
     for bits in options.bits:
         for package in options.packages:
+            if package == ORIGINAL and bits != options.bits[0]:
+                continue
             found = measured(package, {**job, "bits": bits}, options.work.resolve())
             print(f"{package:20}{bits:5}{line(found)}", flush=True)
 

@@ -43,7 +43,7 @@ TILE = 4
 """Rows that are multiplied together."""
 
 CACHE_LINE = 64
-AHEAD = 12
+AHEAD = 24
 """Rows from the one at work to the one that is asked for: its products hide what memory takes."""
 
 TOP = 127 * 256

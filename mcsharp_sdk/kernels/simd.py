@@ -128,8 +128,8 @@ def load_bytes(builder: Any, address: Any) -> Any:
 def prefetch(builder: Any, address: Any) -> None:
     """Ask for the cache line of an address that will be read soon; it need not exist."""
     pointer = pointer_to(builder, address, I8)
-    # To read, to be kept in every cache, as data.
-    hints = [ir.Constant(I32, value) for value in (0, 3, 1)]
+    # To read, into the second-level cache: the first holds what is at work. As data.
+    hints = [ir.Constant(I32, value) for value in (0, 2, 1)]
     call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *hints)
 
 
