@@ -25,6 +25,9 @@ CHUNK_TOKENS = 2048
 GRAM_COLUMNS = 192
 """Columns of a Hessian that are added at a time."""
 
+TRIANGLE_STEP = 256
+"""Columns or rows that are multiplied by a triangular matrix at a time."""
+
 ROWS_AT_A_TIME = 256
 """Rows of a factor that are checked or turned round at a time."""
 
@@ -207,7 +210,11 @@ def _is_finite(matrix: Tensor) -> bool:
 
 
 def _invert_upper(upper: Tensor, leaf: int = 128) -> None:
-    """Invert upper triangular matrices in place by halving, so that most of it is matmuls."""
+    """Invert upper triangular matrices in place by halving, so that most of it is matmuls.
+
+    The corner of [[A, C], [0, B]] becomes −A⁻¹ C B⁻¹, some columns and then some rows at a time:
+    those that triangular factors have zeros for are left out.
+    """
     size = upper.shape[-1]
     if size <= leaf:
         eye = torch.eye(size, dtype=upper.dtype, device=upper.device)
@@ -218,7 +225,12 @@ def _invert_upper(upper: Tensor, leaf: int = 128) -> None:
     _invert_upper(first, leaf)
     _invert_upper(second, leaf)
     corner = upper[..., :half, half:]
-    corner.copy_(first @ (corner @ second).neg_())
+    for stop in range(size - half, 0, -TRIANGLE_STEP):
+        part = slice(max(0, stop - TRIANGLE_STEP), stop)
+        corner[..., part] = (corner[..., :stop] @ second[..., :stop, part]).neg_()
+    for start in range(0, half, TRIANGLE_STEP):
+        part = slice(start, start + TRIANGLE_STEP)
+        corner[..., part, :] = first[..., part, start:] @ corner[..., start:, :]
 
 
 def _diagonal_only(diagonal: Tensor, mean: Tensor) -> Tensor:
