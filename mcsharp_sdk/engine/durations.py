@@ -24,9 +24,9 @@ from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.hessian import InverseFactor
 from mcsharp_sdk.quantization.search import GridSettings
 
-PASS = 1.5
-"""Cost of a calibration pass in forwards: attention runs two or three times, experts once."""
-
+PASS = 3.0
+"""Cost of a calibration pass in forwards at the speed of one product: attention runs two or three
+times, experts once, and both at about half of that speed (benchmarks/plan_accuracy.py)."""
 
 MEASURED = (256, 512)
 """Rows and columns of the matrix that quantising is timed on."""
@@ -101,6 +101,7 @@ def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) ->
         if gptq:
             work = sum(_expert_hessians(layer, tokens) for layer in sizes.layers)
             work += sum(_expert_updates(layer, 1) for layer in sizes.layers)
+        work += sum(_told_errors(layer) for layer in sizes.layers)
         if stage.other_bits is not None:
             work += sum(_linear_work(layer, tokens) for layer in sizes.layers)
     elif isinstance(stage, TopAnyRouter):
@@ -149,6 +150,14 @@ def _expert_updates(layer: LayerSizes, widths: int) -> float:
             for rows, columns in zip(layer.expert_rows, layer.expert_columns, strict=True)
         )
     )
+
+
+def _told_errors(layer: LayerSizes) -> float:
+    """Multiplications for the errors of a layer's experts that the report tells."""
+    from mcsharp_sdk.modifiers.matrix_quantisation import ERROR_ROWS
+
+    of_one = sum(2 * ERROR_ROWS * columns**2 for columns in layer.expert_columns)
+    return float(layer.experts * of_one)
 
 
 def _training_work(stage: TopAnyRouter, sizes: ModelSizes, tokens: int) -> float:

@@ -204,6 +204,8 @@ def make_plan(
     after, nominal = _after(recipe, sizes, bits)
     length = max((source.length for source in recipe.sources), default=0)
     work = Work(sizes, _most_tokens(recipe), length, processes)
+    seconds = stage_seconds(recipe.stages, sizes, work.tokens, processes)
+    # Behind the measured speeds: what compiled kernels take by themselves is there by then.
     memory = MemoryPlan.of(recipe.stages, work, bits)
     spill = must_spill(max_memory, memory.peak(spill=False), memory.peak(spill=True))
     return Plan(
@@ -212,7 +214,7 @@ def make_plan(
         moe_layers=len(blocks),
         experts=blocks[0].num_experts,
         top_k=blocks[0].top_k,
-        stages=_stage_plans(recipe, work, bits, memory.stages(spill=spill)),
+        stages=_stage_plans(recipe, bits, seconds, memory.stages(spill=spill)),
         bytes_before=sizes.bytes,
         bytes_after=after,
         nominal_bits=nominal,
@@ -284,9 +286,8 @@ def _run_bytes(recipe: Recipe, sizes: ModelSizes, after: int) -> int:
 
 
 def _stage_plans(
-    recipe: Recipe, work: Work, bits: float | None, memory: Sequence[int]
+    recipe: Recipe, bits: float | None, seconds: Sequence[float], memory: Sequence[int]
 ) -> list[StagePlan]:
-    seconds = stage_seconds(recipe.stages, work.sizes, work.tokens, work.processes)
     return [
         StagePlan(stage.type, _summary(stage, bits), needed, peak)
         for stage, needed, peak in zip(recipe.stages, seconds, memory, strict=True)

@@ -25,7 +25,7 @@ from mcsharp_sdk.quantization.search import GridSettings
 
 QuantizerName = Literal["gptq", "rtn", "hqq", "lwc"]
 
-ERROR_ROWS = 256
+ERROR_ROWS = 128
 """Rows of each matrix that its error is noted from: it is told, and decides nothing."""
 
 
