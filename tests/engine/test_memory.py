@@ -117,7 +117,7 @@ def test_the_plan_foretells_the_disk_that_a_run_takes(model: Path, tmp_path: Pat
 
 
 def test_a_plan_reads_no_weight_and_tells_what_several_processes_need(
-    model: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    model: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a plan reads headers only")
@@ -125,6 +125,9 @@ def test_a_plan_reads_no_weight_and_tells_what_several_processes_need(
     monkeypatch.setattr(Checkpoint, "read", refuse)
     monkeypatch.setattr(Checkpoint, "read_rows", refuse)
     monkeypatch.setattr(memory_plan, "base_bytes", lambda: 0)
+    assert mcsharp_sdk.plan(recipe, model).stages
+    shareable = [stage for stage in STAGES if stage["type"] != "RouterCalibration"]
+    recipe = pruning_recipe(write_text(tmp_path), *shareable)
     alone = mcsharp_sdk.plan(recipe, model)
     shared = mcsharp_sdk.plan(recipe, model, processes=2)
     assert shared.output_bytes == alone.output_bytes
