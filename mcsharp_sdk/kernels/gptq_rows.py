@@ -73,7 +73,14 @@ def quantise_columns(exact: Tensor, updates: Tensor | None, top: Tensor, error: 
     Returns
     -------
     uint8 [B, n, R]
+
+    Raises
+    ------
+    ValueError
+        If columns do not lie side by side: they are read and written by address.
     """
+    if any(tensor.stride()[1:] != (exact.shape[2], 1) for tensor in (exact, error)):
+        raise ValueError("columns of the weights and of their errors must lie side by side")
     codes = torch.empty(exact.shape, dtype=torch.uint8)
     compensate = updates is not None
     top = top.contiguous()
