@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,21 +160,59 @@ def linear_inputs(
         per batch and group of linears.
     """
     groups = _sharing_groups(layer, names)
-    leaders = {group[0]: group for group in groups}
+    with _handing_over(layer, names, groups, consume):
+        _run(layer)
+
+
+def paired_linear_inputs(
+    layer: StreamedLayer,
+    original: Callable[[], AbstractContextManager[StreamedLayer]],
+    names: Sequence[str],
+    consume: Callable[[tuple[str, ...], Tensor, Tensor], None],
+) -> None:
+    """As :func:`linear_inputs`, with the inputs that the same linears get in the original model.
+
+    Parameters
+    ----------
+    original : makes the layer the original's while its context lasts.
+    consume : called with the names, the inputs [T, K], and those of the original [T, K].
+    """
+    groups = _sharing_groups(layer, names)
+    seen: list[tuple[tuple[str, ...], Tensor]] = []
+    with _handing_over(layer, names, groups, lambda group, inputs: seen.append((group, inputs))):
+        for batch in layer.inputs.batches():
+            seen.clear()
+            _run_batch(layer, batch)
+            found = list(seen)
+            seen.clear()
+            with original() as beside:
+                _run_batch(beside, batch)
+            for (group, inputs), (_, wanted) in zip(found, seen, strict=True):
+                consume(group, inputs, wanted)
+
+
+@contextmanager
+def _handing_over(
+    layer: StreamedLayer,
+    names: Sequence[str],
+    groups: Sequence[tuple[str, ...]],
+    consume: Callable[[tuple[str, ...], Tensor], None],
+) -> Iterator[None]:
+    """While it lasts, linears hand their inputs over, and the layer stops behind the last."""
     component = layer.module.get_submodule(names[0].split(".")[0])
     with ExitStack() as stack:
-        for leader, group in leaders.items():
+        for group in groups:
 
             def hand_over(
                 _: nn.Module, args: tuple[Tensor, ...], group: tuple[str, ...] = group
             ) -> None:
                 consume(group, args[0].reshape(-1, args[0].shape[-1]))
 
-            linear = layer.module.get_submodule(leader)
+            linear = layer.module.get_submodule(group[0])
             stack.callback(linear.register_forward_pre_hook(hand_over).remove)
         stack.callback(component.register_forward_hook(_stop).remove)
         stack.enter_context(without_routed_experts(layer))
-        _run(layer)
+        yield
 
 
 @contextmanager

@@ -76,6 +76,18 @@ class GPTQQuantize(Modifier):
     compensate_within_block: Annotated[
         bool, Field(description="Pass errors on inside a block at 3 bits and fewer.")
     ] = True
+    propagation: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Share of the errors of its inputs that a matrix makes up for (gptq only); "
+            "above 0 the original model is run beside the quantised one.",
+        ),
+    ] = 0.0
+    refit_scales: Annotated[
+        bool, Field(description="Fit scales once more when all codes are chosen (gptq only).")
+    ] = False
 
     reads: ClassVar[tuple[str, ...]] = ("bit_allocation",)
     writes: ClassVar[str] = QUANTIZED_WEIGHTS
@@ -119,13 +131,17 @@ class GPTQQuantize(Modifier):
     def run(self, context: RunContext) -> None:
         from mcsharp_sdk.models.expert_runs import run_experts
         from mcsharp_sdk.modifiers.layer_restoration import restore_layer
+        from mcsharp_sdk.modifiers.original_model import OriginalModel
 
         bit_map = self._bit_map(context)
-        quantiser = self._quantiser()
+        quantiser, model = self._quantiser(), OriginalModel()
         layers = context.layers(self.writes)
         for layer in context.stream("quantising", by_expert=True):
             widths = bit_map.bits.get(layer.index)
+            original = model.layer(layer) if self.propagation else None
             if layers.has(layer.index):
+                if original is not None:
+                    original.advance()
                 restore_layer(
                     layer,
                     layers.slices(layer.index),
@@ -136,7 +152,7 @@ class GPTQQuantize(Modifier):
                 if widths is not None:
                     layer.expert_outputs = run_experts(layer)
             else:
-                tensors, notes = quantiser.quantise(layer, widths)
+                tensors, notes = quantiser.quantise(layer, widths, original)
                 layers.write(layer.index, tensors, asdict(notes))
         layers.write_summary(self._layout(context, bit_map).to_dict())
         self._report(context, layers)
@@ -176,6 +192,8 @@ class GPTQQuantize(Modifier):
             damping=self.damping,
             routing_weighted=self.hessian_weighting == "routing",
             compensate_within_block=self.compensate_within_block,
+            propagation=self.propagation,
+            refit_scales=self.refit_scales,
         )
         return LayerQuantiser(settings, self.other_bits, self.router_bits)
 

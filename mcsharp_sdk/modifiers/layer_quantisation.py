@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.models.capture import linear_inputs
+from mcsharp_sdk.models.capture import linear_inputs, paired_linear_inputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import MATRICES, Matrix
 from mcsharp_sdk.models.memory import release_free_memory
@@ -25,7 +25,8 @@ from mcsharp_sdk.modifiers.expert_buckets import ExpertBuckets
 from mcsharp_sdk.modifiers.expert_chunks import expert_chunks
 from mcsharp_sdk.modifiers.expert_hessians import expert_hessians
 from mcsharp_sdk.modifiers.layer_notes import LayerNotes
-from mcsharp_sdk.modifiers.matrix_quantisation import QuantizerSettings, quantise_matrices
+from mcsharp_sdk.modifiers.matrix_quantisation import Moments, QuantizerSettings, quantise_matrices
+from mcsharp_sdk.modifiers.original_model import OriginalExperts, OriginalLayer
 from mcsharp_sdk.quantization.grid import (
     PackedWeight,
     QuantizedBatch,
@@ -37,6 +38,7 @@ from mcsharp_sdk.quantization.grid import (
 from mcsharp_sdk.quantization.hessian import (
     accumulate,
 )
+from mcsharp_sdk.quantization.propagation import accumulate_cross
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.runtime.layout import linear_tensors
 
@@ -59,12 +61,17 @@ class LayerQuantiser:
 
     @torch.no_grad()
     def quantise(
-        self, layer: StreamedLayer, expert_bits: Sequence[int] | None
+        self,
+        layer: StreamedLayer,
+        expert_bits: Sequence[int] | None,
+        original: OriginalLayer | None = None,
     ) -> tuple[dict[str, Tensor], LayerNotes]:
         """Quantise a loaded layer in place.
 
         Parameters
         ----------
+        original : the layer as it is, with the original model's activations, which it moves on;
+            None where nothing is made up for.
         expert_bits : width of each routed expert, or None for a dense layer. What the experts then
             give on the calibration tokens is left in ``layer.expert_outputs``.
 
@@ -77,20 +84,28 @@ class LayerQuantiser:
         prefix = layer.source.layer_path(layer.index)
         if self.linear_bits is not None:
             for names in components(layer.source.topology.linears[layer.index]):
-                for name, weight in self._linears(layer, names, self.linear_bits, notes):
+                for name, weight in self._linears(layer, names, self.linear_bits, notes, original):
                     packed |= linear_tensors(f"{prefix}.{name}", weight)
+        if original is not None:
+            original.advance()
         if expert_bits is not None:
             if self.router_bits is not None:
                 packed |= self._router(layer, self.router_bits)
             path = f"{prefix}.{layer.moe.experts}"
-            tensors = self._experts(layer, expert_bits, notes)
+            tensors = self._experts(layer, expert_bits, notes, original)
             packed |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
         return packed, notes.merge(layer.inputs.ranks)
 
     def _linears(
-        self, layer: StreamedLayer, names: Sequence[str], bits: int, notes: LayerNotes
+        self,
+        layer: StreamedLayer,
+        names: Sequence[str],
+        bits: int,
+        notes: LayerNotes,
+        original: OriginalLayer | None,
     ) -> Iterator[tuple[str, PackedWeight]]:
         hessians: dict[tuple[str, ...], Tensor] = {}
+        crosses: dict[tuple[str, ...], Tensor] = {}
 
         def collect(group: tuple[str, ...], inputs: Tensor) -> None:
             columns = inputs.shape[-1]
@@ -98,17 +113,28 @@ class LayerQuantiser:
                 hessians[group] = torch.zeros(columns, columns, device=inputs.device)
             accumulate(hessians[group], inputs)
 
-        linear_inputs(layer, names, collect)
+        def collect_both(group: tuple[str, ...], inputs: Tensor, wanted: Tensor) -> None:
+            collect(group, inputs)
+            if group not in crosses:
+                crosses[group] = torch.zeros_like(hessians[group])
+            accumulate_cross(crosses[group], wanted, inputs)
+
+        if original is None:
+            linear_inputs(layer, names, collect)
+        else:
+            paired_linear_inputs(layer, original.in_place, names, collect_both)
         ranks = layer.inputs.ranks
         costs = [float(ranks.sum_(hessian).shape[-1]) ** 3 for hessian in hessians.values()]
         owned = divide(costs, ranks.count)
         groups, batches = list(hessians), {}
         for position in owned[ranks.rank]:
             group = groups[position]
-            waiting = [hessians.pop(group).unsqueeze(0)]
+            moments = Moments(hessians.pop(group).unsqueeze(0))
+            if original is not None:
+                moments.cross = crosses.pop(group).unsqueeze(0)
             weights = _stacked(layer, group).unsqueeze(0)
             batches[position] = quantise_matrices(
-                self.settings, weights, waiting, [bits], group[:1], notes
+                self.settings, weights, moments, [bits], group[:1], notes
             )
         for position, group in enumerate(groups):
             linears: list[Any] = [layer.module.get_submodule(name) for name in group]
@@ -154,14 +180,21 @@ class LayerQuantiser:
         return {f"{layer.source.layer_path(layer.index)}.{path}": stored}
 
     def _experts(
-        self, layer: StreamedLayer, bits: Sequence[int], notes: LayerNotes
+        self,
+        layer: StreamedLayer,
+        bits: Sequence[int],
+        notes: LayerNotes,
+        original: OriginalLayer | None,
     ) -> dict[str, Tensor]:
         """Packed tensors of the experts, by their names within the experts' module."""
         runs = ExpertRuns.of_layer(layer)
         buckets = ExpertBuckets(bits, layer.inputs.scratch)
+        beside = None if original is None else original.experts(runs)
         for chunk in expert_chunks(runs):
+            if beside is not None:
+                beside.keep(chunk)
             for matrix in MATRICES:
-                batch = self._quantised_chunk(runs, matrix, chunk, bits, notes)
+                batch = self._quantised_chunk(runs, matrix, chunk, bits, notes, beside)
                 for position, expert in enumerate(chunk):
                     quantised = batch.expert(position)
                     dtype = runs.routed.hidden.dtype
@@ -182,17 +215,17 @@ class LayerQuantiser:
         chunk: Sequence[int],
         bits: Sequence[int],
         notes: LayerNotes,
+        beside: OriginalExperts | None,
     ) -> QuantizedBatch:
         """One matrix of some experts, quantised."""
-        waiting = [
-            expert_hessians(
-                runs, matrix, chunk, notes, routing_weighted=self.settings.routing_weighted
-            )
-        ]
+        weighted = self.settings.routing_weighted
+        moments = Moments(expert_hessians(runs, matrix, chunk, notes, routing_weighted=weighted))
+        if beside is not None:
+            moments.cross = beside.cross_grams(matrix, chunk, routing_weighted=weighted)
         weights = torch.stack([runs.weights.read(matrix, expert) for expert in chunk])
         names = [f"experts.{expert}.{matrix}" for expert in chunk]
         return quantise_matrices(
-            self.settings, weights, waiting, [bits[e] for e in chunk], names, notes
+            self.settings, weights, moments, [bits[e] for e in chunk], names, notes
         )
 
 

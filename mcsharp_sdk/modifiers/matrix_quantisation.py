@@ -14,13 +14,16 @@ from mcsharp_sdk.modifiers.layer_notes import LayerNotes
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.grid import QuantizedBatch, QuantizedWeight, dequantise
 from mcsharp_sdk.quantization.hessian import (
+    damped,
     diagonal_importance,
     factorise,
     squared_output_error,
 )
 from mcsharp_sdk.quantization.hqq import quantise_hqq
 from mcsharp_sdk.quantization.lwc import quantise_lwc
+from mcsharp_sdk.quantization.propagation import make_up
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
+from mcsharp_sdk.quantization.scale_refit import refit_scales
 from mcsharp_sdk.quantization.search import GridSettings
 
 QuantizerName = Literal["gptq", "rtn", "hqq", "lwc"]
@@ -41,6 +44,8 @@ class QuantizerSettings:
     damping : share of the Hessian's mean diagonal that is added to it.
     routing_weighted : weigh each token's part of an expert's Hessian by its routing weight squared.
     compensate_within_block : whether GPTQ passes errors on inside a block at 3 bits and fewer.
+    propagation : share of the errors of their inputs that matrices make up for.
+    refit_scales : whether scales are fitted once more when all of a row's codes are chosen.
     """
 
     quantizer: QuantizerName
@@ -48,22 +53,38 @@ class QuantizerSettings:
     damping: float
     routing_weighted: bool
     compensate_within_block: bool
+    propagation: float = 0.0
+    refit_scales: bool = False
+
+
+@dataclass
+class Moments:
+    """What is known of the inputs of matrices.
+
+    Attributes
+    ----------
+    hessians : fp32 [n, K, K].
+    cross : fp32 [n, K, K], with what they are short of; None where nothing is made up for.
+    """
+
+    hessians: Tensor
+    cross: Tensor | None = None
 
 
 def quantise_matrices(
     settings: QuantizerSettings,
     weights: Tensor,
-    waiting: list[Tensor],
+    moments: Moments,
     bits: Sequence[int],
     names: Sequence[str],
     notes: LayerNotes,
 ) -> QuantizedBatch:
-    """Quantise matrices [n, R, K] with their Hessians [n, K, K], and note their errors.
+    """Quantise matrices [n, R, K], and note their errors.
 
-    Hessians are taken out of ``waiting``, so that nobody else holds them.
+    With propagation they are the errors against the weights that make up for those of the inputs.
     """
-    hessians = waiting.pop()
-    batch = _quantised(settings, weights, hessians, bits, names, notes)
+    hessians = moments.hessians
+    weights, batch = _quantised(settings, weights, moments, bits, names, notes)
     for position, name in enumerate(names):
         rows = _some_rows(weights.shape[1])
         changed = dequantise(_at_rows(batch.expert(position), rows), torch.float32)
@@ -76,29 +97,37 @@ def quantise_matrices(
 def _quantised(
     s: QuantizerSettings,
     weights: Tensor,
-    hessians: Tensor,
+    moments: Moments,
     bits: Sequence[int],
     names: Sequence[str],
     notes: LayerNotes,
-) -> QuantizedBatch:
+) -> tuple[Tensor, QuantizedBatch]:
+    """The weights that were quantised, and what they became."""
+    hessians = moments.hessians
     if s.quantizer == "rtn":
         importance = diagonal_importance(hessians)
-        return quantise_rtn(weights, bits, s.grid, importance=importance)
+        return weights, quantise_rtn(weights, bits, s.grid, importance=importance)
     if s.quantizer == "hqq":
-        return quantise_hqq(weights, bits, s.grid)
+        return weights, quantise_hqq(weights, bits, s.grid)
     if s.quantizer == "lwc":
-        return quantise_lwc(weights, hessians, bits, s.grid)
+        return weights, quantise_lwc(weights, hessians, bits, s.grid)
     factor = factorise(hessians, damping=s.damping)
     release_free_memory()
     notes.raised_damping += [names[e] for e in factor.raised]
     notes.fallbacks += [names[e] for e in factor.failed]
-    return quantise_gptq(
+    if moments.cross is not None:
+        weights = make_up(weights, moments.cross, factor, s.propagation)
+        moments.cross = None
+    batch = quantise_gptq(
         weights,
         factor,
         bits,
         s.grid,
         compensate_within_block=s.compensate_within_block or min(bits) > 3,
     )
+    if s.refit_scales:
+        batch = refit_scales(weights, batch, damped(hessians, factor))
+    return weights, batch
 
 
 def _some_rows(rows: int) -> Tensor:

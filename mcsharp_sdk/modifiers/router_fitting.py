@@ -15,6 +15,7 @@ from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.routing import Router, Routing, route, router_logits
 from mcsharp_sdk.models.stream import LayerInputs, StreamedLayer
 from mcsharp_sdk.models.topology import router_weight
+from mcsharp_sdk.modifiers.original_model import copied_inputs
 from mcsharp_sdk.quantization.router_fit import divergence, fit_router
 
 HELD_OUT = 8
@@ -57,7 +58,7 @@ class RouterFitting:
         To be called once for each layer in turn, before it gets its quantised weights.
         """
         if self._original is None:
-            self._original = replace(layer.inputs, hidden=_copied(layer.inputs))
+            self._original = copied_inputs(layer.inputs)
         original = StreamedLayer(
             layer.source, layer.index, layer.module, self._original, layer.experts
         )
@@ -116,17 +117,6 @@ class RouterFitting:
         name = _weight_name(layer)
         if name in tensors:
             layer.source.model.get_parameter(name).copy_(tensors[name])
-
-
-def _copied(inputs: LayerInputs) -> list[Tensor]:
-    """The hidden states once more, where activations are kept."""
-    counts = [hidden.shape[:2].numel() for hidden in inputs.hidden]
-    like = inputs.hidden[0]
-    room = inputs.scratch.empty(sum(counts), like.shape[-1], dtype=like.dtype)
-    return [
-        part.view_as(hidden).copy_(hidden)
-        for part, hidden in zip(room.split(counts), inputs.hidden, strict=True)
-    ]
 
 
 def _weight_name(layer: StreamedLayer) -> str:

@@ -154,8 +154,7 @@ def factorise(hessians: Tensor, *, damping: float = DAMPING) -> InverseFactor:
         raise ValueError(f"damping must be positive, got {damping}")
     experts = len(hessians)
     diagonal = hessians.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1)
-    mean = torch.where(torch.isfinite(mean) & (mean > 0), mean, torch.ones_like(mean))
+    mean = _usable_mean(diagonal)
     used = [damping] * experts
     upper, bad = _inverse_upper(hessians, _ridge(diagonal, mean, damping))
     pending = [expert for expert in range(experts) if bad[expert]]
@@ -171,6 +170,26 @@ def factorise(hessians: Tensor, *, damping: float = DAMPING) -> InverseFactor:
         upper[expert] = torch.diag(_diagonal_only(diagonal[expert], mean[expert]))
     raised = tuple(e for e in range(experts) if used[e] > damping and e not in pending)
     return InverseFactor(upper, tuple(used), raised, tuple(pending))
+
+
+def damped(hessians: Tensor, factor: InverseFactor) -> Tensor:
+    """H + λI as they were factorised, [E, K, K]; of experts in ``failed``, their diagonals."""
+    diagonal = hessians.diagonal(dim1=-2, dim2=-1)
+    mean = _usable_mean(diagonal)
+    found = hessians.clone()
+    for expert, damping in enumerate(factor.damping):
+        if expert in factor.failed:
+            found[expert] = torch.diag(_diagonal_only(diagonal[expert], mean[expert]) ** -2)
+        else:
+            one = slice(expert, expert + 1)
+            found[expert].diagonal().add_(_ridge(diagonal[one], mean[one], damping)[0])
+    return found
+
+
+def _usable_mean(diagonal: Tensor) -> Tensor:
+    """Mean of the diagonals, [E]; 1 where it cannot be used."""
+    mean = diagonal.mean(-1)
+    return torch.where(torch.isfinite(mean) & (mean > 0), mean, torch.ones_like(mean))
 
 
 def _ridge(diagonal: Tensor, mean: Tensor, damping: float) -> Tensor:

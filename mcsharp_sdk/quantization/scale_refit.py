@@ -1,0 +1,87 @@
+"""The best scales for codes that are chosen: least squares in closed form.
+
+With codes and zero points as they are, a row of the dequantised weight is Σ_g s_g·c_g, where c_g
+holds code − zero in the columns of group g. The scales s that make (w − Σ s_g c_g) H (…)ᵀ least
+solve A·s = b with A_gh = c_gᵀ H c_h and b_g = c_gᵀ H w: all groups of a row together, while GPTQ
+chose each when it came to its first column.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mcsharp_sdk.quantization.grid import QuantizedBatch, group_count, zero_points
+from mcsharp_sdk.quantization.search import LARGEST_SCALE, SMALLEST_SCALE
+
+ROWS_AT_A_TIME = 512
+"""Rows whose systems are held at a time."""
+
+
+def refit_scales(weights: Tensor, batch: QuantizedBatch, hessians: Tensor) -> QuantizedBatch:
+    """Scales that make tr(Δ H Δᵀ) least for the codes and zero points of ``batch``.
+
+    A row keeps its scales where these would not lower its error once they are rounded to fp16, or
+    where one would change its sign, which is part of the zero point.
+
+    Parameters
+    ----------
+    weights : [E, R, K], what the codes stand for.
+    hessians : fp32 [E, K, K], damped as they were for the codes.
+
+    Returns
+    -------
+    QuantizedBatch that shares codes and zero points with ``batch``.
+    """
+    scales = batch.scales.clone()
+    for expert, bits in enumerate(batch.bits):
+        for start in range(0, weights.shape[1], ROWS_AT_A_TIME):
+            rows = slice(start, start + ROWS_AT_A_TIME)
+            zeros = zero_points(batch.zeros[expert, rows], bits)
+            levels = _levels(batch.codes[expert, rows], zeros, batch.group_size)
+            scales[expert, rows] = _refitted(
+                weights[expert, rows].float(),
+                levels,
+                scales[expert, rows],
+                hessians[expert],
+                batch.group_size,
+            )
+    return QuantizedBatch(batch.codes, scales, batch.zeros, batch.bits, batch.group_size)
+
+
+def _levels(codes: Tensor, zeros: Tensor, group_size: int) -> Tensor:
+    """code − zero, fp32 [R, K]."""
+    return codes - zeros.repeat_interleave(group_size, dim=1)[:, : codes.shape[1]]
+
+
+def _refitted(
+    weight: Tensor, levels: Tensor, old: Tensor, hessian: Tensor, group_size: int
+) -> Tensor:
+    """Scales of some rows, fp16 [R, G]."""
+    rows, columns = weight.shape
+    groups = group_count(columns, group_size)
+    system = torch.empty(rows, groups, groups, dtype=torch.float64, device=weight.device)
+    target = (levels * (weight @ hessian)).double()
+    wanted = torch.stack([part.sum(1) for part in target.split(group_size, dim=1)], dim=1)
+    for group, part in enumerate(levels.split(group_size, dim=1)):
+        first = group * group_size
+        product = (part @ hessian[first : first + part.shape[1]]).mul_(levels).double()
+        for other, block in enumerate(product.split(group_size, dim=1)):
+            system[:, group, other] = block.sum(1)
+    # A group of zeros only has no say: its scale stays.
+    idle = system.diagonal(dim1=1, dim2=2) <= 0
+    system.diagonal(dim1=1, dim2=2)[idle] = 1.0
+    before = old.double()
+    wanted = torch.where(idle, before, wanted)
+    found, _ = torch.linalg.solve_ex(system, wanted)
+    new = found.to(torch.float16)
+    fits = torch.isfinite(new) & (new.sign() == old.sign())
+    fits &= (new.abs() >= SMALLEST_SCALE) & (new.abs() <= LARGEST_SCALE)
+    better = _error(system, wanted, new.double()) < _error(system, wanted, before)
+    return torch.where((fits.all(1) & better).unsqueeze(1), new, old)
+
+
+def _error(system: Tensor, wanted: Tensor, scales: Tensor) -> Tensor:
+    """sᵀ A s − 2 bᵀ s of each row, the part of its error that depends on the scales, [R]."""
+    product = (system @ scales.unsqueeze(-1)).squeeze(-1)
+    return ((product - 2 * wanted) * scales).sum(1)
