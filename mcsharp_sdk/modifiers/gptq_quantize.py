@@ -85,9 +85,14 @@ class GPTQQuantize(Modifier):
             "above 0 the original model is run beside the quantised one.",
         ),
     ] = 0.0
-    refit_scales: Annotated[
-        bool, Field(description="Fit scales once more when all codes are chosen (gptq only).")
-    ] = False
+    refinements: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="Rounds of choosing codes and scales once more, given all others (gptq "
+            "only); 0 is scales alone, null nothing.",
+        ),
+    ] = None
 
     reads: ClassVar[tuple[str, ...]] = ("bit_allocation",)
     writes: ClassVar[str] = QUANTIZED_WEIGHTS
@@ -193,7 +198,7 @@ class GPTQQuantize(Modifier):
             routing_weighted=self.hessian_weighting == "routing",
             compensate_within_block=self.compensate_within_block,
             propagation=self.propagation,
-            refit_scales=self.refit_scales,
+            refinements=self.refinements,
         )
         return LayerQuantiser(settings, self.other_bits, self.router_bits)
 

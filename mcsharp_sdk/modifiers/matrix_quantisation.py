@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.modifiers.layer_notes import LayerNotes
+from mcsharp_sdk.quantization.descent import refine
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.grid import QuantizedBatch, QuantizedWeight, dequantise
 from mcsharp_sdk.quantization.hessian import (
@@ -23,7 +24,6 @@ from mcsharp_sdk.quantization.hqq import quantise_hqq
 from mcsharp_sdk.quantization.lwc import quantise_lwc
 from mcsharp_sdk.quantization.propagation import make_up
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
-from mcsharp_sdk.quantization.scale_refit import refit_scales
 from mcsharp_sdk.quantization.search import GridSettings
 
 QuantizerName = Literal["gptq", "rtn", "hqq", "lwc"]
@@ -45,7 +45,7 @@ class QuantizerSettings:
     routing_weighted : weigh each token's part of an expert's Hessian by its routing weight squared.
     compensate_within_block : whether GPTQ passes errors on inside a block at 3 bits and fewer.
     propagation : share of the errors of their inputs that matrices make up for.
-    refit_scales : whether scales are fitted once more when all of a row's codes are chosen.
+    refinements : rounds of choosing codes and scales once more; None for none, 0 for scales alone.
     """
 
     quantizer: QuantizerName
@@ -54,7 +54,7 @@ class QuantizerSettings:
     routing_weighted: bool
     compensate_within_block: bool
     propagation: float = 0.0
-    refit_scales: bool = False
+    refinements: int | None = None
 
 
 @dataclass
@@ -125,8 +125,11 @@ def _quantised(
         s.grid,
         compensate_within_block=s.compensate_within_block or min(bits) > 3,
     )
-    if s.refit_scales:
-        batch = refit_scales(weights, batch, damped(hessians, factor))
+    if s.refinements is not None:
+        for index in range(len(batch)):
+            hessian = damped(hessians, factor, index)
+            better = refine(weights[index], batch.expert(index), hessian, s.refinements)
+            batch.codes[index], batch.scales[index] = better.codes, better.scales
     return weights, batch
 
 

@@ -172,17 +172,15 @@ def factorise(hessians: Tensor, *, damping: float = DAMPING) -> InverseFactor:
     return InverseFactor(upper, tuple(used), raised, tuple(pending))
 
 
-def damped(hessians: Tensor, factor: InverseFactor) -> Tensor:
-    """H + λI as they were factorised, [E, K, K]; of experts in ``failed``, their diagonals."""
-    diagonal = hessians.diagonal(dim1=-2, dim2=-1)
+def damped(hessians: Tensor, factor: InverseFactor, expert: int) -> Tensor:
+    """H + λI of one expert as it was factorised, [K, K]; if it is in ``failed``, a diagonal."""
+    one = slice(expert, expert + 1)
+    diagonal = hessians[one].diagonal(dim1=-2, dim2=-1)
     mean = _usable_mean(diagonal)
-    found = hessians.clone()
-    for expert, damping in enumerate(factor.damping):
-        if expert in factor.failed:
-            found[expert] = torch.diag(_diagonal_only(diagonal[expert], mean[expert]) ** -2)
-        else:
-            one = slice(expert, expert + 1)
-            found[expert].diagonal().add_(_ridge(diagonal[one], mean[one], damping)[0])
+    if expert in factor.failed:
+        return torch.diag(_diagonal_only(diagonal[0], mean[0]) ** -2)
+    found = hessians[expert].clone()
+    found.diagonal().add_(_ridge(diagonal, mean, factor.damping[expert])[0])
     return found
 
 

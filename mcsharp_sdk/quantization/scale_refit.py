@@ -8,45 +8,43 @@ chose each when it came to its first column.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.quantization.grid import QuantizedBatch, group_count, zero_points
+from mcsharp_sdk.quantization.grid import QuantizedWeight, group_count, zero_points
 from mcsharp_sdk.quantization.search import LARGEST_SCALE, SMALLEST_SCALE
 
 ROWS_AT_A_TIME = 512
 """Rows whose systems are held at a time."""
 
 
-def refit_scales(weights: Tensor, batch: QuantizedBatch, hessians: Tensor) -> QuantizedBatch:
-    """Scales that make tr(Δ H Δᵀ) least for the codes and zero points of ``batch``.
+def refit_scales(weight: Tensor, quantised: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
+    """Scales that make tr(Δ H Δᵀ) least for the codes and zero points of ``quantised``.
 
     A row keeps its scales where these would not lower its error once they are rounded to fp16, or
     where one would change its sign, which is part of the zero point.
 
     Parameters
     ----------
-    weights : [E, R, K], what the codes stand for.
-    hessians : fp32 [E, K, K], damped as they were for the codes.
+    weight : [R, K], what the codes stand for, any float dtype.
+    quantised : one matrix, [R, K].
+    hessian : fp32 [K, K], damped as it was for the codes.
 
     Returns
     -------
-    QuantizedBatch that shares codes and zero points with ``batch``.
+    QuantizedWeight that shares codes and zero points with ``quantised``.
     """
-    scales = batch.scales.clone()
-    for expert, bits in enumerate(batch.bits):
-        for start in range(0, weights.shape[1], ROWS_AT_A_TIME):
-            rows = slice(start, start + ROWS_AT_A_TIME)
-            zeros = zero_points(batch.zeros[expert, rows], bits)
-            levels = _levels(batch.codes[expert, rows], zeros, batch.group_size)
-            scales[expert, rows] = _refitted(
-                weights[expert, rows].float(),
-                levels,
-                scales[expert, rows],
-                hessians[expert],
-                batch.group_size,
-            )
-    return QuantizedBatch(batch.codes, scales, batch.zeros, batch.bits, batch.group_size)
+    scales = quantised.scales.clone()
+    zeros = zero_points(quantised.zeros, quantised.bits)
+    for start in range(0, len(weight), ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        levels = _levels(quantised.codes[rows], zeros[rows], quantised.group_size)
+        scales[rows] = _refitted(
+            weight[rows].float(), levels, scales[rows], hessian, quantised.group_size
+        )
+    return replace(quantised, scales=scales)
 
 
 def _levels(codes: Tensor, zeros: Tensor, group_size: int) -> Tensor:

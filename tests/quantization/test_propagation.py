@@ -49,7 +49,7 @@ def test_the_whole_share_is_the_ridge_regression_on_the_original_outputs(
 
     # min ‖(W X − V X̂) σ‖² + λ/2 ‖W − V‖² as plain least squares on stacked rows.
     scale = torch.ones(tokens).double() if sigma is None else sigma.double()
-    ridge = (damped(hessian, factor)[0] - hessian[0]).diagonal().double() / 2
+    ridge = (damped(hessian, factor, 0) - hessian[0]).diagonal().double() / 2
     x, y = found.double() * scale[:, None], original.double() * scale[:, None]
     left = torch.cat([x, ridge.sqrt().diag()])
     right = torch.cat([y @ weight.double().T, ridge.sqrt().diag() @ weight.double().T])

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from mcsharp_sdk.quantization import GridSettings, factorise, quantise_gptq
-from mcsharp_sdk.quantization.grid import QuantizedBatch, zero_points
+from mcsharp_sdk.quantization.grid import (
+    QuantizedBatch,
+    QuantizedWeight,
+    dequantise,
+    zero_points,
+)
 from mcsharp_sdk.quantization.hessian import damped
 from mcsharp_sdk.quantization.scale_refit import refit_scales
 
@@ -23,54 +30,60 @@ def quantised(
     hessians = 2 * inputs.transpose(1, 2) @ inputs
     factor = factorise(hessians)
     batch = quantise_gptq(weights, factor, bits, GridSettings(group_size=group_size))
-    return weights, damped(hessians, factor), batch
+    ridged = torch.stack([damped(hessians, factor, expert) for expert in range(len(bits))])
+    return weights, ridged, batch
 
 
-def errors(weights: Tensor, batch: QuantizedBatch, hessians: Tensor) -> Tensor:
-    """Δ H Δᵀ of each row, [E, R] float64."""
-    change = (weights - batch.dequantise()).double()
-    return torch.einsum("erk,ekl,erl->er", change, hessians.double(), change)
+def errors(weight: Tensor, quantised: QuantizedWeight, hessian: Tensor) -> Tensor:
+    """Δ H Δᵀ of each row, [R] float64."""
+    change = (weight - dequantise(quantised)).double()
+    return ((change @ hessian.double()) * change).sum(1)
+
+
+def least_squares(weight: Tensor, one: QuantizedWeight, root: Tensor) -> Tensor:
+    """Scales of one row [G] whose weights come nearest, H being root · rootᵀ, in float64."""
+    columns = len(weight)
+    zeros = zero_points(one.zeros, one.bits).double().repeat_interleave(one.group_size)[:columns]
+    groups = torch.arange(columns) // one.group_size
+    levels = torch.zeros(columns, one.zeros.shape[0], dtype=torch.float64)
+    levels[torch.arange(columns), groups] = one.codes.double() - zeros
+    wanted = (root.T @ weight.double()).unsqueeze(1)
+    return torch.linalg.lstsq(root.T @ levels, wanted).solution[:, 0]
 
 
 @pytest.mark.parametrize(("columns", "group_size"), [(96, 32), (70, 16), (40, 64)])
 def test_scales_are_the_least_squares_ones_for_the_codes(columns: int, group_size: int) -> None:
     bits = [1, 2, 3, 4]
     weights, hessians, batch = quantised(columns, group_size, bits)
-    fitted = refit_scales(weights, batch, hessians)
-    assert torch.equal(fitted.codes, batch.codes)
-    assert torch.equal(fitted.zeros, batch.zeros)
     changed = 0
-    for expert, width in enumerate(bits):
-        zeros = zero_points(batch.zeros[expert], width).double()
+    for expert in range(len(bits)):
+        before = batch.expert(expert)
+        fitted = refit_scales(weights[expert], before, hessians[expert])
+        assert torch.equal(fitted.codes, before.codes)
+        assert torch.equal(fitted.zeros, before.zeros)
         root = torch.linalg.cholesky(hessians[expert].double())
-        for row in range(weights.shape[1]):
-            parts = zeros[row].repeat_interleave(group_size)[:columns]
-            levels = batch.codes[expert, row].double() - parts
-            columns_of = torch.zeros(columns, zeros.shape[1], dtype=torch.float64)
-            for column in range(columns):
-                columns_of[column, column // group_size] = levels[column]
-            best = torch.linalg.lstsq(
-                root.T @ columns_of, (root.T @ weights[expert, row].double()).unsqueeze(1)
-            ).solution[:, 0]
-            if torch.equal(fitted.scales[expert, row], batch.scales[expert, row]):
+        for row, weight in enumerate(weights[expert]):
+            if torch.equal(fitted.scales[row], before.scales[row]):
                 continue
             changed += 1
-            torch.testing.assert_close(
-                fitted.scales[expert, row].double(), best, rtol=2e-3, atol=1e-6
-            )
+            one = replace(before, codes=before.codes[row], zeros=before.zeros[row])
+            best = least_squares(weight, one, root)
+            torch.testing.assert_close(fitted.scales[row].double(), best, rtol=2e-3, atol=1e-6)
     assert changed > 0.9 * weights.shape[0] * weights.shape[1]
 
 
 def test_no_row_gets_worse_and_signs_stay() -> None:
-    weights, hessians, batch = quantised(128, 16, [1, 2, 2, 3], rows=600)
-    fitted = refit_scales(weights, batch, hessians)
-    before, after = (errors(weights, b, hessians) for b in (batch, fitted))
-    assert bool((after <= before * (1 + 1e-6)).all())
-    assert float(after.sum()) < 0.99 * float(before.sum())
-    assert torch.equal(fitted.scales.sign(), batch.scales.sign())
+    weights, hessians, batch = quantised(128, 16, [1, 2, 3], rows=600)
+    for weight, hessian, index in zip(weights, hessians, range(3), strict=True):
+        start = batch.expert(index)
+        fitted = refit_scales(weight, start, hessian)
+        before, after = (errors(weight, one, hessian) for one in (start, fitted))
+        assert bool((after <= before * (1 + 1e-6)).all())
+        assert float(after.sum()) < 0.99 * float(before.sum())
+        assert torch.equal(fitted.scales.sign(), start.scales.sign())
 
 
 def test_a_row_that_would_change_a_sign_keeps_its_scales() -> None:
     weights, hessians, batch = quantised(32, 16, [2])
-    fitted = refit_scales(-weights, batch, hessians)
-    assert torch.equal(fitted.scales, batch.scales)
+    fitted = refit_scales(-weights[0], batch.expert(0), hessians[0])
+    assert torch.equal(fitted.scales, batch.scales[0])
