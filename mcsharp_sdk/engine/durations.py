@@ -102,6 +102,13 @@ def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) ->
             work = sum(_expert_hessians(layer, tokens) for layer in sizes.layers)
             work += sum(_expert_updates(layer, 1) for layer in sizes.layers)
         work += sum(_told_errors(layer) for layer in sizes.layers)
+        if stage.propagates:
+            # The original runs beside; its experts' first matrices on other tokens once more.
+            forward += (PASS + 0.5) * active * tokens / speeds.forward
+            work += sum(_making_up(layer, tokens) for layer in sizes.layers)
+        if gptq and stage.refinements is not None:
+            rounds = 1 + 2 * stage.refinements  # scales, and then codes and scales in turn
+            work += (rounds + 1) * sum(_sweep(layer) for layer in sizes.layers)
         if stage.other_bits is not None:
             work += sum(_linear_work(layer, tokens) for layer in sizes.layers)
     elif isinstance(stage, TopAnyRouter):
@@ -150,6 +157,22 @@ def _expert_updates(layer: LayerSizes, widths: int) -> float:
             for rows, columns in zip(layer.expert_rows, layer.expert_columns, strict=True)
         )
     )
+
+
+def _making_up(layer: LayerSizes, tokens: int) -> float:
+    """Multiplications for making up for the errors of a layer's inputs."""
+    experts = zip(layer.expert_rows, layer.expert_columns, strict=True)
+    shared = set(zip(layer.linear_parts, layer.linear_columns, strict=True))
+    grams = tokens * layer.top_k * sum(columns**2 for columns in layer.expert_columns)
+    grams += tokens * sum(columns**2 for _, columns in shared)
+    products = 3 * layer.experts * sum(rows * columns**2 for rows, columns in experts)
+    return float(grams + products)
+
+
+def _sweep(layer: LayerSizes) -> float:
+    """Multiplications for choosing the codes, or the scales, of a layer's experts once more."""
+    experts = zip(layer.expert_rows, layer.expert_columns, strict=True)
+    return float(layer.experts * sum(rows * columns**2 for rows, columns in experts))
 
 
 def _told_errors(layer: LayerSizes) -> float:

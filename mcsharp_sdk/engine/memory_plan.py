@@ -9,6 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mcsharp_sdk.engine.quantising_memory import (
+    FLOAT,
+    expert_quantising,
+    experts_together,
+    linear_quantising,
+)
 from mcsharp_sdk.engine.sizes import LayerSizes, ModelSizes, packed_bytes_of
 from mcsharp_sdk.models.embedding import TOKENS_PER_BATCH
 from mcsharp_sdk.models.expert_runs import KEPT_BYTES, PIECE_TOKENS
@@ -29,13 +35,8 @@ SOLVER_BYTES = 120 * 10**6
 LOADING_OVERHEAD = 1.3
 """Peak memory of loading a layer whole, in layers: fused tensors are stacked from single ones."""
 
-FACTOR_COPIES = 3.0
-"""A Hessian, the factor of its inverse, and LAPACK's copy of it, in Hessians."""
-
 SHARD_BYTES = 5 * 10**9
 """Size of the shards of a result, unless the exporter is told otherwise."""
-
-FLOAT = 4
 
 
 @dataclass(frozen=True)
@@ -245,38 +246,12 @@ def _running(layer: LayerSizes, work: Work) -> int:
     return 2 * weights * work.sizes.dtype_bytes + kept + 2 * tokens * columns * FLOAT
 
 
-def _chunk_experts(layer: LayerSizes) -> int:
-    """Experts that are quantised together."""
-    from mcsharp_sdk.modifiers.expert_chunks import experts_at_once
-
-    shapes = list(zip(layer.expert_rows, layer.expert_columns, strict=True))
-    return min(experts_at_once(shapes), layer.experts)
-
-
-def _expert_quantising(layer: LayerSizes, work: Work, kept_copies: int) -> int:
-    """Hessians, factors, and the float32 weights and codes of a chunk of experts."""
-    if not layer.experts:
-        return 0
-    count, dtype = _chunk_experts(layer), work.sizes.dtype_bytes
-    weights = sum(r * c for r, c in zip(layer.expert_rows, layer.expert_columns, strict=True))
-    peak = 0
-    for rows, columns in zip(layer.expert_rows, layer.expert_columns, strict=True):
-        square, matrix = FLOAT * columns**2, rows * columns
-        collecting = square * (2 if work.tokens_per_expert(layer) < columns else 1) * count
-        collecting += FLOAT * (min(columns, 4096) ** 2 + 2048 * columns)
-        factorising = int(FACTOR_COPIES * square) * count + matrix * dtype * count
-        walking = (square + matrix * (FLOAT + 2 + dtype * (1 + kept_copies))) * count
-        peak = max(peak, collecting, factorising, walking)
-    kept = min(KEPT_BYTES, count * work.tokens_per_expert(layer) * layer.expert_columns[-1] * 2)
-    return count * weights * dtype + kept + peak
-
-
 def _measuring(stage: ExpertStats, layer: LayerSizes, work: Work) -> int:
     if not layer.experts:
         return 0
     if stage.quantizer == "gptq":
-        return _expert_quantising(layer, work, kept_copies=1)
-    return _running(layer, work) + _chunk_experts(layer) * 10 * max(
+        return expert_quantising(layer, work.sizes.dtype_bytes, work.tokens_per_expert(layer))
+    return _running(layer, work) + experts_together(layer) * 10 * max(
         r * c for r, c in zip(layer.expert_rows, layer.expert_columns, strict=True)
     )
 
@@ -284,28 +259,22 @@ def _measuring(stage: ExpertStats, layer: LayerSizes, work: Work) -> int:
 def _quantising(
     stage: GPTQQuantize, layer: LayerSizes, work: Work, bits: float | None
 ) -> tuple[int, int]:
-    """Working set, and the packed experts, which may lie in files."""
+    """Working set, and what may lie in files: packed experts, and the original's activations."""
     width = bits if bits is not None else 3.0
     packed = packed_bytes_of(layer.expert_weights, width, stage.group_size)
-    experts = _expert_quantising(layer, work, kept_copies=1)
-    linears = 0 if stage.other_bits is None else _linear_quantising(layer, work)
-    return max(experts, linears), packed
-
-
-def _linear_quantising(layer: LayerSizes, work: Work) -> int:
-    """Hessians of one part's linears, and the quantising of those that share an input."""
-    peak = 0
-    for part in set(layer.linear_parts):
-        groups: dict[int, int] = {}
-        for name, rows, columns in zip(
-            layer.linear_parts, layer.linear_rows, layer.linear_columns, strict=True
-        ):
-            if name == part:
-                groups[columns] = groups.get(columns, 0) + rows
-        squares = sum(FLOAT * columns**2 for columns in groups)
-        for columns, rows in groups.items():
-            square, matrix = FLOAT * columns**2, rows * columns
-            factorising = int((FACTOR_COPIES - 1) * square) + matrix * work.sizes.dtype_bytes
-            walking = matrix * (FLOAT + 2 + 2 * work.sizes.dtype_bytes)
-            peak = max(peak, squares + max(factorising, walking))
-    return peak
+    dtype, count = work.sizes.dtype_bytes, work.tokens_per_expert(layer)
+    experts = expert_quantising(
+        layer,
+        dtype,
+        count,
+        propagates=stage.propagates,
+        refines=stage.refinements is not None,
+    )
+    linears = 0
+    if stage.other_bits is not None:
+        linears = linear_quantising(layer, dtype, propagates=stage.propagates)
+    if not stage.propagates:
+        return max(experts, linears), packed
+    # The original's linears; its hidden states before the layer, and in front of its experts.
+    kept = layer.linear_weights * dtype
+    return kept + max(experts, linears), packed + (2 if layer.experts else 1) * work.activations

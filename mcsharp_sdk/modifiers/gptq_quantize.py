@@ -117,6 +117,19 @@ class GPTQQuantize(Modifier):
     def _expert_width(cls, bits: Path | int | None) -> Path | int | None:
         return _known_width(bits) if isinstance(bits, int) else bits
 
+    @property
+    def propagates(self) -> bool:
+        """Whether matrices make up for the errors of their inputs."""
+        return self.propagation > 0 and self.quantizer == "gptq"
+
+    def why_not_shared(self) -> str | None:
+        if not self.propagates:
+            return super().why_not_shared()
+        return (
+            "the original model is run beside the quantised one by one process: start one process, "
+            "or set 'propagation: 0'"
+        )
+
     def needs(self) -> tuple[str, ...]:
         return () if self.bits is not None else self.reads
 
@@ -143,7 +156,7 @@ class GPTQQuantize(Modifier):
         layers = context.layers(self.writes)
         for layer in context.stream("quantising", by_expert=True):
             widths = bit_map.bits.get(layer.index)
-            original = model.layer(layer) if self.propagation else None
+            original = model.layer(layer) if self.propagates else None
             if layers.has(layer.index):
                 if original is not None:
                     original.advance()
