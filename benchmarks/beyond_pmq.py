@@ -27,8 +27,9 @@ STATISTICS: Mapping[str, Mapping[str, Any]] = {
 
 METHODS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Stages]] = {
     "released": ("released", {"mode": "released"}, {"mode": "released"}, ()),
-    "best": ("best", {}, {}, ({"type": "RouterCalibration"},)),
-    "best without RouterCalibration": ("best", {}, {}, ()),
+    "best": ("best", {}, {"propagation": 0.5, "refinements": 2}, ({"type": "RouterCalibration"},)),
+    "best without propagation": ("best", {}, {}, ({"type": "RouterCalibration"},)),
+    "default": ("best", {}, {}, ()),
     "best, global budget": (
         "all",
         {"budget_scope": "global"},

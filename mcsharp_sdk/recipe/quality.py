@@ -17,7 +17,10 @@ DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "GPTQQuantize": {"clip_search": "narrow"},
     },
     "balanced": {},
-    "best": {"ExpertStats": {"error_tokens": 2048}},
+    "best": {
+        "ExpertStats": {"error_tokens": 2048},
+        "GPTQQuantize": {"propagation": 0.5, "refinements": 2},
+    },
 }
 """Quality -> stage -> settings in place of its defaults; ``balanced`` is the defaults."""
 

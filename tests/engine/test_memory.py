@@ -21,7 +21,7 @@ from mcsharp_sdk.recipe.schema import Recipe
 STAGES: list[dict[str, Any]] = [
     {"type": "ExpertStats", "group_size": 16},
     {"type": "BitAllocation", "target_bits": 2.25},
-    {"type": "GPTQQuantize", "group_size": 16},
+    {"type": "GPTQQuantize", "group_size": 16, "propagation": 0.5, "refinements": 1},
     {"type": "RouterCalibration", "tokens": 64},
     {"type": "TokenProtection"},
     {"type": "TopAnyRouter", "steps": 6, "units": 4},
@@ -126,7 +126,11 @@ def test_a_plan_reads_no_weight_and_tells_what_several_processes_need(
     monkeypatch.setattr(Checkpoint, "read_rows", refuse)
     monkeypatch.setattr(memory_plan, "base_bytes", lambda: 0)
     assert mcsharp_sdk.plan(recipe, model).stages
-    shareable = [stage for stage in STAGES if stage["type"] != "RouterCalibration"]
+    shareable = [
+        {name: value for name, value in stage.items() if name != "propagation"}
+        for stage in STAGES
+        if stage["type"] != "RouterCalibration"
+    ]
     recipe = pruning_recipe(write_text(tmp_path), *shareable)
     alone = mcsharp_sdk.plan(recipe, model)
     shared = mcsharp_sdk.plan(recipe, model, processes=2)

@@ -20,8 +20,10 @@ from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 from torch import Tensor
 
+import mcsharp_sdk
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.engine.run_directory import LayerStore
+from mcsharp_sdk.errors import InputProblems
 from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import MATRICES, Matrix
 from mcsharp_sdk.models.shards import Checkpoint
@@ -157,3 +159,23 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
     resumed = run(model, recipe, tmp_path / "cut").output
     one, other = stored(whole), stored(resumed)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_several_processes_are_refused_before_work(text: Path, tmp_path: Path) -> None:
+    model, recipe = made(tmp_path / "model", "mixtral"), pruning_recipe(text, COARSE)
+    with pytest.raises(InputProblems, match=r"start one process, or set 'propagation: 0'"):
+        mcsharp_sdk.plan(recipe, model, processes=2)
+    shared = pruning_recipe(text, {**COARSE, "propagation": 0})
+    assert mcsharp_sdk.plan(shared, model, processes=2).stages
+
+
+def test_the_plan_knows_the_memory_of_the_original_beside(text: Path, tmp_path: Path) -> None:
+    model = made(tmp_path / "model", "mixtral")
+    with_, without = (
+        mcsharp_sdk.plan(pruning_recipe(text, {**COARSE, "propagation": share}), model)
+        for share in (0.5, 0)
+    )
+    # Hidden states before the layer, and in front of its experts, in float32.
+    activations = 6 * 32 * 48 * 4
+    assert with_.peak_memory - without.peak_memory >= 2 * activations
+    assert with_.run_bytes >= without.run_bytes
