@@ -15,18 +15,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mcsharp_sdk.quantization.gptq import column_loop_for
 from mcsharp_sdk.quantization.grid import (
     QuantizedWeight,
     dequantise,
     top_code,
 )
 from mcsharp_sdk.quantization.scale_refit import refit_scales
-
-BLOCK = 128
-"""Columns whose changes to the whole gradient are applied together."""
-
-RUN = 16
-"""Columns whose changes to the gradient of their block are applied together."""
 
 
 def refine(
@@ -54,8 +49,8 @@ def refine(
 def sweep(weight: Tensor, quantised: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
     """Choose every code once more, the others being what they are; parameters as above."""
     columns = _Columns(weight, quantised, hessian)
-    for start in range(0, weight.shape[1], BLOCK):
-        columns.choose(start, min(start + BLOCK, weight.shape[1]))
+    for group in range(quantised.scales.shape[1]):
+        columns.choose(group)
     return replace(quantised, codes=columns.codes.T.to(torch.uint8))
 
 
@@ -63,31 +58,32 @@ class _Columns:
     """The columns of one matrix; everything is transposed, [K, R], so that they are contiguous."""
 
     def __init__(self, weight: Tensor, quantised: QuantizedWeight, hessian: Tensor) -> None:
-        self.size, self.top = quantised.group_size, top_code(quantised.bits)
-        self.hessian = hessian
+        self.size, self.hessian = quantised.group_size, hessian
         self.scales = quantised.scales.float().T.contiguous()
-        self.codes = quantised.codes.T.float()
-        change = dequantise(quantised).sub_(weight)
-        self.gradient = hessian @ change.T
+        self.codes = quantised.codes.T.contiguous().float()
+        self.top = self.scales.new_full((1, len(weight)), top_code(quantised.bits))
+        self.gradient = hessian @ dequantise(quantised).sub_(weight).T
 
-    def choose(self, start: int, stop: int) -> None:
-        """Choose the codes of some columns, and bring the gradient up to date."""
-        hessian = self.hessian[start:stop, start:stop]
-        gradient = self.gradient[start:stop].clone()
-        changes = torch.empty_like(gradient)
-        for first in range(0, stop - start, RUN):
-            last = min(first + RUN, stop - start)
-            for place in range(first, last):
-                change = self._step(start + place, gradient[place], hessian[place, place])
-                gradient[place + 1 : last].addr_(hessian[place + 1 : last, place], change)
-                changes[place] = change
-            gradient[last:].addmm_(hessian[last:, first:last], changes[first:last])
-        self.gradient.addmm_(self.hessian[:, start:stop], changes)
+    def choose(self, group: int) -> None:
+        """Choose the codes of a group of columns, and bring the gradient up to date.
 
-    def _step(self, column: int, gradient: Tensor, curvature: Tensor) -> Tensor:
-        """Choose a column's codes; the change of its weights, [R]."""
-        scale, old = self.scales[column // self.size], self.codes[column]
-        new = (old - gradient / (curvature * scale)).round_().clamp_(0, self.top)
-        change = (new - old).mul_(scale)
-        self.codes[column] = new
-        return change
+        In units of the scale a column's best value is t_j = c_j − y_j − Σ_i L_ji (t_i − e_i − c_i),
+        over the columns i before it: c are the codes as they were, y = Δ H / (H_jj scale),
+        L_ji = H_ij / H_jj, and e_i = t_i minus the code it is rounded to. Solved for t that is
+        t_j = t'_j + Σ_i V_ji e_i with t' = c − (I + L)⁻¹ y and V = (I + L)⁻¹ L: a walk along
+        columns that passes errors on, as GPTQ's. (I + L is as good as D + L of the Hessian, whose
+        symmetric part is above D/2, so nothing grows.)
+        """
+        part = slice(group * self.size, (group + 1) * self.size)
+        own, scale, old = self.hessian[part, part], self.scales[group], self.codes[part]
+        diagonal = own.diagonal().unsqueeze(1)
+        before = own.tril(-1) / diagonal
+        wanted = torch.cat([self.gradient[part] / (diagonal * scale), before], dim=1)
+        solved = torch.linalg.solve_triangular(before, wanted, upper=False, unitriangular=True)
+        away, passed_on = solved.split([old.shape[1], len(old)], dim=1)
+        exact = (old - away).contiguous().unsqueeze(0)
+        updates = passed_on.T.neg().contiguous().unsqueeze(0)
+        loop = column_loop_for(exact)
+        new = loop(exact, updates, self.top, torch.empty_like(exact))[0].float()
+        self.gradient.addmm_(self.hessian[:, part], (new - old).mul_(scale))
+        self.codes[part] = new
