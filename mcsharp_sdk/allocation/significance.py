@@ -81,6 +81,4 @@ def shares(name: str, values: FloatArray) -> FloatArray:
 def _powered_share(name: str, values: FloatArray, exponent: float) -> FloatArray:
     if exponent == 0:
         return np.ones_like(values)
-    share = shares(name, values)
-    used = np.where(share > 0, share, 1.0) if exponent < 0 else share
-    return np.power(used, exponent)
+    return np.power(shares(name, values), exponent)

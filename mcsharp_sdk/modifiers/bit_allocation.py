@@ -62,15 +62,7 @@ class BitAllocation(Modifier):
             + "."
         ),
     ] = "pmq"
-    alpha: Annotated[
-        float,
-        Field(
-            ge=-1,
-            le=16,
-            description="Exponent of the selection frequency; below 0, experts that the "
-            "calibration text selects seldom count for more.",
-        ),
-    ] = 0.0
+    alpha: Annotated[Exponent, Field(description="Exponent of the selection frequency.")] = 0.0
     beta: Annotated[Exponent, Field(description="Exponent of the routing weight.")] = 0.0
     gamma: Annotated[Exponent, Field(description="Exponent of the quantisation error.")] = 2.0
     budget: Annotated[

@@ -40,15 +40,6 @@ def test_an_expert_that_nobody_selected_costs_nothing() -> None:
     assert allocation_cost(factors(count=(1.0, 0.0, 3.0)), PMQ)[1].tolist() == [0.0, 0.0, 0.0]
 
 
-def test_below_zero_an_expert_counts_by_its_error_on_a_token() -> None:
-    per_token = Exponents(alpha=-1.0, beta=0.0, gamma=2.0)
-    count = np.array([6.0, 3.0, 1.0])
-    of_all = factors(error=np.sqrt(count)[:, None])  # equal errors on each token
-    assert allocation_cost(of_all, per_token).tolist() == [pytest.approx([160, 40, 10])] * 3
-    unused = factors(count=(1.0, 0.0, 3.0), error=np.array([[1.0], [0.0], [1.0]]))
-    assert allocation_cost(unused, per_token)[1].tolist() == [0.0, 0.0, 0.0]
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [

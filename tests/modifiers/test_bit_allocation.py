@@ -78,7 +78,7 @@ def test_a_mode_sets_defaults_and_what_is_given_wins(mode: str, expected: tuple[
         ({"target_bits": 2, "budget_scope": "global", "mode": "released"}, "gamma must be 2"),
         ({"target_bits": 2, "loss_weighting": True}, "goes with budget_scope: global"),
         ({"target_bits": 2, "widths": []}, "widths"),
-        ({"target_bits": 2, "alpha": -2}, "alpha"),
+        ({"target_bits": 2, "alpha": -1}, "alpha"),
         ({"target_bits": float("nan")}, "target_bits"),
         ({"target_bits": 2, "targetbits": 2}, "targetbits"),
         ({}, "target_bits"),
