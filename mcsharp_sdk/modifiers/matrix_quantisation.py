@@ -15,6 +15,7 @@ from mcsharp_sdk.quantization.descent import refine
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.grid import QuantizedBatch, QuantizedWeight, dequantise
 from mcsharp_sdk.quantization.hessian import (
+    InverseFactor,
     damped,
     diagonal_importance,
     factorise,
@@ -126,11 +127,17 @@ def _quantised(
         compensate_within_block=s.compensate_within_block or min(bits) > 3,
     )
     if s.refinements is not None:
-        for index in range(len(batch)):
-            hessian = damped(hessians, factor, index)
-            better = refine(weights[index], batch.expert(index), hessian, s.refinements)
-            batch.codes[index], batch.scales[index] = better.codes, better.scales
+        _refine(weights, batch, hessians, factor, s.refinements)
     return weights, batch
+
+
+def _refine(
+    weights: Tensor, batch: QuantizedBatch, hessians: Tensor, factor: InverseFactor, rounds: int
+) -> None:
+    """Choose codes and scales once more, one matrix at a time, in place."""
+    for index, weight in enumerate(weights):
+        better = refine(weight, batch.expert(index), damped(hessians, factor, index), rounds)
+        batch.codes[index], batch.scales[index] = better.codes, better.scales
 
 
 def _some_rows(rows: int) -> Tensor:

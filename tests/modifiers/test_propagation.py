@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from pruning_runs import (
+    LENGTH,
     QUANTISE,
+    SEQUENCES,
     calibration_tokens,
     expert_calls,
     load,
@@ -19,6 +21,7 @@ from pruning_runs import (
 from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 from torch import Tensor
+from transformers import AutoConfig
 
 import mcsharp_sdk
 from mcsharp_sdk.data.calibration_set import CalibrationSet
@@ -176,6 +179,6 @@ def test_the_plan_knows_the_memory_of_the_original_beside(text: Path, tmp_path: 
         for share in (0.5, 0)
     )
     # Hidden states before the layer, and in front of its experts, in float32.
-    activations = 6 * 32 * 48 * 4
-    assert with_.peak_memory - without.peak_memory >= 2 * activations
+    hidden_size = AutoConfig.from_pretrained(model).hidden_size
+    assert with_.peak_memory - without.peak_memory >= 2 * SEQUENCES * LENGTH * hidden_size * 4
     assert with_.run_bytes >= without.run_bytes
