@@ -152,7 +152,7 @@ class GPTQQuantize(Modifier):
         from mcsharp_sdk.modifiers.original_model import OriginalModel
 
         bit_map = self._bit_map(context)
-        quantiser, model = self._quantiser(), OriginalModel()
+        quantiser, model = self.quantiser(), OriginalModel()
         layers = context.layers(self.writes)
         for layer in context.stream("quantising", by_expert=True):
             widths = bit_map.bits.get(layer.index)
@@ -197,7 +197,8 @@ class GPTQQuantize(Modifier):
                 _known_width(width)
         return bit_map
 
-    def _quantiser(self) -> LayerQuantiser:
+    def quantiser(self) -> LayerQuantiser:
+        """What quantises layers with these settings."""
         from mcsharp_sdk.modifiers.layer_quantisation import LayerQuantiser
         from mcsharp_sdk.modifiers.matrix_quantisation import QuantizerSettings
         from mcsharp_sdk.quantization.search import GridSettings
