@@ -187,7 +187,7 @@ class LayerQuantiser:
         original: OriginalLayer | None,
     ) -> dict[str, Tensor]:
         """Packed tensors of the experts, by their names within the experts' module."""
-        runs = ExpertRuns.of_layer(layer)
+        runs = ExpertRuns.of_layer(layer, last=True)
         buckets = ExpertBuckets(bits, layer.inputs.scratch)
         beside = None if original is None else original.experts(runs)
         for chunk in expert_chunks(runs):
