@@ -17,6 +17,8 @@ from typing import Any
 
 from method_runs import Runs, Stages, add_arguments, markdown, mean_and_spread
 
+from mcsharp_sdk.recipe.quality import DEFAULTS
+
 GOAL = 0.5
 STATISTICS: Mapping[str, Mapping[str, Any]] = {
     "released": {"mode": "released"},
@@ -27,9 +29,20 @@ STATISTICS: Mapping[str, Mapping[str, Any]] = {
 
 METHODS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Stages]] = {
     "released": ("released", {"mode": "released"}, {"mode": "released"}, ()),
-    "best": ("best", {}, {"propagation": 0.5, "refinements": 2}, ({"type": "RouterCalibration"},)),
-    "best without propagation": ("best", {}, {}, ({"type": "RouterCalibration"},)),
-    "default": ("best", {}, {}, ()),
+    "best": ("best", {}, {}, ({"type": "RouterCalibration"},)),
+    "best without RouterCalibration": ("best", {}, {}, ()),
+    "best, quality best": (
+        "best",
+        {},
+        DEFAULTS["best"]["GPTQQuantize"],
+        ({"type": "RouterCalibration"},),
+    ),
+    "best, quality best without RouterCalibration": (
+        "best",
+        {},
+        DEFAULTS["best"]["GPTQQuantize"],
+        (),
+    ),
     "best, global budget": (
         "all",
         {"budget_scope": "global"},

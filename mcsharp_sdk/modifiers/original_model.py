@@ -90,7 +90,7 @@ class OriginalLayer:
         """Run the original layer; its experts and its router must not have been changed yet."""
         with self.in_place() as original:
             if original.moe is not None:
-                runs = ExpertRuns.of_layer(original)
+                runs = ExpertRuns.of_layer(original, last=True)
                 self.hidden = runs.routed.hidden
                 runs.run(runs.experts)
                 original.expert_outputs = runs.finish()

@@ -59,13 +59,12 @@ def _refitted(
     rows, columns = weight.shape
     groups = group_count(columns, group_size)
     system = torch.empty(rows, groups, groups, dtype=torch.float64, device=weight.device)
-    target = (levels * (weight @ hessian)).double()
-    wanted = torch.stack([part.sum(1) for part in target.split(group_size, dim=1)], dim=1)
+    wanted = _group_sums((weight @ hessian).mul_(levels), group_size).double()
     for group, part in enumerate(levels.split(group_size, dim=1)):
         first = group * group_size
-        product = (part @ hessian[first : first + part.shape[1]]).mul_(levels).double()
-        for other, block in enumerate(product.split(group_size, dim=1)):
-            system[:, group, other] = block.sum(1)
+        product = part @ hessian[first : first + part.shape[1], first:]
+        system[:, group, group:] = _group_sums(product.mul_(levels[:, first:]), group_size)
+        system[:, group:, group] = system[:, group, group:]
     # A group of zeros only has no say: its scale stays.
     idle = system.diagonal(dim1=1, dim2=2) <= 0
     system.diagonal(dim1=1, dim2=2)[idle] = 1.0
@@ -77,6 +76,15 @@ def _refitted(
     fits &= (new.abs() >= SMALLEST_SCALE) & (new.abs() <= LARGEST_SCALE)
     better = _error(system, wanted, new.double()) < _error(system, wanted, before)
     return torch.where((fits.all(1) & better).unsqueeze(1), new, old)
+
+
+def _group_sums(columns: Tensor, group_size: int) -> Tensor:
+    """Sums over each group of columns, [R, G]; the last group may be short."""
+    whole = columns.shape[1] // group_size * group_size
+    sums = columns[:, :whole].unflatten(1, (-1, group_size)).sum(2)
+    if whole < columns.shape[1]:
+        sums = torch.cat([sums, columns[:, whole:].sum(1, keepdim=True)], dim=1)
+    return sums
 
 
 def _error(system: Tensor, wanted: Tensor, scales: Tensor) -> Tensor:
