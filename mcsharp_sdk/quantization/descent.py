@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.quantization.gptq import column_loop_for
+from mcsharp_sdk.quantization.gptq import walk_columns
 from mcsharp_sdk.quantization.grid import (
     QuantizedWeight,
     dequantise,
@@ -83,7 +83,6 @@ class _Columns:
         away, passed_on = solved.split([old.shape[1], len(old)], dim=1)
         exact = (old - away).contiguous().unsqueeze(0)
         updates = passed_on.T.neg().contiguous().unsqueeze(0)
-        loop = column_loop_for(exact)
-        new = loop(exact, updates, self.top, torch.empty_like(exact))[0].float()
+        new = walk_columns(exact, updates, self.top, torch.empty_like(exact))[0].float()
         self.gradient.addmm_(self.hessian[:, part], (new - old).mul_(scale))
         self.codes[part] = new

@@ -179,7 +179,7 @@ def _quantise_block(state: _State, start: int, stop: int, compensate: bool) -> N
         error = errors[:, at - start : end - start]
         rows = updates[:, at - start : end - start]
         within = rows[..., at - start : end - start] if compensate else None
-        state.codes[:, at:end] = column_loop_for(exact)(exact, within, state.top, error)
+        state.codes[:, at:end] = walk_columns(exact, within, state.top, error)
         error *= scales
         if compensate and end < stop:
             _compensate(weights[:, end:stop], rows[..., end - start : stop - start], error)
@@ -207,11 +207,25 @@ def _fit_groups(state: _State, group: int) -> None:
         state.zeros[same, group] = fitted.zeros
 
 
-def column_loop_for(exact: Tensor) -> ColumnLoop:
-    """The walk along columns [B, n, rows], compiled for this device where it can be.
+def walk_columns(exact: Tensor, updates: Tensor | None, top: Tensor, error: Tensor) -> Tensor:
+    """Round columns one after the other, each passing its error on to those behind it.
 
-    torch takes several operations for each column.
+    Parameters
+    ----------
+    exact : fp32 [B, n, rows], contiguous in the last two, in units of the scale; may be changed.
+    updates : fp32 [B, n, n]; column j loses e_i · updates_ij. None passes nothing on.
+    top : fp32 [B, rows], the largest codes.
+    error : as ``exact``; written: e, what rounding took from each column.
+
+    Returns
+    -------
+    Codes, [B, n, rows], uint8 or fp32.
     """
+    return _column_loop(exact)(exact, updates, top, error)
+
+
+def _column_loop(exact: Tensor) -> ColumnLoop:
+    """Compiled for this device where it can be: torch takes several operations for each column."""
     compiled = column_loop(exact.device.type) if exact.shape[-1] >= FEWEST_ROWS else None
     return compiled or _quantise_columns
 
