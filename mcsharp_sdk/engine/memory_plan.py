@@ -60,13 +60,15 @@ class Need:
 class Work:
     """What a stage works on.
 
-    ``tokens`` of calibration, sequences of at most ``length``, divided among ``processes``.
+    ``tokens`` of calibration, sequences of at most ``length``, divided among ``processes``;
+    ``overlaps`` if experts are read, and layers written, beside the computing.
     """
 
     sizes: ModelSizes
     tokens: int
     length: int
     processes: int = 1
+    overlaps: bool = False
 
     @property
     def own_tokens(self) -> int:
@@ -242,7 +244,8 @@ def _running(layer: LayerSizes, work: Work) -> int:
     columns = max((*layer.expert_rows, *layer.expert_columns), default=0)
     kept = min(KEPT_BYTES, work.tokens_per_expert(layer) * layer.expert_columns[-1] * 2)
     # Reading an expert stacks its parts, so that it is there twice for a moment.
-    return 2 * weights * work.sizes.dtype_bytes + kept + 2 * tokens * columns * FLOAT
+    there = 3 if work.overlaps else 2
+    return there * weights * work.sizes.dtype_bytes + kept + 2 * tokens * columns * FLOAT
 
 
 def _chunk_experts(layer: LayerSizes) -> int:
@@ -268,7 +271,9 @@ def _expert_quantising(layer: LayerSizes, work: Work, kept_copies: int) -> int:
         walking = (square + matrix * (FLOAT + 2 + dtype * (1 + kept_copies))) * count
         peak = max(peak, collecting, factorising, walking)
     kept = min(KEPT_BYTES, count * work.tokens_per_expert(layer) * layer.expert_columns[-1] * 2)
-    return count * weights * dtype + kept + peak
+    # The next experts, the last of which is there twice while it is read.
+    ahead = (count + 1) * weights * dtype if work.overlaps and count < layer.experts else 0
+    return count * weights * dtype + ahead + kept + peak
 
 
 def _measuring(stage: ExpertStats, layer: LayerSizes, work: Work) -> int:
@@ -289,7 +294,8 @@ def _quantising(
     packed = packed_bytes_of(layer.expert_weights, width, stage.group_size)
     experts = _expert_quantising(layer, work, kept_copies=1)
     linears = 0 if stage.other_bits is None else _linear_quantising(layer, work)
-    return max(experts, linears), packed
+    # The layer before may still be on its way to the disk.
+    return max(experts, linears), (2 if work.overlaps else 1) * packed
 
 
 def _linear_quantising(layer: LayerSizes, work: Work) -> int:

@@ -156,7 +156,8 @@ class ExpertRuns:
 
     def run(self, experts: Sequence[int]) -> None:
         """Add the outputs of some experts, and release them."""
-        for expert in experts:
+        for position, expert in enumerate(experts):
+            self.weights.expect(experts[position + 1 : position + 2])
             self.add_output(expert)
             self.weights.release(expert)
 

@@ -123,21 +123,23 @@ class GPTQQuantize(Modifier):
         bit_map = self._bit_map(context)
         quantiser = self._quantiser()
         layers = context.layers(self.writes)
-        for layer in context.stream("quantising", by_expert=True):
-            widths = bit_map.bits.get(layer.index)
-            if layers.has(layer.index):
-                restore_layer(
-                    layer,
-                    layers.slices(layer.index),
-                    expert_bits=widths,
-                    linear_bits=self.other_bits,
-                    group_size=self.group_size,
-                )
-                if widths is not None:
-                    layer.expert_outputs = run_experts(layer)
-            else:
-                tensors, notes = quantiser.quantise(layer, widths)
-                layers.write(layer.index, tensors, asdict(notes))
+        with layers.writer(overlap=context.model.overlaps) as writer:
+            for layer in context.stream("quantising", by_expert=True):
+                widths = bit_map.bits.get(layer.index)
+                if layers.has(layer.index):
+                    restore_layer(
+                        layer,
+                        layers.slices(layer.index),
+                        expert_bits=widths,
+                        linear_bits=self.other_bits,
+                        group_size=self.group_size,
+                    )
+                    if widths is not None:
+                        layer.expert_outputs = run_experts(layer)
+                else:
+                    tensors, notes = quantiser.quantise(layer, widths)
+                    writer.write(layer.index, tensors, asdict(notes))
+                    del tensors  # they go when they are written
         layers.write_summary(self._layout(context, bit_map).to_dict())
         self._report(context, layers)
 

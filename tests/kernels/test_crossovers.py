@@ -1,4 +1,4 @@
-"""Measured crossovers: what is found from times, the file they are kept in, and who goes by them."""
+"""Measured crossovers: found from times, kept in a file, and gone by."""
 
 from __future__ import annotations
 
