@@ -179,13 +179,18 @@ def test_what_goes_wrong_with_a_layer_is_raised_at_the_next_or_at_the_end() -> N
     def fails(*_: Any) -> None:
         raise ValueError("disk")
 
-    with pytest.raises(ValueError, match="disk"), WritingBehind(fails) as writer:
-        writer.write(0, {}, {})
+    def write(layers: int, then: BaseException | None = None) -> None:
+        with WritingBehind(fails) as writer:
+            for layer in range(layers):
+                writer.write(layer, {}, {})
+            if then is not None:
+                raise then
+
+    for layers in (1, 2):
         with pytest.raises(ValueError, match="disk"):
-            writer.write(1, {}, {})
-    with pytest.raises(KeyError, match="first"), WritingBehind(fails) as writer:
-        writer.write(0, {}, {})
-        raise KeyError("first")
+            write(layers)
+    with pytest.raises(KeyError, match="first"):
+        write(1, KeyError("first"))
 
 
 @pytest.mark.slow
