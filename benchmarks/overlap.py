@@ -1,10 +1,10 @@
 """What does reading and writing beside the computing gain when a model is compressed?
 
-Makes a Mixtral-architecture model of random weights on disk and quantises it with ``MCSHARP_OVERLAP``
-off and on, in turns, each time in a process of its own. Before each run the system is told to forget
-the model's files (posix_fadvise), so that they are read from the disk, or from what is behind it:
-how long that takes by itself is printed first. A host that caches the disk makes it look faster
-than a disk is.
+Makes a Mixtral-architecture model of random weights on disk and quantises it with MCSHARP_OVERLAP
+off and on, in turns, each time in a process of its own. Before each run the system is told to
+forget the model's files (posix_fadvise), so that they are read from the disk, or from what is
+behind it: how long that takes by itself is printed first. A host that caches the disk makes it
+look faster than a disk is.
 
     python benchmarks/overlap.py [--layers 2] [--quantizer rtn] [--device cpu] [--rounds 3]
 

@@ -67,6 +67,8 @@ class ExpertRuns:
     @classmethod
     def of_layer(cls, layer: StreamedLayer) -> ExpertRuns:
         """Run a layer up to its experts; none of them is done yet."""
+        if layer.inputs.ranks.alone:  # otherwise which experts come first is not known yet
+            layer.expert_weights.expect(range(1))
         routed = routed_inputs(layer)
         scratch, ranks, weights = layer.inputs.scratch, layer.inputs.ranks, layer.expert_weights
         every = range(weights.num_experts)
