@@ -6,9 +6,12 @@ forget the model's files (posix_fadvise), so that they are read from the disk, o
 behind it: how long that takes by itself is printed first. A host that caches the disk makes it
 look faster than a disk is.
 
-    python benchmarks/overlap.py [--layers 2] [--quantizer rtn] [--device cpu] [--rounds 3]
+    python benchmarks/overlap.py [--layers 2] [--quantizer rtn] [--device cpu] [--rounds 3] \
+        [--disk MB_PER_SECOND]
 
-``--quantizer rtn`` computes least, so that reading weighs most; ``gptq`` is what is used.
+``--quantizer rtn`` computes least, so that reading weighs most; ``gptq`` is what is used. With
+``--disk`` every read of weights also sleeps for as long as a disk of that speed would take: a model
+of a slow disk or a network, not one.
 """
 
 from __future__ import annotations
@@ -22,6 +25,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from peak_memory import make_model, save_tokenizer
@@ -49,10 +56,25 @@ def reading(folder: Path) -> float:
     return time.perf_counter() - start
 
 
+def slow_down(megabytes: float) -> None:
+    """Let each read of weights sleep as long as a disk of so many megabytes a second takes."""
+    from mcsharp_sdk.models import shards
+
+    read = shards.read_bytes
+
+    def slow(path: Path, offset: int, nbytes: int) -> Tensor:
+        time.sleep(nbytes / megabytes / 1e6)
+        return read(path, offset, nbytes)
+
+    shards.read_bytes = slow
+
+
 def compress(folder: Path, given: argparse.Namespace) -> None:
     """Quantise the model; prints seconds of the stage and the peak of memory as JSON."""
     import mcsharp_sdk
 
+    if given.disk:
+        slow_down(given.disk)
     stage = {"type": STAGE, "bits": 2, "quantizer": given.quantizer, "clip_search": "none"}
     calibration = {"source": "embedded", "sequences": 8, "length": 128, "sampling": "first"}
     recipe = mcsharp_sdk.Recipe.from_dict(
@@ -92,6 +114,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--quantizer", default="rtn")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--disk", type=float, help="megabytes per second of a disk to model")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -37,6 +37,10 @@ def inspect(
         str | None,
         typer.Option(help="With --kernels: cpu or cuda. Default: a GPU where there is one."),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="With --kernels: of the activations. Default: as evaluate takes it."),
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -49,10 +53,10 @@ def inspect(
     from mcsharp_sdk.evaluation.inspection import inspect_model
 
     if kernels:
-        _kernels(directory, device or "auto", measure, json)
+        _kernels(directory, device or "auto", dtype or "auto", measure, json)
         return
-    if measure or device:
-        raise InputError("--measure and --device go with --kernels")
+    if measure or device or dtype:
+        raise InputError("--measure, --device and --dtype go with --kernels")
     verified = _verified(directory) if verify else None
     found = inspect_model(directory)
     if json:
@@ -116,12 +120,12 @@ def _show(found: Inspection) -> None:
         print_table("Other linear layers", ["layer", "bits"], linears)
 
 
-def _kernels(directory: Path, device: str, measure: bool, json: bool) -> None:
+def _kernels(directory: Path, device: str, dtype: str, measure: bool, json: bool) -> None:
     from mcsharp_sdk.evaluation.kernel_choice import TOKENS, kernel_choices
 
     if measure:
-        _measure(directory, device)
-    found = kernel_choices(directory, device)
+        _measure(directory, device, dtype)
+    found = kernel_choices(directory, device, dtype)
     if json:
         print_json(found)
         return
@@ -145,12 +149,14 @@ def _kernels(directory: Path, device: str, measure: bool, json: bool) -> None:
         print_text(f"{', '.join(names)}: not used, since {reason}")
 
 
-def _measure(directory: Path, device: str) -> None:
+def _measure(directory: Path, device: str, dtype: str) -> None:
     from mcsharp_sdk.engine.progress import ProgressBars
     from mcsharp_sdk.evaluation.kernel_measurement import measure_kernels
 
     with ProgressBars() as bars:
-        file = measure_kernels(directory, device, lambda cases: bars.track(cases, "timing"))
+        file = measure_kernels(
+            directory, device, dtype, lambda cases: bars.track(cases, "timing kernels")
+        )
     print_note(f"kept in {file}")
 
 

@@ -80,7 +80,7 @@ class KernelChoices:
     Attributes
     ----------
     device, hardware : kind of device, and what it is called.
-    dtype : of the activations, the one that evaluation on this device takes.
+    dtype : of the activations.
     matrices : one entry per name and shape.
     layers : of experts that run a layer at once; their matrices are not among the others then.
     refusals : kernel -> why it can do none of the matrices; kernels that can do some are absent.
@@ -111,13 +111,13 @@ class Products:
     layers: Mapping[LayerCase, int]
 
 
-def products_of(model_dir: str | Path, device: str = "auto") -> Products:
+def products_of(model_dir: str | Path, device: str = "auto", dtype: str = "auto") -> Products:
     """The products of a model folder, from headers alone.
 
     Raises
     ------
     InputError
-        If the folder is no model or has no packed matrices, or there is no such device.
+        If the folder is no model or has no packed matrices, or there is no such device or dtype.
     """
     directory = Path(model_dir)
     layout = read_layout(read_config_json(directory), directory)
@@ -125,36 +125,39 @@ def products_of(model_dir: str | Path, device: str = "auto") -> Products:
         raise InputError(f"{directory} has no packed matrices: it is not compressed")
     device = choose_device(device)
     kind = torch.device("cuda" if device == "auto" else device).type
-    dtype = choose_dtype("auto", read_config(directory), kind)
+    chosen = choose_dtype(dtype, read_config(directory), kind)
     matrices: Counter[tuple[str, Case]] = Counter()
     shapes: dict[str, Case] = {}
     for name, info in Checkpoint.open(directory).tensors.items():
         if found := _CODES.match(name):
             bits, rows, columns = _shape(name, info, layout)
-            case = Case(rows, columns, bits, layout.group_size, 1, dtype, kind)
+            case = Case(rows, columns, bits, layout.group_size, 1, chosen, kind)
             matrices[f"{found['path']}*{found['rest']}", case] += _stacked(info)
             shapes[name] = case
-    if not _runs_whole_layers(kind, dtype):
-        return Products(kind, dtype, matrices, {})
+    if not _runs_whole_layers(kind, chosen):
+        return Products(kind, chosen, matrices, {})
     alone = {(name, case): n for (name, case), n in matrices.items() if not _BUCKET.match(name)}
     layers = _layers(shapes, layout, model_cost(directory).top_k)
-    return Products(kind, dtype, alone, layers)
+    return Products(kind, chosen, alone, layers)
 
 
-def kernel_choices(model_dir: str | Path, device: str = "auto") -> KernelChoices:
+def kernel_choices(
+    model_dir: str | Path, device: str = "auto", dtype: str = "auto"
+) -> KernelChoices:
     """Choices for every packed matrix, from headers alone.
 
     Parameters
     ----------
     device : ``auto`` for the GPU where there is one, else the CPU.
+    dtype : of the activations; ``auto`` for the one that evaluation on this device takes.
 
     Raises
     ------
     InputError
-        If the folder is no model or has no packed matrices, there is no such device, or
-        ``MCSHARP_KERNEL`` names a kernel that does not exist or cannot do one of them.
+        If the folder is no model or has no packed matrices, there is no such device or
+        dtype, or ``MCSHARP_KERNEL`` names a kernel that does not exist or cannot do one of them.
     """
-    products = products_of(model_dir, device)
+    products = products_of(model_dir, device, dtype)
     matrices = sorted(products.matrices.items(), key=_by_name)
     return KernelChoices(
         device=products.device,

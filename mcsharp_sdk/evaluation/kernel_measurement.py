@@ -13,7 +13,9 @@ from mcsharp_sdk.kernels.timed_cases import time_layer, time_product
 Track = Callable[[list[Case | LayerCase]], Iterable[Case | LayerCase]]
 
 
-def measure_kernels(model_dir: str | Path, device: str = "auto", track: Track = iter) -> Path:
+def measure_kernels(
+    model_dir: str | Path, device: str = "auto", dtype: str = "auto", track: Track = iter
+) -> Path:
     """Time what a model folder multiplies by, on random weights of its shapes.
 
     What is found is kept as it comes, and products are done by it from now on, in this process and
@@ -22,6 +24,7 @@ def measure_kernels(model_dir: str | Path, device: str = "auto", track: Track = 
     Parameters
     ----------
     device : ``auto`` for the GPU where there is one, else the CPU.
+    dtype : of the activations; ``auto`` for the one that evaluation on this device takes.
     track : iterates over what is to be timed, for example with a progress bar.
 
     Returns
@@ -31,10 +34,10 @@ def measure_kernels(model_dir: str | Path, device: str = "auto", track: Track = 
     Raises
     ------
     InputError
-        If the folder is no model or has no packed matrices, there is no such device, or the file
-        is something else, cannot be written, or is switched off.
+        If the folder is no model or has no packed matrices, there is no such device or dtype, or
+        the file is something else, cannot be written, or is switched off.
     """
-    products = products_of(model_dir, device)
+    products = products_of(model_dir, device, dtype)
     cases: dict[str, Case | LayerCase] = {case.key(): case for _, case in products.matrices}
     cases |= {case.key(): case for case in products.layers}
     file = crossovers.save(products.device, {})  # whether it can be, before anything is timed

@@ -146,6 +146,7 @@ def test_kernels_are_measured_kept_and_gone_by_from_then_on(
     measured = shown("--measure")
     assert {m["chosen"] for m in measured["matrices"]} == {"measured"}
     assert shown() == measured
+    assert {m["chosen"] for m in shown("--dtype", "float32")["matrices"]} == {"built in"}
     (kept,) = json.loads(file.read_text())["devices"].values()
     by_shape = {(m["rows"], m["columns"], m["bits"]): m["kernels"] for m in measured["matrices"]}
     assert len(kept) == len(by_shape)
@@ -167,7 +168,7 @@ def test_measuring_into_a_file_of_something_else_is_refused_before_anything_is_t
     assert "notes.json" in capsys.readouterr().err
     assert (tmp_path / "notes.json").read_text() == '{"mine": 1}'
     assert run("inspect", packed, "--measure") == 2
-    assert "--measure and --device go with --kernels" in capsys.readouterr().err
+    assert "--measure, --device and --dtype go with --kernels" in capsys.readouterr().err
 
 
 def test_on_a_gpu_experts_are_shown_by_layers(
