@@ -9,6 +9,9 @@ process on all processors (which other programs disturb less), the peak of resid
 that of the interpreter with its imports, and the perplexity of the result.
 
     python benchmarks/compress_vs_peers.py MODEL CALIBRATION.txt TEST.txt [--bits 4 3 2]
+
+For MODEL, ``generated`` stands for a Mixtral-architecture model of 3 GB with random weights, made
+in ``--work``: memory shows there, perplexity means nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +29,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from peak_memory import make_model, save_tokenizer
+
+GENERATED = "generated"
 PACKAGES = {"llmcompressor": "llmcompressor==0.14.0.1", "gptqmodel": "gptqmodel==7.7.0"}
 OURS, ORIGINAL = "mcsharp_sdk", "original"
 KEPT = ["lm_head", r"re:.*\.gate$", r"re:.*\.router$"]
@@ -180,6 +187,16 @@ RUNNERS: dict[str, Callable[[Job], Job]] = {
 }
 
 
+def generated_model(work: Path) -> Path:
+    """12 layers of 8 experts of random weights, made if they are not there."""
+    folder = work / GENERATED
+    if not (folder / "tokenizer.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        make_model(folder, layers=12, hidden=2048, intermediate=2560, experts=8)
+        save_tokenizer(folder)
+    return folder
+
+
 def interpreter(package: str, work: Path) -> str:
     """Python of the package's environment, made and filled if it is not there."""
     if package in (OURS, ORIGINAL):
@@ -221,7 +238,7 @@ def main() -> None:
         print(json.dumps(RUNNERS[sys.argv[2]](json.loads(Path(sys.argv[3]).read_text()))))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, help=f"folder, or: {GENERATED}")
     parser.add_argument("calibration", type=Path, help="text to calibrate on")
     parser.add_argument("test", type=Path, help="text to predict")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
@@ -233,6 +250,8 @@ def main() -> None:
     parser.add_argument("--packages", nargs="+", default=list(RUNNERS), choices=RUNNERS)
     parser.add_argument("--work", type=Path, default=Path("peers"), help="folder for everything")
     options = parser.parse_args()
+    if str(options.model) == GENERATED:
+        options.model = generated_model(options.work)
     given = vars(options)
     names = ("group_size", "sequences", "length", "test_windows", "threads")
     job: Job = {name: given[name] for name in names}

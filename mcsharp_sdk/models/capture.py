@@ -82,13 +82,21 @@ class _Enough(Exception):
     """Raised once everything wanted has been seen: the rest of the layer need not run."""
 
 
-def routed_inputs(layer: StreamedLayer) -> RoutedInputs:
-    """Run an MoE layer up to its experts and keep what they are called with."""
+def routed_inputs(layer: StreamedLayer, *, last: bool = False) -> RoutedInputs:
+    """Run an MoE layer up to its experts and keep what they are called with.
+
+    Parameters
+    ----------
+    last : the caller runs the layer no more. Then ``layer.inputs`` moves on to what the layer makes
+        of it but for the experts' outputs, where these are added last, so that ``layer.advance``
+        has only to add them.
+    """
     experts: Any = layer.module.get_submodule(layer.moe.experts)
     router = layer.module.get_submodule(layer.moe.router)
     gathered = _Gathered(layer)
     seen: list[Tensor] = []
     running = [0]
+    passing = last and _adds_experts_last(layer)
 
     def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0].reshape(-1, args[0].shape[-1]))
@@ -97,15 +105,48 @@ def routed_inputs(layer: StreamedLayer) -> RoutedInputs:
         hidden, index, weights = (*args, *kwargs.values())
         hidden = hidden.reshape(-1, hidden.shape[-1])
         gathered.add(running[0], hidden, seen.pop(), index, weights)
-        raise _Enough
+        if not passing or hidden.numel() != layer.inputs.hidden[running[0]].numel():
+            raise _Enough
 
     with ExitStack() as stack:
         stack.callback(router.register_forward_pre_hook(note).remove)
         stack.callback(experts.register_forward_pre_hook(record, with_kwargs=True).remove)
-        for running[0] in layer.inputs.batches():
+        stack.enter_context(without_routed_experts(layer))
+        for batch in layer.inputs.batches():
+            running[0] = batch
             seen.clear()
-            _run_batch(layer, running[0])
+            behind = _run_batch(layer, batch)
+            if behind is not None:
+                layer.inputs.hidden[batch].copy_(behind)
+                layer.passed.add(batch)
     return gathered.finish()
+
+
+@torch.no_grad()
+def _adds_experts_last(layer: StreamedLayer) -> bool:
+    """Whether a layer gives what it gives without its routed experts, plus their outputs.
+
+    To the last bit, and tried on the first batch, once for every type of layer: where shared
+    experts or norms come between, it does not.
+    """
+    kind, inputs = type(layer.module), layer.inputs
+    if kind not in inputs.adding:
+        outputs: list[Tensor] = []
+
+        def answer(hidden: Tensor) -> Tensor:
+            generator = torch.Generator(hidden.device).manual_seed(0)
+            outputs.append(torch.empty_like(hidden).normal_(generator=generator))
+            return outputs[-1]
+
+        first = inputs.batches()[0]
+        with without_routed_experts(layer):
+            without = inputs.call(layer.module, layer.index, first)
+        with answering(layer.module.get_submodule(layer.moe.experts), answer):
+            whole = inputs.call(layer.module, layer.index, first)
+        inputs.adding[kind] = outputs[0].numel() == without.numel() and torch.equal(
+            whole, without + outputs[0].view_as(without)
+        )
+    return inputs.adding[kind]
 
 
 class _Gathered:
@@ -197,9 +238,11 @@ def _run(layer: StreamedLayer) -> None:
 
 
 @torch.no_grad()
-def _run_batch(layer: StreamedLayer, batch: int) -> None:
+def _run_batch(layer: StreamedLayer, batch: int) -> Tensor | None:
+    """What the layer makes of a batch; None if it was left early."""
     with suppress(_Enough):
-        layer.inputs.call(layer.module, layer.index, batch)
+        return layer.inputs.call(layer.module, layer.index, batch)
+    return None
 
 
 @torch.no_grad()

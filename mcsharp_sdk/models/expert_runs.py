@@ -65,11 +65,14 @@ class ExpertRuns:
     _sampled: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of_layer(cls, layer: StreamedLayer) -> ExpertRuns:
-        """Run a layer up to its experts; none of them is done yet."""
+    def of_layer(cls, layer: StreamedLayer, *, last: bool = False) -> ExpertRuns:
+        """Run a layer up to its experts; none of them is done yet.
+
+        ``last`` as of :func:`~mcsharp_sdk.models.capture.routed_inputs`.
+        """
         if layer.inputs.ranks.alone:  # otherwise which experts come first is not known yet
             layer.expert_weights.expect(range(1))
-        routed = routed_inputs(layer)
+        routed = routed_inputs(layer, last=last)
         scratch, ranks, weights = layer.inputs.scratch, layer.inputs.ranks, layer.expert_weights
         every = range(weights.num_experts)
         tokens: ExpertTokens = OwnTokens(every, routed.hidden, [every], routed)
@@ -174,9 +177,12 @@ class ExpertRuns:
 
 
 @torch.no_grad()
-def run_experts(layer: StreamedLayer) -> Tensor:
-    """Summed outputs of a layer's routed experts, [T, hidden], as if they had been calibrated."""
-    runs = ExpertRuns.of_layer(layer)
+def run_experts(layer: StreamedLayer, *, last: bool = False) -> Tensor:
+    """Summed outputs of a layer's routed experts, [T, hidden], as if they had been calibrated.
+
+    ``last`` as of :func:`~mcsharp_sdk.models.capture.routed_inputs`.
+    """
+    runs = ExpertRuns.of_layer(layer, last=last)
     runs.run(runs.experts)
     return runs.finish()
 

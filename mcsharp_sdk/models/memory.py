@@ -1,4 +1,4 @@
-"""Keeping resident memory near what tensors really take.
+"""Keeping resident memory near what tensors really take, without asking for it anew all the time.
 
 The C library keeps freed memory in its heap, where blocks of some megabytes fragment it: without
 this, resident memory grows by half a gigabyte over the experts of a layer. Both functions do
@@ -13,21 +13,27 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-M_MMAP_THRESHOLD = -3
-"""glibc's name (malloc.h) of the size from which memory comes from the system by itself."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""glibc's names (malloc.h) of what may lie free at the heap's end, and of the size from which
+memory comes from the system by itself."""
 
-LARGE_BLOCK = 8 * 2**20
+LARGE_BLOCK = 32 * 2**20
+FREE_AT_THE_END = 64 * 2**20
 
 
 @cache
 def keep_large_blocks_out_of_the_heap() -> None:
     """Take blocks of ``LARGE_BLOCK`` bytes and more from the system, and give them back when freed.
 
-    By default glibc raises this bound to 32 MiB as it sees large blocks freed.
+    Smaller ones are used again, their pages with them, until :func:`release_free_memory`: what one
+    product of an expert takes and gives back is filled with zeros by the system otherwise, every
+    time. By default glibc raises the first bound as it sees large blocks freed, and leaves 128 KiB
+    at the heap's end.
     """
     library = _c_library()
     if library is not None:
         library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+        library.mallopt(M_TRIM_THRESHOLD, FREE_AT_THE_END)
 
 
 def release_free_memory() -> None:

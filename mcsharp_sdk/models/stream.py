@@ -20,7 +20,6 @@ from mcsharp_sdk.models.experts import answering
 from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.models.source import SourceModel
-from mcsharp_sdk.models.topology import MoeBlock
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a decoder layer besides the hidden states."""
@@ -57,6 +56,7 @@ class LayerInputs:
     additions : (batch, layer) -> what the model adds in front of the layer, where it does.
     scratch : where activations are kept.
     ranks : the processes that share the calibration set; these are this one's sequences.
+    adding : type of decoder layer -> whether it adds its routed experts' outputs last, where tried.
     """
 
     hidden: list[Tensor]
@@ -65,6 +65,7 @@ class LayerInputs:
     additions: dict[tuple[int, int], Addition] = field(default_factory=dict)
     scratch: Scratch = field(default_factory=Scratch)
     ranks: Ranks = ALONE
+    adding: dict[type[nn.Module], bool] = field(default_factory=dict)
 
     def token_sources(self, batch_tokens: Sequence[int]) -> Tensor:
         """int64 [T], the source of each token, given the number of tokens of each batch."""
@@ -86,16 +87,14 @@ class LayerInputs:
     def advance(self, layer: nn.Module, index: int) -> None:
         """Replace the hidden states by what ``layer``, and the model behind it, make of them."""
         for batch in self.batches():
-            hidden = self.hidden[batch]
-            hidden.copy_(self.call(layer, index, batch))
-            added = self.additions.get((batch, index + 1))
-            if added is not None:
-                added.add_to(hidden)
+            self.hidden[batch].copy_(self.call(layer, index, batch))
+            self.add_additions(index, batch)
 
-    def advance_with(self, layer: nn.Module, index: int, block: MoeBlock, outputs: Tensor) -> None:
-        """As ``advance``, with the routed experts' outputs, [T, hidden], known already."""
-        with answering(layer.get_submodule(block.experts), in_turn(outputs)):
-            self.advance(layer, index)
+    def add_additions(self, index: int, batch: int) -> None:
+        """Add what the model adds to one batch behind decoder layer ``index``."""
+        added = self.additions.get((batch, index + 1))
+        if added is not None:
+            added.add_to(self.hidden[batch])
 
 
 def in_turn(outputs: Tensor) -> Callable[[Tensor], Tensor]:
@@ -126,6 +125,8 @@ class StreamedLayer:
     experts : the weights of its routed experts; None if it is dense.
     expert_outputs : [T, hidden], the sum of the routed experts' outputs on all tokens if the
         consumer has computed it; they are not run again then.
+    passed : batches that are through the layer already, but for its experts' outputs: ``inputs``
+        holds what these have to be added to.
     """
 
     source: SourceModel
@@ -134,6 +135,7 @@ class StreamedLayer:
     inputs: LayerInputs
     experts: ExpertWeights | None = None
     expert_outputs: Tensor | None = None
+    passed: set[int] = field(default_factory=set)
 
     @property
     def moe(self) -> Any:
@@ -159,12 +161,25 @@ class StreamedLayer:
         from mcsharp_sdk.models.expert_runs import run_experts
 
         if self.expert_outputs is None and self.experts and not self.experts.in_memory:
-            self.expert_outputs = run_experts(self)
+            self.expert_outputs = run_experts(self, last=True)
         if self.expert_outputs is None:
             self.inputs.advance(self.module, self.index)
         else:
-            self.inputs.advance_with(self.module, self.index, self.moe, self.expert_outputs)
+            self._advance_with(self.expert_outputs)
             self.expert_outputs = None
+
+    def _advance_with(self, outputs: Tensor) -> None:
+        """Advance with the routed experts' outputs, [T, hidden], known already."""
+        answer = in_turn(outputs)
+        with answering(self.module.get_submodule(self.moe.experts), answer):
+            for batch in self.inputs.batches():
+                hidden = self.inputs.hidden[batch]
+                if batch in self.passed:
+                    hidden += answer(hidden)
+                else:
+                    hidden.copy_(self.inputs.call(self.module, self.index, batch))
+                self.inputs.add_additions(self.index, batch)
+        self.passed.clear()
 
 
 @torch.no_grad()

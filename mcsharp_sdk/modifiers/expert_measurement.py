@@ -75,7 +75,7 @@ class ExpertMeasurement:
         expert e: as only that expert changes, it is the change of the block's output. Where σ_e(t)
         weighs the expert's input, that stands inside.
         """
-        runs = ExpertRuns.of_layer(layer)
+        runs = ExpertRuns.of_layer(layer, last=not self.block_scores)
         routed = runs.routed
         release_free_memory()
         count = layer.moe.num_experts
@@ -211,7 +211,6 @@ class ExpertMeasurement:
                 if factor is None
                 else quantise_gptq(weights, factor, widths, self._grid)
             )
-            release_free_memory()
             yield width, batch.dequantise(weights.dtype)
 
     def _factor(

@@ -130,7 +130,7 @@ class ExpertStats(Modifier):
             if layer.moe is None:
                 continue
             if layers.has(layer.index):
-                layer.expert_outputs = run_experts(layer)
+                layer.expert_outputs = run_experts(layer, last=True)
             else:
                 found = measurement.of_layer(layer, self._gradients(context, layer.index))
                 layers.write(layer.index, {}, found.to_json())

@@ -135,7 +135,7 @@ class GPTQQuantize(Modifier):
                         group_size=self.group_size,
                     )
                     if widths is not None:
-                        layer.expert_outputs = run_experts(layer)
+                        layer.expert_outputs = run_experts(layer, last=True)
                 else:
                     tensors, notes = quantiser.quantise(layer, widths)
                     writer.write(layer.index, tensors, asdict(notes))

@@ -157,7 +157,7 @@ class LayerQuantiser:
         self, layer: StreamedLayer, bits: Sequence[int], notes: LayerNotes
     ) -> dict[str, Tensor]:
         """Packed tensors of the experts, by their names within the experts' module."""
-        runs = ExpertRuns.of_layer(layer)
+        runs = ExpertRuns.of_layer(layer, last=True)
         buckets = ExpertBuckets(bits, layer.inputs.scratch)
         for chunk in expert_chunks(runs):
             for matrix in MATRICES:

@@ -68,6 +68,33 @@ def test_a_layer_advanced_with_known_expert_outputs_gives_the_same(
             layer.expert_outputs = run_experts(layer)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adding_the_experts_behind_the_layer_gives_the_same_bits_as_running_it_again(
+    family: str, tmp_path: Path
+) -> None:
+    source = SourceModel(save_tiny_model(tmp_path, family, dtype=torch.bfloat16))
+
+    def states(last: bool) -> list[torch.Tensor]:
+        found = []
+        for layer in _streamed(source, _tokens()):
+            found.append(torch.cat(layer.inputs.hidden))
+            if layer.moe is not None:
+                layer.expert_outputs = run_experts(layer, last=last)
+        return found
+
+    assert all(map(torch.equal, states(last=True), states(last=False)))
+
+
+@pytest.mark.parametrize(("family", "adds"), [("mixtral", True), ("qwen2_moe", False)])
+def test_a_layer_passes_its_batches_on_only_if_it_adds_its_experts_last(
+    family: str, adds: bool, tmp_path: Path
+) -> None:
+    source = SourceModel(save_tiny_model(tmp_path, family, dtype=torch.bfloat16))
+    layer = next(_streamed(source, _tokens()))
+    run_experts(layer, last=True)
+    assert layer.passed == (set(layer.inputs.batches()) if adds else set())
+
+
 @pytest.mark.parametrize("kept_bytes", [0, 10**6])
 def test_an_experts_pieces_are_its_tokens_and_what_its_matrices_see(
     kept_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
