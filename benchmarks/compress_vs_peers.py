@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -217,7 +218,8 @@ def interpreter(package: str, work: Path) -> str:
 def measured(package: str, job: Job, work: Path) -> Job:
     """What one package does, measured in a process of its own; ``error`` if it fails."""
     folder = work / f"{package}-{job['bits']}"
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     order = folder / "job.json"
     order.write_text(json.dumps({**job, "folder": str(folder)}))
     threads = str(job["threads"])

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,16 @@ _processes.set_forkserver_preload(_PRELOADED)
 
 @dataclass(frozen=True)
 class Command:
-    """A call of ``compress``: recipe as plain data, model and output, and its other arguments."""
+    """A call of ``compress``: recipe as plain data, model and output, and its other arguments.
+
+    ``environment`` is set in a process of its own.
+    """
 
     recipe: Mapping[str, Any]
     model: Path
     output: Path
     settings: Mapping[str, Any]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def run(self) -> None:
         """Call it in this process."""
@@ -113,6 +117,7 @@ def _mortal(command: Command, death: Death, errors: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.environ.update(command.environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if death.file_limit:
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)

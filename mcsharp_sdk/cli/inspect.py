@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mcsharp_sdk.cli.options import JsonOption
-from mcsharp_sdk.cli.output import print_json, print_table, print_text
+from mcsharp_sdk.cli.output import print_json, print_note, print_table, print_text
+from mcsharp_sdk.errors import InputError
 
 if TYPE_CHECKING:
     from mcsharp_sdk.evaluation.inspection import Inspection
@@ -21,8 +22,25 @@ def inspect(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the model.")],
     kernels: Annotated[
         bool,
-        typer.Option("--kernels", help="Show instead what multiplies by each matrix on this CPU."),
+        typer.Option(
+            "--kernels", help="Show instead what multiplies by each matrix on this machine."
+        ),
     ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="With --kernels: time them first, and keep on this machine which is fastest.",
+        ),
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="With --kernels: cpu or cuda. Default: a GPU where there is one."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="With --kernels: of the activations. Default: as evaluate takes it."),
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -35,8 +53,10 @@ def inspect(
     from mcsharp_sdk.evaluation.inspection import inspect_model
 
     if kernels:
-        _kernels(directory, json)
+        _kernels(directory, device or "auto", dtype or "auto", measure, json)
         return
+    if measure or device or dtype:
+        raise InputError("--measure, --device and --dtype go with --kernels")
     verified = _verified(directory) if verify else None
     found = inspect_model(directory)
     if json:
@@ -100,20 +120,51 @@ def _show(found: Inspection) -> None:
         print_table("Other linear layers", ["layer", "bits"], linears)
 
 
-def _kernels(directory: Path, json: bool) -> None:
+def _kernels(directory: Path, device: str, dtype: str, measure: bool, json: bool) -> None:
     from mcsharp_sdk.evaluation.kernel_choice import TOKENS, kernel_choices
 
-    found = kernel_choices(directory)
+    if measure:
+        _measure(directory, device, dtype)
+    found = kernel_choices(directory, device, dtype)
     if json:
         print_json(found)
         return
-    columns = ["matrix", "number", "bits", "rows", "columns", *(f"{n} tokens" for n in TOKENS)]
+    tokens = [f"{n} tokens" for n in TOKENS]
+    columns = ["matrix", "number", "bits", "rows", "columns", "chosen", *tokens]
     rows = [
-        (m.matrix, m.count, m.bits, m.rows, m.columns, *m.kernels.values()) for m in found.matrices
+        (m.matrix, m.count, m.bits, m.rows, m.columns, m.chosen, *m.kernels.values())
+        for m in found.matrices
     ]
-    print_table(f"Kernels on this CPU, {found.dtype} activations", columns, rows)
-    for name, reason in found.refusals.items():
-        print_text(f"{name} is not used: {reason}")
+    print_table(f"Kernels on {found.hardware}, {found.dtype} activations", columns, rows)
+    if found.layers:
+        print_table(
+            "Experts, all of a layer at once by triton",
+            ["layers", "bits", "chosen", *tokens],
+            [
+                (each.layers, "/".join(map(str, each.widths)), each.chosen, *each.tilings.values())
+                for each in found.layers
+            ],
+        )
+    for reason, names in _by_reason(found.refusals).items():
+        print_text(f"{', '.join(names)}: not used, since {reason}")
+
+
+def _measure(directory: Path, device: str, dtype: str) -> None:
+    from mcsharp_sdk.engine.progress import ProgressBars
+    from mcsharp_sdk.evaluation.kernel_measurement import measure_kernels
+
+    with ProgressBars() as bars:
+        file = measure_kernels(
+            directory, device, dtype, lambda cases: bars.track(cases, "timing kernels")
+        )
+    print_note(f"kept in {file}")
+
+
+def _by_reason(refusals: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, reason in refusals.items():
+        found.setdefault(reason, []).append(name)
+    return found
 
 
 def _experts(found: Inspection) -> str:

@@ -15,6 +15,7 @@ from mcsharp_sdk.checked_files import (
     read_checked_json,
     write_checked_json,
 )
+from mcsharp_sdk.engine.layer_writing import WritingAtOnce, WritingBehind
 from mcsharp_sdk.models.shards import Checkpoint, TensorSlice, write_safetensors
 
 FINISHED_FILE = "finished_stages.json"
@@ -38,6 +39,16 @@ class LayerStore:
 
     def write(self, layer: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """Keep a finished layer."""
+        self._keep(layer, tensors, notes)
+
+    def writer(self, *, overlap: bool) -> WritingBehind | WritingAtOnce:
+        """What writes layers as ``write`` does, or with ``overlap`` while the next is worked on.
+
+        A context manager; other processes count on the layers only behind ``write_summary``.
+        """
+        return WritingBehind(self._keep) if overlap else WritingAtOnce(self.write)
+
+    def _keep(self, layer: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         digest = None
         if tensors:
             digest = write_safetensors(self._tensors(layer), dict(tensors), {"format": "pt"})

@@ -61,13 +61,15 @@ class Need:
 class Work:
     """What a stage works on.
 
-    ``tokens`` of calibration, sequences of at most ``length``, divided among ``processes``.
+    ``tokens`` of calibration, sequences of at most ``length``, divided among ``processes``;
+    ``overlaps`` if experts are read, and layers written, beside the computing.
     """
 
     sizes: ModelSizes
     tokens: int
     length: int
     processes: int = 1
+    overlaps: bool = False
 
     @property
     def own_tokens(self) -> int:
@@ -243,14 +245,20 @@ def _running(layer: LayerSizes, work: Work) -> int:
     columns = max((*layer.expert_rows, *layer.expert_columns), default=0)
     kept = min(KEPT_BYTES, work.tokens_per_expert(layer) * layer.expert_columns[-1] * 2)
     # Reading an expert stacks its parts, so that it is there twice for a moment.
-    return 2 * weights * work.sizes.dtype_bytes + kept + 2 * tokens * columns * FLOAT
+    there = 3 if work.overlaps else 2
+    return there * weights * work.sizes.dtype_bytes + kept + 2 * tokens * columns * FLOAT
 
 
 def _measuring(stage: ExpertStats, layer: LayerSizes, work: Work) -> int:
     if not layer.experts:
         return 0
     if stage.quantizer == "gptq":
-        return expert_quantising(layer, work.sizes.dtype_bytes, work.tokens_per_expert(layer))
+        return expert_quantising(
+            layer,
+            work.sizes.dtype_bytes,
+            work.tokens_per_expert(layer),
+            overlaps=work.overlaps,
+        )
     return _running(layer, work) + experts_together(layer) * 10 * max(
         r * c for r, c in zip(layer.expert_rows, layer.expert_columns, strict=True)
     )
@@ -269,7 +277,10 @@ def _quantising(
         count,
         propagates=stage.propagates,
         refines=stage.refinements is not None,
+        overlaps=work.overlaps,
     )
+    # The layer before may still be on its way to the disk.
+    packed *= 2 if work.overlaps else 1
     linears = 0
     if stage.other_bits is not None:
         linears = linear_quantising(layer, dtype, propagates=stage.propagates)

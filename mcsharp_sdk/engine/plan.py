@@ -203,7 +203,7 @@ def make_plan(
     blocks = list(source.topology.moe.values())
     after, nominal = _after(recipe, sizes, bits)
     length = max((source.length for source in recipe.sources), default=0)
-    work = Work(sizes, _most_tokens(recipe), length, processes)
+    work = Work(sizes, _most_tokens(recipe), length, processes, source.overlaps)
     seconds = stage_seconds(recipe.stages, sizes, work.tokens, processes)
     # Behind the measured speeds: what compiled kernels take by themselves is there by then.
     memory = MemoryPlan.of(recipe.stages, work, bits)

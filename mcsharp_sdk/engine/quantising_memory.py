@@ -30,6 +30,7 @@ def expert_quantising(
     *,
     propagates: bool = False,
     refines: bool = False,
+    overlaps: bool = False,
 ) -> int:
     """Hessians, factors, and the float32 weights and codes of a chunk of experts.
 
@@ -38,6 +39,7 @@ def expert_quantising(
     dtype : bytes of one number in the model's dtype.
     tokens : of an expert.
     propagates, refines : as the settings of GPTQQuantize say.
+    overlaps : whether the next experts are read meanwhile.
     """
     if not layer.experts:
         return 0
@@ -62,7 +64,9 @@ def expert_quantising(
         peak = max(*steps, refining if refines else 0, peak)
     kept = min(KEPT_BYTES, count * tokens * layer.expert_columns[-1] * 2)
     first = layer.expert_rows[0] * layer.expert_columns[0] if propagates else 0
-    return count * (weights + first) * dtype + kept + peak
+    # The next experts, the last of which is there twice while it is read.
+    ahead = (count + 1) * weights * dtype if overlaps and count < layer.experts else 0
+    return count * (weights + first) * dtype + ahead + kept + peak
 
 
 def linear_quantising(layer: LayerSizes, dtype: int, *, propagates: bool = False) -> int:

@@ -166,9 +166,12 @@ class SharedLayerStore(LayerStore):
 
     def write(self, layer: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """Keep a finished layer."""
-        if self._ranks.first:
-            LayerStore(self.folder).write(layer, tensors, notes)
+        self._keep(layer, tensors, notes)
         self._ranks.wait()
+
+    def _keep(self, layer: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        if self._ranks.first:
+            super()._keep(layer, tensors, notes)
 
     def notes(self, layer: int) -> dict[str, Any]:
         """The notes of a finished layer."""

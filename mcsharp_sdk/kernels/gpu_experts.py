@@ -7,21 +7,37 @@ launches does not depend on how many experts or widths there are, and nothing wa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from mcsharp_sdk.kernels import crossovers
+from mcsharp_sdk.kernels.case import BUILT_IN, MEASURED, Choice, LayerCase
 from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack
+from mcsharp_sdk.kernels.tilings import TILINGS, Tiling
 from mcsharp_sdk.quantization.packing import packed_bytes
 
 DECODE_TOKENS = 4
-"""Tokens up to which each slot reads its expert's weights by itself. A model, not measured."""
+"""Tokens up to which each slot reads its expert's weights by itself, where nothing was measured. A
+model."""
+
+GEMV_AT_ONCE = 64
+"""Most tokens of a launch of the matrix-vector kernels: their scratch is 16 bytes an activation."""
 
 WORKSPACE_BYTES = 256 * 2**20
 """Scratch for many tokens; beyond it they are done some at a time."""
 
 
 def run_experts(
-    layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Tensor, *, dp4a: bool = False
+    layer: ExpertLayer,
+    hidden: Tensor,
+    chosen: Tensor,
+    routing: Tensor,
+    *,
+    dp4a: bool = False,
+    tiling: Tiling | None = None,
 ) -> Tensor:
     """Weighted sum of the chosen experts.
 
@@ -31,6 +47,8 @@ def run_experts(
     chosen : int64 [T, k]; ``layer.experts`` marks a dropped slot, which costs nothing.
     routing : [T, k], any float dtype.
     dp4a : for few tokens, round the inputs of both matrices to 8 bits, 128 at a time.
+    tiling : how to divide the work; by default what was measured to be fastest, or else the
+        numbers that are built in.
 
     Returns
     -------
@@ -40,11 +58,64 @@ def run_experts(
     if not tokens or not slots:
         return torch.zeros_like(hidden)
     hidden, chosen, routing = hidden.contiguous(), chosen.contiguous(), routing.contiguous()
-    if tokens <= DECODE_TOKENS and takes_gemv(layer.gate_up) and takes_gemv(layer.down):
-        return _few_tokens(layer, hidden, chosen, routing, dp4a)
-    step = max(1, WORKSPACE_BYTES // workspace_bytes(layer, slots, hidden.dtype))
-    parts = zip(hidden.split(step), chosen.split(step), routing.split(step), strict=True)
-    return torch.cat([_many_tokens(layer, *part) for part in parts])
+    if tiling is None and not dp4a:
+        tiling = TILINGS.get(choose_tiling(case_of(layer, slots, hidden), tokens))
+    size = tiling.size if tiling else None
+    if tiling.gemv if tiling else tokens <= DECODE_TOKENS and layer_takes_gemv(layer):
+        run = partial(_few_tokens, layer, dp4a=dp4a, step=size)
+        return in_parts(run, GEMV_AT_ONCE, hidden, chosen, routing)
+    at_once = max(1, WORKSPACE_BYTES // workspace_bytes(layer, slots, hidden.dtype))
+    return in_parts(partial(_many_tokens, layer, height=size), at_once, hidden, chosen, routing)
+
+
+def in_parts(run: Callable[..., Tensor], at_once: int, *tensors: Tensor) -> Tensor:
+    """``run`` on so many rows of all tensors at a time, put together."""
+    if len(tensors[0]) <= at_once:
+        return run(*tensors)
+    parts = zip(*(tensor.split(at_once) for tensor in tensors), strict=True)
+    return torch.cat([run(*part) for part in parts])
+
+
+def case_of(layer: ExpertLayer, slots: int, hidden: Tensor) -> LayerCase:
+    """What a layer's tiling is chosen by, for tokens with so many slots each."""
+    return LayerCase(
+        hidden=layer.down.rows,
+        intermediate=layer.down.columns,
+        rows=layer.gate_up.rows,
+        experts=layer.experts,
+        slots=slots,
+        widths=layer.gate_up.widths,
+        group_size=layer.gate_up.group_size,
+        dtype=hidden.dtype,
+        device=hidden.device.type,
+    )
+
+
+def explain_tiling(case: LayerCase, tokens: int) -> Choice:
+    """The tiling for so many tokens; of what is built in, only the kind of kernel is told."""
+    if found := choose_tiling(case, tokens):
+        return Choice(found, MEASURED)
+    gemv = tokens <= DECODE_TOKENS and any(tiling.gemv for tiling in tilings_of(case).values())
+    return Choice("gemv" if gemv else "gemm", BUILT_IN)
+
+
+def choose_tiling(case: LayerCase, tokens: int) -> str:
+    """Name of the tiling that was measured to be fastest for a layer; empty if none was."""
+    found = crossovers.fastest(case, tokens)
+    if found and found not in tilings_of(case):
+        crossovers.warn_unfit(case, found)
+        return ""
+    return found
+
+
+def tilings_of(case: LayerCase) -> dict[str, Tiling]:
+    """The tilings that a layer can be run with, by name."""
+    gemv = case.group_size % 4 == 0 and all(
+        whole_words(columns, width)
+        for columns in (case.hidden, case.intermediate)
+        for width in case.widths
+    )
+    return {name: tiling for name, tiling in TILINGS.items() if gemv or not tiling.gemv}
 
 
 def workspace_bytes(layer: ExpertLayer, slots: int, dtype: torch.dtype) -> int:
@@ -65,24 +136,37 @@ def takes_gemv(stack: MatrixStack) -> bool:
     return words and stack.group_size % 4 == 0
 
 
+def layer_takes_gemv(layer: ExpertLayer) -> bool:
+    """:func:`takes_gemv` of both matrices."""
+    return takes_gemv(layer.gate_up) and takes_gemv(layer.down)
+
+
 def _few_tokens(
-    layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Tensor, dp4a: bool
+    layer: ExpertLayer,
+    hidden: Tensor,
+    chosen: Tensor,
+    routing: Tensor,
+    *,
+    dp4a: bool,
+    step: int | None,
 ) -> Tensor:
     from mcsharp_sdk.kernels.triton_launch import combine, gemv
 
     flat = chosen.reshape(-1)
     gated = layer.between is None
-    inner = gemv(layer.gate_up, layer.table, hidden, flat, gated=gated, dp4a=dp4a)
+    inner = gemv(layer.gate_up, layer.table, hidden, flat, gated=gated, dp4a=dp4a, step=step)
     inner = _between(layer, inner, flat)
-    y = gemv(layer.down, layer.table, inner, flat, gated=False, dp4a=dp4a)
+    y = gemv(layer.down, layer.table, inner, flat, gated=False, dp4a=dp4a, step=step)
     return combine(_behind(layer, y, flat), chosen, routing, layer.experts)
 
 
-def _many_tokens(layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
+def _many_tokens(
+    layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Tensor, *, height: int | None
+) -> Tensor:
     from mcsharp_sdk.kernels.triton_launch import combine, gemm, sort_slots
 
     flat = chosen.reshape(-1)
-    tiles = sort_slots(flat, layer.experts)
+    tiles = sort_slots(flat, layer.experts, height)
     gated = layer.between is None
     inner = gemm(layer.gate_up, layer.table, hidden, tiles, gated=gated, to_slots=False)
     if not gated:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from torch import Tensor
 from mcsharp_sdk.kernels import chunked
 from mcsharp_sdk.kernels.case import Case
 from mcsharp_sdk.kernels.expert_layer import MatrixStack, expert_table
-from mcsharp_sdk.kernels.gpu_experts import takes_gemv, whole_words
+from mcsharp_sdk.kernels.gpu_experts import GEMV_AT_ONCE, in_parts, takes_gemv, whole_words
 from mcsharp_sdk.kernels.gpu_support import HALF_PRECISION, missing_support
 from mcsharp_sdk.kernels.matrix import PackedStack
+from mcsharp_sdk.kernels.tilings import Tiling
 
 GEMV_TOKENS = 2
-"""Tokens up to which each reads the weights by itself. A model, not measured."""
+"""Tokens up to which each reads the weights by itself, where nothing was measured. A model."""
 
 
 def refuses(case: Case) -> str:
@@ -35,9 +36,21 @@ def refuses_dp4a(case: Case) -> str:
     return ""
 
 
+def refuses_tiling(case: Case, tiling: Tiling) -> str:
+    """Why a case cannot be done with 16-bit activations in one way; empty if it can."""
+    return refuses_dp4a(case) if tiling.gemv else refuses(case)
+
+
 def run(x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
     """See :class:`~mcsharp_sdk.kernels.linear.Kernel`; 16-bit activations."""
-    return _run(x, stack, slots, counts, dp4a=False)
+    return _run(x, stack, slots, counts)
+
+
+def run_tiled(
+    x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int], *, tiling: Tiling
+) -> Tensor:
+    """As :func:`run`, in one way for any number of tokens."""
+    return _run(x, stack, slots, counts, tiling=tiling)
 
 
 def run_dp4a(x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
@@ -46,7 +59,13 @@ def run_dp4a(x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequen
 
 
 def _run(
-    x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int], dp4a: bool
+    x: Tensor,
+    stack: PackedStack,
+    slots: Sequence[int],
+    counts: Sequence[int],
+    *,
+    dp4a: bool = False,
+    tiling: Tiling | None = None,
 ) -> Tensor:
     from mcsharp_sdk.kernels.triton_launch import gemm, gemv, sort_slots
 
@@ -56,9 +75,11 @@ def _run(
     single = MatrixStack({stack.bits: stack.weight}, stack.group_size, stack.columns)
     table = _table(stack.bits, matrices, x.device)
     chosen = _chosen(x.device, slots, counts)
-    if len(x) <= GEMV_TOKENS and takes_gemv(single):
-        return gemv(single, table, x.contiguous(), chosen, gated=False, dp4a=dp4a)
-    tiles = sort_slots(chosen, matrices)
+    size = tiling.size if tiling else None
+    if tiling.gemv if tiling else len(x) <= GEMV_TOKENS and takes_gemv(single):
+        run = partial(gemv, single, table, gated=False, dp4a=dp4a, step=size)
+        return in_parts(run, GEMV_AT_ONCE, x.contiguous(), chosen)
+    tiles = sort_slots(chosen, matrices, size)
     return gemm(single, table, x.contiguous(), tiles, gated=False, to_slots=False)
 
 

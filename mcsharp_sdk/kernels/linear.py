@@ -1,8 +1,8 @@
 """The interface that kernels join, and the choice of one of them.
 
-A kernel is a row of ``KERNELS``. Which one a product gets is a row of ``PREFERENCES``: the first
-that fits the case and whose kernel does not refuse it. ``MCSHARP_KERNEL`` names one that takes
-everything instead.
+A kernel is a row of ``KERNELS``. Which one a product gets is a row of ``PREFERENCES``: the one that
+was measured to be fastest on this machine, or else the first that fits the case and whose kernel
+does not refuse it. ``MCSHARP_KERNEL`` names one that takes everything instead.
 """
 
 from __future__ import annotations
@@ -10,18 +10,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.kernels import chunked, dequantise, gpu_linear, integer_dot
-from mcsharp_sdk.kernels.case import Case
+from mcsharp_sdk.kernels import chunked, crossovers, dequantise, gpu_linear, integer_dot
+from mcsharp_sdk.kernels.case import BUILT_IN, MEASURED, Case, Choice
 from mcsharp_sdk.kernels.matrix import PackedMatrix, PackedStack
+from mcsharp_sdk.kernels.tilings import TILINGS
 
 VARIABLE = "MCSHARP_KERNEL"
 """Environment variable that names the kernel to use for everything."""
+
+WHOLE_LAYERS = ("triton", "triton_dp4a")
+"""Names that stand for kernels of whole layers too, the default first."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,13 @@ KERNELS: dict[str, Kernel] = {
     "integer_dot": Kernel(integer_dot.refuses, integer_dot.integer_dot),
     "dequantise": Kernel(dequantise.refuses, dequantise.dequantise_and_multiply),
     "chunked": Kernel(lambda case: "", chunked.chunked),
+    **{
+        f"triton_{name}": Kernel(
+            partial(gpu_linear.refuses_tiling, tiling=tiling),
+            partial(gpu_linear.run_tiled, tiling=tiling),
+        )
+        for name, tiling in TILINGS.items()
+    },
 }
 """Name -> kernel."""
 
@@ -56,7 +68,10 @@ ANY_NUMBER = 2**62
 
 @dataclass(frozen=True)
 class Preference:
-    """A kernel for all cases of these dtypes with at most so many tokens."""
+    """A kernel for all cases of these dtypes with at most so many tokens.
+
+    Where it was measured, it is used for as many tokens as it is fastest for; with 0, only there.
+    """
 
     kernel: str
     tokens: int
@@ -68,6 +83,7 @@ PREFERENCES: tuple[Preference, ...] = (
     Preference("integer_dot", 24, HALF_PRECISION),
     Preference("dequantise", ANY_NUMBER, EVERY_DTYPE),
     Preference("chunked", ANY_NUMBER, EVERY_DTYPE),
+    *(Preference(f"triton_{name}", 0, HALF_PRECISION) for name in TILINGS),
 )
 """Tried in order. ``integer_dot`` rounds activations to 16 bits, which float32 would notice; where
 it stops is where ``benchmarks/cpu_kernels.py`` finds it overtaken. ``triton_dp4a`` rounds to 8
@@ -75,7 +91,12 @@ bits, so that it runs only where ``MCSHARP_KERNEL`` asks for it."""
 
 
 def choose_kernel(case: Case) -> str:
-    """Name of the kernel that does a case.
+    """Name of the kernel that does a case; see :func:`explain_choice`."""
+    return explain_choice(case).kernel
+
+
+def explain_choice(case: Case) -> Choice:
+    """The kernel that does a case: the forced one, that measured to be fastest, or the built-in.
 
     Raises
     ------
@@ -84,14 +105,26 @@ def choose_kernel(case: Case) -> str:
     """
     forced = os.environ.get(VARIABLE)
     if forced:
-        return _forced(forced, case)
+        return Choice(_forced(forced, case), VARIABLE)
+    if name := crossovers.fastest(case, case.tokens):
+        if _is_candidate(name, case):
+            return Choice(name, MEASURED)
+        crossovers.warn_unfit(case, name)
     return next(
-        preferred.kernel
+        Choice(preferred.kernel, BUILT_IN)
         for preferred in PREFERENCES
-        if case.tokens <= preferred.tokens
-        and case.dtype in preferred.dtypes
-        and not KERNELS[preferred.kernel].refuses(case)
+        if case.tokens <= preferred.tokens and _is_candidate(preferred.kernel, case)
     )
+
+
+def candidates(case: Case) -> list[str]:
+    """The kernels that may be chosen for a case, whatever its number of tokens, without forcing."""
+    return [p.kernel for p in PREFERENCES if _is_candidate(p.kernel, case)]
+
+
+def _is_candidate(name: str, case: Case) -> bool:
+    dtypes = next((p.dtypes for p in PREFERENCES if p.kernel == name), ())
+    return case.dtype in dtypes and not KERNELS[name].refuses(case)
 
 
 def _forced(name: str, case: Case) -> str:

@@ -1,7 +1,7 @@
 """Launching the Triton kernels: grids, tile sizes and scratch. Nothing here waits for the device.
 
-All shapes follow from those of the arguments, so a CUDA graph can record any of it. Tile sizes are
-from instruction counts of compiled kernels, not from measurements: see ``docs/gpu.md``.
+All shapes follow from those of the arguments, so a CUDA graph can record any of it. Tile sizes that
+are not given are from instruction counts of compiled kernels: see ``docs/gpu.md``.
 """
 
 from __future__ import annotations
@@ -67,7 +67,14 @@ def weight_tensors(stack: MatrixStack) -> tuple[tuple[Tensor, Tensor, Tensor], .
 
 
 def gemv(
-    stack: MatrixStack, table: Tensor, x: Tensor, chosen: Tensor, *, gated: bool, dp4a: bool
+    stack: MatrixStack,
+    table: Tensor,
+    x: Tensor,
+    chosen: Tensor,
+    *,
+    gated: bool,
+    dp4a: bool,
+    step: int | None = None,
 ) -> Tensor:
     """Products of the chosen experts' matrix with their activations, for few slots.
 
@@ -78,6 +85,7 @@ def gemv(
     chosen : int64 [slots], slots a multiple of T: the expert of each.
     gated : give SiLU of the first half of the rows times the second half.
     dp4a : round activations to 8 bits, 128 at a time.
+    step : rows of a program, one of ``GEMV_ROWS``; by default as many as keep the GPU busy.
 
     Returns
     -------
@@ -95,8 +103,9 @@ def gemv(
     prepare_activations[(blocks, tokens)](x, codes, parts, scales, sums, columns, DP4A=dp4a)
     height = stack.rows // 2 if gated else stack.rows
     out = torch.empty(len(chosen), height, dtype=x.dtype, device=x.device)
-    share = [r for r in GEMV_ROWS if stack.rows * len(chosen) >= r * GEMV_PROGRAMS]
-    step = share[0] if share else GEMV_ROWS[-1]
+    if step is None:
+        share = [r for r in GEMV_ROWS if stack.rows * len(chosen) >= r * GEMV_PROGRAMS]
+        step = share[0] if share else GEMV_ROWS[-1]
     grouped_gemv[(triton.cdiv(height, step // 2 if gated else step), len(chosen))](
         codes,
         parts,
@@ -121,15 +130,17 @@ def gemv(
     return out
 
 
-def sort_slots(chosen: Tensor, experts: int) -> Tiles:
+def sort_slots(chosen: Tensor, experts: int, height: int | None = None) -> Tiles:
     """Order slots by expert and cut each expert's into tiles, on the device.
 
     Parameters
     ----------
     chosen : int64 [slots], up to ``experts``, which marks a dropped slot and comes last.
+    height : most slots of a tile, one of ``GEMM_TOKENS``; by default what holds an expert's share.
     """
     slots = len(chosen)
-    height = next((t for t in GEMM_TOKENS if slots <= t * experts), GEMM_TOKENS[-1])
+    if height is None:
+        height = next((t for t in GEMM_TOKENS if slots <= t * experts), GEMM_TOKENS[-1])
     order = torch.argsort(chosen, stable=True)
     numbers = torch.arange(max(experts + 1, slots // height + experts), device=chosen.device)
     starts = torch.searchsorted(chosen[order], numbers[: experts + 1])

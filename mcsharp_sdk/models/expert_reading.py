@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.core_model_loading import WeightConverter, dot_natural_key
 
 from mcsharp_sdk.errors import RunError
+from mcsharp_sdk.models.read_ahead import to_device
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.weight_checks import check_finite
 
@@ -96,7 +97,8 @@ class StackedExperts:
         """
         if self.converter is None:
             (name,) = self.parts[""]
-            return self._rows(name, expert, expert + 1)[0].to(device, self.like.dtype)
+            rows = self._rows(name, expert, expert + 1)[0]
+            return to_device(rows, device, self.like.dtype)
         converter = deepcopy(self.converter)
         for pattern, names in self.parts.items():
             converter.add_tensor(self.name, names[0], pattern, self._reader(names, expert, device))
@@ -121,7 +123,7 @@ class StackedExperts:
             else:
                 rows = self.checkpoint.info(names[0]).shape[0] // len(self.like)
                 tensor = self._rows(names[0], expert * rows, (expert + 1) * rows)
-            return tensor.to(device, self.like.dtype)
+            return to_device(tensor, device, self.like.dtype)
 
         return read
 

@@ -70,6 +70,8 @@ class ExpertRuns:
 
         ``last`` as of :func:`~mcsharp_sdk.models.capture.routed_inputs`.
         """
+        if layer.inputs.ranks.alone:  # otherwise which experts come first is not known yet
+            layer.expert_weights.expect(range(1))
         routed = routed_inputs(layer, last=last)
         scratch, ranks, weights = layer.inputs.scratch, layer.inputs.ranks, layer.expert_weights
         every = range(weights.num_experts)
@@ -159,7 +161,8 @@ class ExpertRuns:
 
     def run(self, experts: Sequence[int]) -> None:
         """Add the outputs of some experts, and release them."""
-        for expert in experts:
+        for position, expert in enumerate(experts):
+            self.weights.expect(experts[position + 1 : position + 2])
             self.add_output(expert)
             self.weights.release(expert)
 

@@ -7,15 +7,17 @@ works on an expert says when it is done with it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from mcsharp_sdk.models.bfloat16 import linear
 from mcsharp_sdk.models.expert_reading import StackedExperts
-from mcsharp_sdk.models.experts import Matrix, activate, finish, fused_weight
+from mcsharp_sdk.models.experts import MATRICES, Matrix, activate, finish, fused_weight
+from mcsharp_sdk.models.read_ahead import ReadAhead
 
 
 class ExpertWeights(ABC):
@@ -39,6 +41,9 @@ class ExpertWeights(ABC):
     @abstractmethod
     def release(self, expert: int) -> None:
         """Nothing more is asked of this expert for now."""
+
+    def expect(self, experts: Sequence[int]) -> None:  # noqa: B027 (most need not prepare)
+        """These are read next, behind those in use: they may be fetched from now on."""
 
     @property
     @abstractmethod
@@ -100,11 +105,13 @@ class StoredExperts(ExpertWeights):
     ----------
     stacked : matrix -> where the fused parameter lies on disk.
     device : where experts are read to.
+    ahead : reads those that are expected; None to read them when they are asked for.
     """
 
     module: Any
     stacked: Mapping[Matrix, StackedExperts]
     device: str
+    ahead: ReadAhead | None = None
     _in_use: dict[tuple[Matrix, int], Tensor] = field(default_factory=dict)
 
     @property
@@ -112,12 +119,21 @@ class StoredExperts(ExpertWeights):
         """Never."""
         return False
 
+    def expect(self, experts: Sequence[int]) -> None:
+        """Begin to read them in the background, if that is wanted."""
+        if self.ahead is None:
+            return
+        for expert in experts:
+            for matrix in MATRICES:
+                if (matrix, expert) not in self._in_use:
+                    self.ahead.begin((matrix, expert), partial(self._from_disk, matrix, expert))
+
     def read(self, matrix: Matrix, expert: int) -> Tensor:
         """From disk, unless the expert is in use."""
         found = self._in_use.get((matrix, expert))
         if found is None:
-            found = self.stacked[matrix].read(expert, self.device)
-            found = found.t() if self.module.is_transposed else found
+            found = None if self.ahead is None else self.ahead.take((matrix, expert))
+            found = self._from_disk(matrix, expert) if found is None else found
             self._in_use[matrix, expert] = found
         return found
 
@@ -128,5 +144,11 @@ class StoredExperts(ExpertWeights):
 
     def release(self, expert: int) -> None:
         """Forget the expert."""
-        for key in [key for key in self._in_use if key[1] == expert]:
-            del self._in_use[key]
+        for matrix in MATRICES:
+            self._in_use.pop((matrix, expert), None)
+            if self.ahead is not None:
+                self.ahead.drop((matrix, expert))
+
+    def _from_disk(self, matrix: Matrix, expert: int) -> Tensor:
+        found = self.stacked[matrix].read(expert, self.device)
+        return found.t() if self.module.is_transposed else found

@@ -33,6 +33,7 @@ from mcsharp_sdk.models.expert_weights import ExpertWeights, LoadedExperts, Stor
 from mcsharp_sdk.models.experts import MATRICES, Matrix, parameter_name
 from mcsharp_sdk.models.memory import keep_large_blocks_out_of_the_heap, release_free_memory
 from mcsharp_sdk.models.normal_form import weight_conversions
+from mcsharp_sdk.models.read_ahead import ReadAhead, overlaps
 from mcsharp_sdk.models.routing import Router, read_router, router_tensor_names
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.topology import MoeBlock, Topology, read_topology
@@ -49,6 +50,7 @@ class SourceModel:
 
     Attributes
     ----------
+    overlaps : whether experts are read, and results written, beside the computing.
     model : the causal language model on the meta device.
     topology : where its layers, routers, experts and linears are.
     dtype : the dtype that it computes in: that of the checkpoint, but float32 for float16 on a
@@ -57,6 +59,7 @@ class SourceModel:
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
         check_device(device)
+        self.overlaps = overlaps(device)
         keep_large_blocks_out_of_the_heap()
         self.path = path
         self.device = device
@@ -188,7 +191,8 @@ class SourceModel:
         module: Any = self.layer(layer).get_submodule(block.experts)
         if stacked is None:
             return LoadedExperts(module)
-        return StoredExperts(module, stacked, self.device)
+        ahead = ReadAhead(self.device) if self.overlaps else None
+        return StoredExperts(module, stacked, self.device, ahead)
 
     def load(self, *prefixes: str, but_not: Iterable[str] = ()) -> None:
         """Fill every parameter and buffer whose name starts with one of ``prefixes``.

@@ -15,10 +15,12 @@ WORKING_SET_BYTES = 256 * 2**20
 def expert_chunks(runs: ExpertRuns) -> Iterator[list[int]]:
     """Experts in runs that fit the working set together; at least one a run.
 
-    What a run has freed is given back to the system before the next begins.
+    What a run has freed is given back to the system before the next begins. The weights of the
+    next are expected meanwhile.
     """
     size = experts_at_once([runs.weights.shape(matrix) for matrix in MATRICES])
     for start in range(0, len(runs.experts), size):
+        runs.weights.expect(runs.experts[start + size : start + 2 * size])
         yield list(runs.experts[start : start + size])
         release_free_memory()
 

@@ -154,24 +154,26 @@ class GPTQQuantize(Modifier):
         bit_map = self._bit_map(context)
         quantiser, model = self.quantiser(), OriginalModel()
         layers = context.layers(self.writes)
-        for layer in context.stream("quantising", by_expert=True):
-            widths = bit_map.bits.get(layer.index)
-            original = model.layer(layer) if self.propagates else None
-            if layers.has(layer.index):
-                if original is not None:
-                    original.advance()
-                restore_layer(
-                    layer,
-                    layers.slices(layer.index),
-                    expert_bits=widths,
-                    linear_bits=self.other_bits,
-                    group_size=self.group_size,
-                )
-                if widths is not None:
-                    layer.expert_outputs = run_experts(layer, last=True)
-            else:
-                tensors, notes = quantiser.quantise(layer, widths, original)
-                layers.write(layer.index, tensors, asdict(notes))
+        with layers.writer(overlap=context.model.overlaps) as writer:
+            for layer in context.stream("quantising", by_expert=True):
+                widths = bit_map.bits.get(layer.index)
+                original = model.layer(layer) if self.propagates else None
+                if layers.has(layer.index):
+                    if original is not None:
+                        original.advance()
+                    restore_layer(
+                        layer,
+                        layers.slices(layer.index),
+                        expert_bits=widths,
+                        linear_bits=self.other_bits,
+                        group_size=self.group_size,
+                    )
+                    if widths is not None:
+                        layer.expert_outputs = run_experts(layer, last=True)
+                else:
+                    tensors, notes = quantiser.quantise(layer, widths, original)
+                    writer.write(layer.index, tensors, asdict(notes))
+                    del tensors  # they go when they are written
         layers.write_summary(self._layout(context, bit_map).to_dict())
         self._report(context, layers)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mcsharp_sdk.kernels import gpu_support
 from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack, expert_table
 from mcsharp_sdk.kernels.gpu_experts import run_experts
-from mcsharp_sdk.kernels.linear import VARIABLE
+from mcsharp_sdk.kernels.linear import VARIABLE, WHOLE_LAYERS
 from mcsharp_sdk.models.experts import MATRICES, activate, finish
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 WholeLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
 """hidden [T, H], top_k_index and top_k_weights [T, k] -> [T, H]."""
 
-TRITON, TRITON_DP4A = "triton", "triton_dp4a"
-"""Names in the kernel table that whole layers go by too."""
+TRITON, TRITON_DP4A = WHOLE_LAYERS
 
 _KNOWN = "_whole_layer_facts"
 
@@ -42,7 +41,7 @@ def whole_layer(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -
     """
     if not gpu_support.serves(hidden) or not buckets:
         return None
-    if os.environ.get(VARIABLE, TRITON) not in {TRITON, TRITON_DP4A}:
+    if os.environ.get(VARIABLE, TRITON) not in WHOLE_LAYERS:
         return None
     if any(p.device != hidden.device for bucket in buckets for p in bucket.parameters()):
         return None

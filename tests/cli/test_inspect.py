@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import save_tiny_model
@@ -88,20 +89,28 @@ def test_a_folder_without_weights_is_refused(
     assert "no safetensors weights" in capsys.readouterr().err
 
 
-def test_kernels_are_shown_for_every_matrix(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """A model with packed experts and one packed linear in each of three layers."""
+    import torch
+
     from mcsharp_sdk.models.source import SourceModel
     from mcsharp_sdk.runtime.hf_quantizer import pack_modules
     from mcsharp_sdk.runtime.layout import PackedLayout
 
-    save_tiny_model(tmp_path / "original", "mixtral")
+    save_tiny_model(tmp_path / "original", "mixtral", dtype=torch.bfloat16)
     layout = PackedLayout(32, dict.fromkeys(range(3), (1, 2, 3, 2)), {"self_attn.q_proj": 4})
     model = SourceModel(tmp_path / "original").model
     pack_modules(model, layout)
     save_packed(model, tmp_path / "packed", layout.to_dict())
+    return tmp_path / "packed"
+
+
+def test_kernels_are_shown_for_every_matrix(
+    packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MCSHARP_KERNEL", "chunked")
-    assert run("inspect", tmp_path / "packed", "--kernels", "--json") == 0
+    assert run("inspect", packed, "--kernels", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     numbers = {entry["matrix"]: entry["count"] for entry in found["matrices"]}
     assert numbers["model.layers.*.mlp.experts.width_2.gate_up"] == 3 * 2
@@ -109,11 +118,86 @@ def test_kernels_are_shown_for_every_matrix(
     assert len(numbers) == 3 * 2 + 1
     kernels = {name for entry in found["matrices"] for name in entry["kernels"].values()}
     assert kernels == {"chunked"}
-    assert run("inspect", tmp_path / "packed", "--kernels") == 0
+    assert {entry["chosen"] for entry in found["matrices"]} == {"MCSHARP_KERNEL"}
+    assert run("inspect", packed, "--kernels") == 0
     assert "self_attn.q_proj" in capsys.readouterr().out
     monkeypatch.setenv("MCSHARP_KERNEL", "quickest")
-    assert run("inspect", tmp_path / "packed", "--kernels") == 2
+    assert run("inspect", packed, "--kernels") == 2
     assert "MCSHARP_KERNEL=quickest: no such kernel" in capsys.readouterr().err
+
+
+def test_kernels_are_measured_kept_and_gone_by_from_then_on(
+    packed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mcsharp_sdk.kernels import measuring
+
+    file = tmp_path / "crossovers.json"
+    monkeypatch.setenv("MCSHARP_CROSSOVERS", str(file))
+
+    def shown(*options: str) -> dict[str, Any]:
+        assert run("inspect", packed, "--kernels", "--device", "cpu", "--json", *options) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    assert {m["chosen"] for m in shown()["matrices"]} == {"built in"}
+    monkeypatch.setattr(measuring, "ROUNDS", 2)
+    measured = shown("--measure")
+    assert {m["chosen"] for m in measured["matrices"]} == {"measured"}
+    assert shown() == measured
+    assert {m["chosen"] for m in shown("--dtype", "float32")["matrices"]} == {"built in"}
+    (kept,) = json.loads(file.read_text())["devices"].values()
+    by_shape = {(m["rows"], m["columns"], m["bits"]): m["kernels"] for m in measured["matrices"]}
+    assert len(kept) == len(by_shape)
+    for (rows, columns, bits), kernels in by_shape.items():
+        (steps,) = (s for key, s in kept.items() if key.startswith(f"{rows} x {columns}, {bits} "))
+        for tokens, kernel in kernels.items():
+            assert kernel == [name for first, name in steps if first <= int(tokens)][-1]
+
+
+def test_measuring_into_a_file_of_something_else_is_refused_before_anything_is_timed(
+    packed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
+    monkeypatch.setenv("MCSHARP_CROSSOVERS", str(tmp_path / "notes.json"))
+    assert run("inspect", packed, "--kernels", "--measure") == 2
+    assert "notes.json" in capsys.readouterr().err
+    assert (tmp_path / "notes.json").read_text() == '{"mine": 1}'
+    assert run("inspect", packed, "--measure") == 2
+    assert "--measure, --device and --dtype go with --kernels" in capsys.readouterr().err
+
+
+def test_on_a_gpu_experts_are_shown_by_layers(
+    packed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mcsharp_sdk.evaluation import kernel_choice
+    from mcsharp_sdk.kernels import crossovers
+
+    monkeypatch.setattr(kernel_choice, "choose_device", lambda name: "cuda")
+    monkeypatch.setattr(kernel_choice, "missing_support", lambda device: "")
+    monkeypatch.setattr(crossovers, "hardware", lambda device: "A GPU")
+    monkeypatch.setattr(kernel_choice, "hardware", lambda device: "A GPU")
+    monkeypatch.setenv("MCSHARP_CROSSOVERS", str(tmp_path / "crossovers.json"))
+    found = kernel_choice.kernel_choices(packed)
+    assert [m.matrix for m in found.matrices] == ["model.layers.*.self_attn.q_proj"]
+    (layers,) = found.layers
+    assert (layers.layers, layers.widths, layers.chosen) == (3, (1, 2, 3), "built in")
+    assert (layers.tilings[1], layers.tilings[256]) == ("gemv", "gemm")
+    (case,) = kernel_choice.products_of(packed).layers
+    assert (case.experts, case.slots, case.rows) == (4, 2, 2 * case.intermediate)
+    crossovers.save("cuda", {case.key(): ((1, "gemv_64"), (16, "gemm_16"))})
+    (layers,) = kernel_choice.kernel_choices(packed).layers
+    assert layers.chosen == "measured"
+    assert (layers.tilings[8], layers.tilings[16]) == ("gemv_64", "gemm_16")
+    assert run("inspect", packed, "--kernels") == 0
+    assert "all of a layer at once" in capsys.readouterr().out
 
 
 def test_kernels_of_a_model_that_is_not_compressed_are_refused(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,17 @@ import torch
 from expert_stacks import random_layer, relative_error, silu_layer
 from tiny_models import tiny_model
 
-from mcsharp_sdk.kernels import gpu_experts, gpu_support
-from mcsharp_sdk.kernels.gpu_experts import run_experts, workspace_bytes
+from mcsharp_sdk.kernels import (
+    crossovers,
+    gpu_experts,
+    gpu_support,
+    measuring,
+    triton_launch,
+)
+from mcsharp_sdk.kernels.case import LayerCase
+from mcsharp_sdk.kernels.gpu_experts import case_of, run_experts, workspace_bytes
+from mcsharp_sdk.kernels.tilings import TILINGS
+from mcsharp_sdk.kernels.timed_cases import time_layer
 from mcsharp_sdk.models.experts import is_experts
 from mcsharp_sdk.models.normal_form import normalise
 from mcsharp_sdk.runtime.modules import ExpertBucket, pack_experts_module
@@ -36,6 +47,46 @@ def test_a_layer_agrees_with_float64(tokens: int, dp4a: bool) -> None:
     assert out.dtype == hidden.dtype
     expected = silu_layer(hidden, chosen, routing, gate_up, down)
     assert not tokens or relative_error(out, expected) < (0.03 if dp4a else 2e-3)
+
+
+@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_layer_runs_in_every_way_that_can_be_measured(
+    tiling: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_experts, "GEMV_AT_ONCE", 4)
+    layer, gate_up, down = random_layer(BITS, 128, 32, 32)
+    hidden, chosen, routing = routed(tokens, 128)
+    out = run_experts(layer, hidden, chosen, routing, tiling=TILINGS[tiling])
+    expected = silu_layer(hidden, chosen, routing, gate_up, down)
+    assert relative_error(out, expected) < 2e-3
+
+
+def test_a_layer_runs_as_was_measured_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, _, _ = random_layer(BITS, 128, 32, 32)
+    hidden, chosen, routing = routed(3, 128)
+    case = case_of(layer, 2, hidden)
+    assert case == LayerCase(128, 32, 64, 4, 2, (1, 2, 3), 32, torch.float16, "cpu")
+    monkeypatch.setattr(measuring, "ROUNDS", 1)
+    steps = time_layer(replace(case, hidden=32, rows=32, intermediate=16), (1, 3))
+    assert steps[0][0] == 1
+    assert {name for _, name in steps} <= set(TILINGS)
+
+    monkeypatch.setenv("MCSHARP_CROSSOVERS", str(tmp_path / "crossovers.json"))
+    crossovers.save("cpu", {case.key(): ((1, "gemv_64"), (3, "gemm_32"))})
+    heights: list[int | None] = []
+    sort_slots = triton_launch.sort_slots
+
+    def noted(chosen: torch.Tensor, experts: int, height: int | None = None) -> Any:
+        heights.append(height)
+        return sort_slots(chosen, experts, height)
+
+    monkeypatch.setattr(triton_launch, "sort_slots", noted)
+    run_experts(layer, hidden, chosen, routing)
+    run_experts(layer, hidden[:2], chosen[:2], routing[:2])
+    assert heights == [32]
 
 
 def test_tokens_beyond_the_workspace_are_done_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from expert_stacks import random_stack, relative_error
 
-from mcsharp_sdk.kernels import gpu_linear
+from mcsharp_sdk.kernels import KERNELS, gpu_linear
 from mcsharp_sdk.kernels.case import Case
 from mcsharp_sdk.kernels.expert_layer import expert_table
 from mcsharp_sdk.kernels.gpu_experts import takes_gemv
 from mcsharp_sdk.kernels.matrix import PackedStack
+from mcsharp_sdk.kernels.tilings import TILINGS
 from mcsharp_sdk.kernels.triton_launch import EMULATE, gemm, gemv, sort_slots
 from mcsharp_sdk.quantization.grid import WIDTHS
 
@@ -87,6 +88,21 @@ def test_a_linear_layer_agrees_with_float64(tokens: int, bits: int, columns: int
     x = activations(tokens, columns)
     out = gpu_linear.run(x, PackedStack(weight, bits, 64, columns), [0], [tokens])
     assert relative_error(out, x.double() @ exact[0].T) < HALF
+
+
+@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("counts", [[3], [1, 5, 2]], ids=str)
+def test_a_matrix_is_multiplied_in_every_way_that_can_be_measured(
+    tiling: str, counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_linear, "GEMV_AT_ONCE", 4)
+    stack, exact = random_stack([3] * len(counts), 72, 160, 32)
+    packed = PackedStack(stack.weights[3], 3, 32, 160)
+    x = activations(sum(counts), 160)
+    out = KERNELS[f"triton_{tiling}"].run(x, packed, range(len(counts)), counts)
+    parts = x.double().split(counts)
+    expected = torch.cat([part @ own.T for part, own in zip(parts, exact, strict=True)])
+    assert relative_error(out, expected) < HALF
 
 
 def test_the_matrices_of_a_bucket_get_their_own_rows() -> None:
