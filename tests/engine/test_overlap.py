@@ -21,7 +21,7 @@ from tiny_tokenizer import save_tiny_tokenizer
 from torch import Tensor
 
 import mcsharp_sdk
-from mcsharp_sdk.engine import layer_store, memory_plan
+from mcsharp_sdk.engine import layer_store, memory_plan, quantising_memory
 from mcsharp_sdk.engine.layer_store import LayerStore
 from mcsharp_sdk.engine.layer_writing import WritingBehind
 from mcsharp_sdk.errors import RunError
@@ -94,7 +94,7 @@ def test_the_plan_counts_what_is_read_ahead_and_not_yet_written(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_plan, "base_bytes", lambda: 0)
-    monkeypatch.setattr(memory_plan, "_chunk_experts", lambda layer: 1)
+    monkeypatch.setattr(quantising_memory, "experts_together", lambda layer: 1)
     wanted = command(base, base / "out", {})
     recipe = mcsharp_sdk.Recipe.from_dict(dict(wanted.recipe))
     plain = mcsharp_sdk.plan(recipe, wanted.model)
