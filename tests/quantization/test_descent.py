@@ -6,38 +6,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from quantised_matrices import quantised_by_gptq, row_errors
 from torch import Tensor
 
-from mcsharp_sdk.quantization import GridSettings, factorise, quantise_gptq
 from mcsharp_sdk.quantization.descent import refine, sweep
 from mcsharp_sdk.quantization.grid import (
-    QuantizedBatch,
     QuantizedWeight,
     dequantise,
     zero_points,
 )
-from mcsharp_sdk.quantization.hessian import damped
-
-
-def quantised(
-    columns: int, group_size: int, bits: list[int], rows: int
-) -> tuple[Tensor, Tensor, QuantizedBatch]:
-    """Weights, damped Hessians, and the weights quantised by GPTQ."""
-    generator = torch.Generator().manual_seed(columns)
-    weights = torch.randn(len(bits), rows, columns, generator=generator)
-    mix = torch.eye(columns) + 0.3 * torch.randn(columns, columns, generator=generator)
-    inputs = torch.randn(len(bits), 3 * columns, columns, generator=generator) @ mix
-    hessians = 2 * inputs.transpose(1, 2) @ inputs
-    factor = factorise(hessians)
-    batch = quantise_gptq(weights, factor, bits, GridSettings(group_size=group_size))
-    ridged = torch.stack([damped(hessians, factor, expert) for expert in range(len(bits))])
-    return weights, ridged, batch
-
-
-def errors(weight: Tensor, quantised: QuantizedWeight, hessian: Tensor) -> Tensor:
-    """Δ H Δᵀ of each row, [R] float64."""
-    change = (weight - dequantise(quantised)).double()
-    return ((change @ hessian.double()) * change).sum(1)
 
 
 def swept_by_hand(weight: Tensor, one: QuantizedWeight, hessian: Tensor) -> Tensor:
@@ -60,7 +37,7 @@ def swept_by_hand(weight: Tensor, one: QuantizedWeight, hessian: Tensor) -> Tens
 
 @pytest.mark.parametrize(("columns", "group_size"), [(150, 32), (20, 64), (129, 16)])
 def test_each_code_is_the_best_given_all_others(columns: int, group_size: int) -> None:
-    weights, hessians, batch = quantised(columns, group_size, [1, 2, 3], rows=6)
+    weights, hessians, batch = quantised_by_gptq(columns, group_size, [1, 2, 3], rows=6)
     for expert in range(3):
         before = batch.expert(expert)
         found = sweep(weights[expert], before, hessians[expert])
@@ -72,18 +49,18 @@ def test_each_code_is_the_best_given_all_others(columns: int, group_size: int) -
 
 
 def test_rounds_lower_the_error_of_every_row_further_than_gptq() -> None:
-    weights, hessians, batch = quantised(192, 32, [1, 2, 3], rows=64)
+    weights, hessians, batch = quantised_by_gptq(192, 32, [1, 2, 3], rows=64)
     for weight, hessian, index in zip(weights, hessians, range(3), strict=True):
         start = batch.expert(index)
         found = [start, *(refine(weight, start, hessian, rounds) for rounds in range(4))]
-        error = [errors(weight, one, hessian) for one in found]
+        error = [row_errors(weight, one, hessian) for one in found]
         for before, after in pairwise(error):
             assert bool((after <= before * (1 + 1e-5)).all())
         assert float(error[2].sum()) < 0.97 * float(error[0].sum())
 
 
 def test_weights_on_the_grid_stay_where_they_are() -> None:
-    _, hessians, batch = quantised(64, 16, [2, 3], rows=10)
+    _, hessians, batch = quantised_by_gptq(64, 16, [2, 3], rows=10)
     for index in range(2):
         start = batch.expert(index)
         found = refine(dequantise(start), start, hessians[index], 2)

@@ -6,38 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from quantised_matrices import quantised_by_gptq, row_errors
 from torch import Tensor
 
-from mcsharp_sdk.quantization import GridSettings, factorise, quantise_gptq
 from mcsharp_sdk.quantization.grid import (
-    QuantizedBatch,
     QuantizedWeight,
-    dequantise,
     zero_points,
 )
-from mcsharp_sdk.quantization.hessian import damped
 from mcsharp_sdk.quantization.scale_refit import refit_scales
-
-
-def quantised(
-    columns: int, group_size: int, bits: list[int], rows: int = 17
-) -> tuple[Tensor, Tensor, QuantizedBatch]:
-    """Weights, damped Hessians, and the weights quantised."""
-    generator = torch.Generator().manual_seed(columns)
-    weights = torch.randn(len(bits), rows, columns, generator=generator)
-    mix = torch.eye(columns) + 0.3 * torch.randn(columns, columns, generator=generator)
-    inputs = torch.randn(len(bits), 3 * columns, columns, generator=generator) @ mix
-    hessians = 2 * inputs.transpose(1, 2) @ inputs
-    factor = factorise(hessians)
-    batch = quantise_gptq(weights, factor, bits, GridSettings(group_size=group_size))
-    ridged = torch.stack([damped(hessians, factor, expert) for expert in range(len(bits))])
-    return weights, ridged, batch
-
-
-def errors(weight: Tensor, quantised: QuantizedWeight, hessian: Tensor) -> Tensor:
-    """Δ H Δᵀ of each row, [R] float64."""
-    change = (weight - dequantise(quantised)).double()
-    return ((change @ hessian.double()) * change).sum(1)
 
 
 def least_squares(weight: Tensor, one: QuantizedWeight, root: Tensor) -> Tensor:
@@ -54,7 +30,7 @@ def least_squares(weight: Tensor, one: QuantizedWeight, root: Tensor) -> Tensor:
 @pytest.mark.parametrize(("columns", "group_size"), [(96, 32), (70, 16), (40, 64)])
 def test_scales_are_the_least_squares_ones_for_the_codes(columns: int, group_size: int) -> None:
     bits = [1, 2, 3, 4]
-    weights, hessians, batch = quantised(columns, group_size, bits)
+    weights, hessians, batch = quantised_by_gptq(columns, group_size, bits)
     changed = 0
     for expert in range(len(bits)):
         before = batch.expert(expert)
@@ -73,17 +49,17 @@ def test_scales_are_the_least_squares_ones_for_the_codes(columns: int, group_siz
 
 
 def test_no_row_gets_worse_and_signs_stay() -> None:
-    weights, hessians, batch = quantised(128, 16, [1, 2, 3], rows=600)
+    weights, hessians, batch = quantised_by_gptq(128, 16, [1, 2, 3], rows=600)
     for weight, hessian, index in zip(weights, hessians, range(3), strict=True):
         start = batch.expert(index)
         fitted = refit_scales(weight, start, hessian)
-        before, after = (errors(weight, one, hessian) for one in (start, fitted))
+        before, after = (row_errors(weight, one, hessian) for one in (start, fitted))
         assert bool((after <= before * (1 + 1e-6)).all())
         assert float(after.sum()) < 0.99 * float(before.sum())
         assert torch.equal(fitted.scales.sign(), start.scales.sign())
 
 
 def test_a_row_that_would_change_a_sign_keeps_its_scales() -> None:
-    weights, hessians, batch = quantised(32, 16, [2])
+    weights, hessians, batch = quantised_by_gptq(32, 16, [2])
     fitted = refit_scales(-weights[0], batch.expert(0), hessians[0])
     assert torch.equal(fitted.scales, batch.scales[0])
