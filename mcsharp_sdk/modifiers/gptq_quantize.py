@@ -18,6 +18,7 @@ from mcsharp_sdk.recipe.paths import RecipePath
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
     from mcsharp_sdk.engine.run_directory import LayerStore
+    from mcsharp_sdk.models.stream import StreamedLayer
     from mcsharp_sdk.modifiers.layer_quantisation import LayerQuantiser
     from mcsharp_sdk.runtime.layout import PackedLayout
 
@@ -147,8 +148,6 @@ class GPTQQuantize(Modifier):
         return []
 
     def run(self, context: RunContext) -> None:
-        from mcsharp_sdk.models.expert_runs import run_experts
-        from mcsharp_sdk.modifiers.layer_restoration import restore_layer
         from mcsharp_sdk.modifiers.original_model import OriginalModel
 
         bit_map = self._bit_map(context)
@@ -161,21 +160,30 @@ class GPTQQuantize(Modifier):
                 if layers.has(layer.index):
                     if original is not None:
                         original.advance()
-                    restore_layer(
-                        layer,
-                        layers.slices(layer.index),
-                        expert_bits=widths,
-                        linear_bits=self.other_bits,
-                        group_size=self.group_size,
-                    )
-                    if widths is not None:
-                        layer.expert_outputs = run_experts(layer, last=True)
+                    self._restore(layer, layers, widths)
                 else:
                     tensors, notes = quantiser.quantise(layer, widths, original)
                     writer.write(layer.index, tensors, asdict(notes))
                     del tensors  # they go when they are written
         layers.write_summary(self._layout(context, bit_map).to_dict())
         self._report(context, layers)
+
+    def _restore(
+        self, layer: StreamedLayer, layers: LayerStore, widths: Sequence[int] | None
+    ) -> None:
+        """Give a layer the weights that an earlier run has quantised it to."""
+        from mcsharp_sdk.models.expert_runs import run_experts
+        from mcsharp_sdk.modifiers.layer_restoration import restore_layer
+
+        restore_layer(
+            layer,
+            layers.slices(layer.index),
+            expert_bits=widths,
+            linear_bits=self.other_bits,
+            group_size=self.group_size,
+        )
+        if widths is not None:
+            layer.expert_outputs = run_experts(layer, last=True)
 
     def _bit_map(self, context: RunContext) -> BitMap:
         experts = context.model.topology.experts_per_layer()
