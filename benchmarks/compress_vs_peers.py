@@ -34,7 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from peak_memory import make_model, save_tokenizer
 
 GENERATED = "generated"
-PACKAGES = {"llmcompressor": "llmcompressor==0.14.0.1", "gptqmodel": "gptqmodel==7.7.0"}
+PACKAGES = {
+    "llmcompressor": "llmcompressor==0.14.0.1",
+    "gptqmodel": "gptqmodel==7.7.0",
+    "autoround": "auto-round==0.16.1",
+}
 OURS, ORIGINAL = "mcsharp_sdk", "original"
 KEPT = ["lm_head", r"re:.*\.gate$", r"re:.*\.router$"]
 """What llm-compressor leaves as it is: head and routers, as ours does."""
@@ -171,6 +175,38 @@ def run_gptqmodel(job: Job) -> Job:
     return measure.stop(lambda: perplexity(GPTQModel.load(output, device="cpu").model, job))
 
 
+def run_autoround(job: Job) -> Job:
+    """AutoRound's result as it is in memory, not written.
+
+    Its names of Mixtral's experts are not those of the checkpoint: what it writes is loaded with
+    random experts, and from a folder, which it reads block by block, it cannot take the model.
+    """
+    import torch
+    from auto_round import AutoRound
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    batch = 8
+    tokens = torch.tensor(calibration_tokens(job))
+    measure = Measure()
+    model: Any = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
+    method: Any = AutoRound(
+        model,
+        AutoTokenizer.from_pretrained(job["model"]),
+        scheme=f"W{job['bits']}A16",
+        group_size=job["group_size"],
+        sym=False,
+        dataset=list(tokens.split(batch)),
+        batch_size=batch,
+        nsamples=len(tokens),
+        seqlen=job["length"],
+        iters=job["autoround_iters"],
+        lr=job["autoround_lr"],
+        device_map="cpu",
+    )
+    quantised, _ = method.quantize()
+    return measure.stop(lambda: perplexity(quantised, job))
+
+
 def run_original(job: Job) -> Job:
     """Only the perplexity of the model as it is."""
     from transformers import AutoModelForCausalLM
@@ -185,6 +221,7 @@ RUNNERS: dict[str, Callable[[Job], Job]] = {
     OURS: run_mcsharp_sdk,
     "llmcompressor": run_llmcompressor,
     "gptqmodel": run_gptqmodel,
+    "autoround": run_autoround,
 }
 
 
@@ -249,6 +286,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--test-windows", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--autoround-iters", type=int, default=200, help="steps per block")
+    parser.add_argument("--autoround-lr", type=float, help="default: 1 / steps, as AutoRound's")
     parser.add_argument("--packages", nargs="+", default=list(RUNNERS), choices=RUNNERS)
     parser.add_argument("--work", type=Path, default=Path("peers"), help="folder for everything")
     options = parser.parse_args()
@@ -256,6 +295,7 @@ def main() -> None:
         options.model = generated_model(options.work)
     given = vars(options)
     names = ("group_size", "sequences", "length", "test_windows", "threads")
+    names += ("autoround_iters", "autoround_lr")
     job: Job = {name: given[name] for name in names}
     job |= {name: str(given[name].resolve()) for name in ("model", "calibration", "test")}
     print(f"{'':20}{'bits':>5}{'wall s':>9}{'CPU s':>9}{'MB':>7}{'perplexity':>11}")
