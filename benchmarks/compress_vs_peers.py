@@ -179,7 +179,7 @@ def run_autoround(job: Job) -> Job:
     """AutoRound's result as it is in memory, not written.
 
     Its names of Mixtral's experts are not those of the checkpoint: what it writes is loaded with
-    random experts, and from a folder, which it reads block by block, it cannot take the model.
+    random experts, and of a folder, which by default it reads block by block, it finds none.
     """
     import torch
     from auto_round import AutoRound
@@ -295,8 +295,7 @@ def main() -> None:
         options.model = generated_model(options.work)
     given = vars(options)
     names = ("group_size", "sequences", "length", "test_windows", "threads")
-    names += ("autoround_iters", "autoround_lr")
-    job: Job = {name: given[name] for name in names}
+    job: Job = {name: given[name] for name in (*names, "autoround_iters", "autoround_lr")}
     job |= {name: str(given[name].resolve()) for name in ("model", "calibration", "test")}
     print(f"{'':20}{'bits':>5}{'wall s':>9}{'CPU s':>9}{'MB':>7}{'perplexity':>11}")
     for bits in options.bits:
