@@ -1,8 +1,9 @@
 """How fast is a layer of mixed-width experts on a GPU when tokens come one by one?
 
-Ours with 16-bit and with 8-bit activations, dense bf16, torch's 4-bit product, and the time that
-reading the packed weights takes at the speed of a copy, all in turns in one process and as CUDA
-graphs. Each call uses other experts than the one before, so that no cache holds them.
+Ours with 16-bit and with 8-bit activations, dense bf16, the 4-bit products of torch and, where it
+is installed, of GPTQModel, and the time that reading the packed weights takes at the speed of a
+copy, all in turns in one process and as CUDA graphs. Each call uses other experts than the one
+before, so that no cache holds them.
 
     python benchmarks/gpu_decode.py [--shape mixtral-8x7b --bits 2 3]
 """
@@ -10,17 +11,19 @@ graphs. Each call uses other experts than the one before, so that no cache holds
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
 
 import torch
+from gpu_peers import Products, dense_products, four_bit_peers
 from gpu_timing import (
     SHAPES,
-    FourBitPeer,
+    Shape,
     copied_bytes_per_second,
-    dense_weights,
+    expert_bytes,
     graphed,
+    graphed_if_possible,
     leave_without_gpu,
     milliseconds,
     random_layer,
@@ -33,45 +36,61 @@ from mcsharp_sdk.kernels.gpu_experts import run_experts
 TOKENS = 8
 """Tokens in a graph, one after the other."""
 
-Step = Callable[[Tensor, Tensor, Tensor], object]
-Product = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Token:
+    """A token and the experts that it chose.
+
+    Attributes
+    ----------
+    x : [1, H] bf16.
+    chosen : int64 [1, k], on the GPU.
+    experts : the same, for the host.
+    routing : fp32 [1, k].
+    """
+
+    x: Tensor
+    chosen: Tensor
+    experts: list[int]
+    routing: Tensor
 
 
-def packed_bytes_read(layer: ExpertLayer, chosen: Tensor) -> int:
-    """Bytes of the weights of all chosen experts."""
-    widths = layer.table[:-1, 0].tolist()
-    total = 0
-    for expert in chosen.flatten().tolist():
-        for stack in (layer.gate_up, layer.down):
-            weight = stack.weights[widths[expert]]
-            parts = (weight.qweight, weight.scales, weight.zeros)
-            total += sum(part[0].nbytes for part in parts)
-    return total
+Step = Callable[[Token], Tensor]
 
 
-def bf16_products(weight: Tensor) -> list[Product]:
-    """x -> x · Wᵀ of each expert."""
-    return [partial(torch.nn.functional.linear, weight=matrix) for matrix in weight]
+def random_tokens(shape: Shape, device: str = "cuda") -> list[Token]:
+    """Tokens with experts drawn for each."""
+    routing = torch.full((1, shape.slots), 1 / shape.slots, device=device)
+    tokens = []
+    for _ in range(TOKENS):
+        x = torch.randn(1, shape.hidden, device=device, dtype=torch.bfloat16)
+        experts = torch.randperm(shape.experts)[: shape.slots]
+        tokens.append(Token(x, experts.unsqueeze(0).to(device), experts.tolist(), routing))
+    return tokens
 
 
-def one_after_the_other(first: Sequence[Product], second: Sequence[Product], order: Tensor) -> Step:
-    """Chosen experts in turn, token after token; their numbers are known to the host."""
-    tokens = cycle(order.tolist())
-
-    def step(x: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for slot, expert in enumerate(next(tokens)):
-            gate, up = first[expert](x).chunk(2, -1)
-            y = second[expert](torch.nn.functional.silu(gate) * up)
-            out += routing[:, slot : slot + 1].to(x.dtype) * y
-        return out
-
-    return step
+def own_steps(layer: ExpertLayer) -> dict[str, Step]:
+    """Row's name -> ours, all experts of a token at once."""
+    return {
+        "ours, 16-bit activations": lambda t: run_experts(layer, t.x, t.chosen, t.routing),
+        "ours, 8-bit activations": lambda t: run_experts(
+            layer, t.x, t.chosen, t.routing, dp4a=True
+        ),
+    }
 
 
-def every_token(step: Step, tokens: Sequence[tuple[Tensor, Tensor]], routing: Tensor) -> None:
-    for x, chosen in tokens:
-        step(x, chosen, routing)
+def one_after_the_other(products: Products, token: Token) -> Tensor:
+    """The chosen experts in turn; their numbers are known to the host."""
+    out = torch.zeros_like(token.x)
+    for slot, expert in enumerate(token.experts):
+        weight = token.routing[:, slot : slot + 1].to(token.x.dtype)
+        out += weight * products.expert(expert, token.x)
+    return out
+
+
+def every_token(step: Step, tokens: Sequence[Token]) -> None:
+    for token in tokens:
+        step(token)
 
 
 def main() -> None:
@@ -81,40 +100,33 @@ def main() -> None:
     options = parser.parse_args()
     leave_without_gpu()
     torch.manual_seed(0)
-    hidden, inner, experts, slots = SHAPES[options.shape]
-    layer = random_layer(options.shape, options.bits)
-    tokens = torch.randn(TOKENS, 1, hidden, device="cuda", dtype=torch.bfloat16)
-    order = torch.stack([torch.randperm(experts)[:slots] for _ in range(TOKENS)])
-    chosen = [row.view(1, -1).cuda() for row in order]
-    routing = torch.full((1, slots), 1 / slots, device="cuda")
-
-    dense_up, dense_down = (bf16_products(weight) for weight in dense_weights(layer))
-    peer_up, peer_down = (
-        [FourBitPeer(rows, columns) for _ in range(experts)]
-        for rows, columns in ((2 * inner, hidden), (hidden, inner))
-    )
-    steps: dict[str, Step] = {
-        "ours, 16-bit activations": lambda x, c, r: run_experts(layer, x, c, r),
-        "ours, 8-bit activations": lambda x, c, r: run_experts(layer, x, c, r, dp4a=True),
-        "dense bf16": one_after_the_other(dense_up, dense_down, order),
-        "torch int4, group 128": one_after_the_other(peer_up, peer_down, order),
+    shape = SHAPES[options.shape]
+    layer, tokens = random_layer(shape, options.bits), random_tokens(shape)
+    steps = own_steps(layer)
+    steps["dense bf16"] = partial(one_after_the_other, dense_products(layer))
+    runs: dict[str, Callable[[], object]] = {
+        name: graphed(partial(every_token, step, tokens)) for name, step in steps.items()
     }
-    graphs = {
-        name: graphed(partial(every_token, step, list(zip(tokens, chosen, strict=True)), routing))
-        for name, step in steps.items()
-    }
-    report(milliseconds(graphs), packed_bytes_read(layer, order), options.shape, options.bits)
+    # Peers come last, so that a recording that fails comes after ours.
+    for peer, products in four_bit_peers(shape).items():
+        run = partial(every_token, partial(one_after_the_other, products), tokens)
+        name, timed = graphed_if_possible(peer, run)
+        runs[name] = timed
+    chosen = [expert for token in tokens for expert in token.experts]
+    limit = expert_bytes(layer, chosen) / copied_bytes_per_second() * 1e3
+    print(f"{options.shape}, widths {options.bits}, one token at a time; a layer's experts")
+    report(milliseconds(runs), limit)
 
 
-def report(spent: dict[str, float], bytes_read: int, shape: str, bits: list[int]) -> None:
-    limit = bytes_read / copied_bytes_per_second() * 1e3
+def report(spent: Mapping[str, float], limit: float) -> None:
+    """Print a row for each; all in ms for all tokens."""
     spent = {**spent, "reading the packed weights": limit}
-    print(f"{shape}, widths {bits}, one token at a time; a layer's experts")
-    print(f"{'':28} {'µs/token':>9} {'x dense':>8} {'share of bandwidth':>19}")
+    column = max(len(name) for name in spent)
+    print(f"{'':{column}} {'µs/token':>9} {'x dense':>8} {'share of bandwidth':>19}")
     for name, time in spent.items():
         share = f"{limit / time:.0%}" if name.startswith(("ours", "reading")) else ""
         ratio = spent["dense bf16"] / time
-        print(f"{name:28} {time / TOKENS * 1e3:9.1f} {ratio:8.2f} {share:>19}")
+        print(f"{name:{column}} {time / TOKENS * 1e3:9.1f} {ratio:8.2f} {share:>19}")
 
 
 if __name__ == "__main__":

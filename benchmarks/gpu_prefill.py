@@ -1,7 +1,10 @@
 """How fast is a layer of mixed-width experts on a GPU for a long prompt?
 
-Ours, dense bf16 expert by expert, torch's 4-bit product, and the time that the products take at the
-speed of one large bf16 matmul, all in turns in one process.
+Ours, dense bf16 expert by expert, the 4-bit products of torch and, where it is installed, of
+GPTQModel, and two limits: the time that the products take at the speed of one large bf16 matmul,
+and the time that reading the packed weights of the chosen experts, reading the activations and
+writing the results takes at the speed of a copy. All in turns in one process; each row has its
+share of the higher limit.
 
     python benchmarks/gpu_prefill.py [--shape mixtral-8x7b --bits 2 3 --tokens 128 1024 4096]
 """
@@ -9,13 +12,16 @@ speed of one large bf16 matmul, all in turns in one process.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Mapping
+from functools import partial
 
 import torch
+from gpu_peers import Products, dense_products, four_bit_peers
 from gpu_timing import (
     SHAPES,
-    FourBitPeer,
-    dense_weights,
+    Shape,
+    copied_bytes_per_second,
+    expert_bytes,
     leave_without_gpu,
     matmul_flops_per_second,
     milliseconds,
@@ -23,22 +29,48 @@ from gpu_timing import (
 )
 from torch import Tensor
 
+from mcsharp_sdk.kernels.expert_layer import ExpertLayer
 from mcsharp_sdk.kernels.gpu_experts import run_experts
 
-Product = Callable[[int, Tensor], Tensor]
+ACTIVATION_BYTES = 2
 
 
-def expert_by_expert(
-    first: Product, second: Product, x: Tensor, chosen: Tensor, routing: Tensor, experts: int
-) -> Tensor:
+def expert_by_expert(products: Products, x: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
     """Each expert on the tokens that chose it."""
     out = torch.zeros_like(x)
-    for expert in range(experts):
+    for expert in range(len(products.gate_up)):
         token, slot = torch.where(chosen == expert)
-        gate, up = first(expert, x[token]).chunk(2, -1)
-        y = second(expert, torch.nn.functional.silu(gate) * up)
-        out.index_add_(0, token, y * routing[token, slot].to(x.dtype).unsqueeze(-1))
+        if len(token):
+            y = products.expert(expert, x[token])
+            out.index_add_(0, token, y * routing[token, slot].to(x.dtype).unsqueeze(-1))
     return out
+
+
+def random_prompt(shape: Shape, count: int, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [T, H] bf16, the experts that they chose [T, k] int64, and their weights fp32."""
+    x = torch.randn(count, shape.hidden, device=device, dtype=torch.bfloat16)
+    chosen = torch.rand(count, shape.experts, device=device).argsort(-1)[:, : shape.slots]
+    return x, chosen, torch.full(chosen.shape, 1 / shape.slots, device=device)
+
+
+def limits(
+    layer: ExpertLayer, chosen: Tensor, flops_per_second: float, bytes_per_second: float
+) -> dict[str, float]:
+    """Least ms that a layer can take, by its products and by the bytes that it must move.
+
+    Parameters
+    ----------
+    chosen : int64 [T, k], the tokens' experts. Packed weights count once for each expert that is
+        chosen at all; of the activations only the layer's input and output count, in 16 bits.
+    """
+    weights = sum(stack.rows * stack.columns for stack in (layer.gate_up, layer.down))
+    operations = 2 * weights * chosen.numel()
+    activations = 2 * len(chosen) * layer.gate_up.columns * ACTIVATION_BYTES
+    moved = expert_bytes(layer, chosen.unique().tolist()) + activations
+    return {
+        "limit: products at a matmul's speed": operations / flops_per_second * 1e3,
+        "limit: bytes at a copy's speed": moved / bytes_per_second * 1e3,
+    }
 
 
 def main() -> None:
@@ -49,40 +81,29 @@ def main() -> None:
     options = parser.parse_args()
     leave_without_gpu()
     torch.manual_seed(0)
-    hidden, inner, experts, slots = SHAPES[options.shape]
-    layer = random_layer(options.shape, options.bits)
-    gate_up, down = dense_weights(layer)
-    first = [FourBitPeer(2 * inner, hidden) for _ in range(experts)]
-    second = [FourBitPeer(hidden, inner) for _ in range(experts)]
-    flops = matmul_flops_per_second(torch.bfloat16)
+    shape = SHAPES[options.shape]
+    layer = random_layer(shape, options.bits)
+    others = {"dense bf16": dense_products(layer), **four_bit_peers(shape)}
+    speeds = matmul_flops_per_second(torch.bfloat16), copied_bytes_per_second()
     print(f"{options.shape}, widths {options.bits}; a layer's experts")
-    print(f"{'tokens':>6} {'':24} {'ms':>8} {'x dense':>8} {'share of matmul speed':>22}")
     for count in options.tokens:
-        x = torch.randn(count, hidden, device="cuda", dtype=torch.bfloat16)
-        chosen = torch.rand(count, experts, device="cuda").argsort(-1)[:, :slots]
-        routing = torch.full(chosen.shape, 1 / slots, device="cuda")
-        common = (x, chosen, routing)
+        prompt = random_prompt(shape, count)
+        runs = {"ours": partial(run_experts, layer, *prompt)}
+        runs |= {name: partial(expert_by_expert, p, *prompt) for name, p in others.items()}
+        report(count, milliseconds(runs), limits(layer, prompt[1], *speeds))
 
-        def dense(common: tuple[Tensor, Tensor, Tensor] = common) -> Tensor:
-            return expert_by_expert(
-                lambda e, t: t @ gate_up[e].T, lambda e, t: t @ down[e].T, *common, experts
-            )
 
-        def peer(common: tuple[Tensor, Tensor, Tensor] = common) -> Tensor:
-            return expert_by_expert(
-                lambda e, t: first[e](t), lambda e, t: second[e](t), *common, experts
-            )
-
-        def ours(common: tuple[Tensor, Tensor, Tensor] = common) -> Tensor:
-            return run_experts(layer, *common)
-
-        spent = milliseconds({"ours": ours, "dense bf16": dense, "torch int4, group 128": peer})
-        limit = 6 * count * slots * hidden * inner / flops * 1e3
-        for name, time in {**spent, "one large matmul's speed": limit}.items():
-            print(
-                f"{count:6} {name:24} {time:8.2f} {spent['dense bf16'] / time:8.2f} "
-                f"{limit / time:22.0%}"
-            )
+def report(tokens: int, spent: Mapping[str, float], least: Mapping[str, float]) -> None:
+    """Print a row for each; all in ms."""
+    rows, binding = {**spent, **least}, max(least.values())
+    column = max(len(name) for name in rows)
+    print(
+        f"{f'{tokens} tokens':{column}} {'ms':>9} {'x dense':>8} {'share of the higher limit':>26}"
+    )
+    for name, time in rows.items():
+        ratio = spent["dense bf16"] / time
+        share = f"{binding / time:.0%}" if name in spent else ""
+        print(f"{name:{column}} {time:9.3f} {ratio:8.2f} {share:>26}")
 
 
 if __name__ == "__main__":

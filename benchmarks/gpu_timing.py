@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -15,8 +17,35 @@ from mcsharp_sdk.quantization.grid import PackedWeight, dequantise_packed, group
 from mcsharp_sdk.quantization.packing import packed_bytes
 
 GROUP = 128
-SHAPES = {"mixtral-8x7b": (4096, 14336, 8, 2), "deepseek-v2-lite": (2048, 1408, 64, 6)}
-"""Name -> hidden size, intermediate size, experts, experts per token."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model's experts.
+
+    Attributes
+    ----------
+    hidden, inner : hidden size and intermediate size of an expert.
+    experts, slots : routed experts of a layer, and how many of them a token chooses.
+    layers : how many layers have routed experts.
+    """
+
+    hidden: int
+    inner: int
+    experts: int
+    slots: int
+    layers: int
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Name -> rows and columns of the matrices of an expert."""
+        return {"gate_up": (2 * self.inner, self.hidden), "down": (self.hidden, self.inner)}
+
+
+SHAPES = {
+    "mixtral-8x7b": Shape(4096, 14336, experts=8, slots=2, layers=32),
+    "deepseek-v2-lite": Shape(2048, 1408, experts=64, slots=6, layers=26),
+}
 
 ROUNDS = 15
 
@@ -39,12 +68,28 @@ def graphed(run: Callable[[], object]) -> Callable[[], None]:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The outer context: a recording that fails leaves its own stream as the current one.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         run()
     return graph.replay
 
 
-def milliseconds(runs: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+def graphed_if_possible(
+    name: str,
+    run: Callable[[], object],
+    record: Callable[[Callable[[], object]], Callable[[], object]] = graphed,
+) -> tuple[str, Callable[[], object]]:
+    """A row's name and what to time: a CUDA graph, or ``run`` itself under a name that says so."""
+    try:
+        return name, record(run)
+    except RuntimeError as problem:
+        print(f"{name}: no CUDA graph can be recorded: {str(problem).partition(chr(10))[0]}")
+        return f"{name}, no graph", run
+
+
+def milliseconds(
+    runs: Mapping[str, Callable[[], object]], rounds: int = ROUNDS
+) -> dict[str, float]:
     """Median time of each, taken in turns so that ratios hold while clocks change."""
     spent: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(rounds + 2):
@@ -67,14 +112,23 @@ def copied_bytes_per_second() -> float:
     return 2 * source.numel() / spent * 1e3
 
 
+@contextmanager
+def fp32_products(precision: str) -> Iterator[None]:
+    """Products of fp32 are computed in this precision: "highest", or "high" for TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def matmul_flops_per_second(dtype: torch.dtype, precision: str = "highest") -> float:
     """Of a product of two 8192 x 8192 matrices."""
     size = 8192
     x = torch.randn(size, size, device="cuda").to(dtype)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    spent = milliseconds({"matmul": lambda: x @ x}, rounds=5)["matmul"]
-    torch.set_float32_matmul_precision(before)
+    with fp32_products(precision):
+        spent = milliseconds({"matmul": lambda: x @ x}, rounds=5)["matmul"]
     return 2 * size**3 / spent * 1e3
 
 
@@ -97,15 +151,23 @@ def random_stack(bits: list[int], rows: int, columns: int, device: str = "cuda")
     return MatrixStack(weights, GROUP, columns)
 
 
-def random_layer(shape: str, bits: list[int], device: str = "cuda") -> ExpertLayer:
+def random_layer(shape: Shape, bits: list[int], device: str = "cuda") -> ExpertLayer:
     """A layer of a model's shape; the widths repeat over its experts."""
-    hidden, inner, experts, _ = SHAPES[shape]
-    widths = [bits[expert % len(bits)] for expert in range(experts)]
-    return ExpertLayer(
-        random_stack(widths, 2 * inner, hidden, device),
-        random_stack(widths, hidden, inner, device),
-        expert_table(widths).to(device),
-    )
+    widths = [bits[expert % len(bits)] for expert in range(shape.experts)]
+    gate_up, down = (random_stack(widths, *size, device) for size in shape.matrices.values())
+    return ExpertLayer(gate_up, down, expert_table(widths).to(device))
+
+
+def expert_bytes(layer: ExpertLayer, experts: Iterable[int]) -> int:
+    """Bytes of the packed weights of these experts; one that comes twice counts twice."""
+    widths = layer.table[:-1, 0].tolist()
+    total = 0
+    for expert in experts:
+        for stack in (layer.gate_up, layer.down):
+            weight = stack.weights[widths[expert]]
+            parts = (weight.qweight, weight.scales, weight.zeros)
+            total += sum(part[0].nbytes for part in parts)
+    return total
 
 
 def dense_weights(layer: ExpertLayer) -> tuple[Tensor, Tensor]:
@@ -127,17 +189,3 @@ def dense_weights(layer: ExpertLayer) -> tuple[Tensor, Tensor]:
             )
         found.append(out)
     return found[0], found[1]
-
-
-class FourBitPeer:
-    """torch's own 4-bit product (``_weight_int4pack_mm``, group 128) for one expert's matrix."""
-
-    def __init__(self, rows: int, columns: int) -> None:
-        codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device="cuda")
-        self.codes = torch._convert_weight_to_int4pack(codes, 8)
-        scales = torch.rand(columns // GROUP, rows, 2, device="cuda") * 0.01
-        self.scales = scales.to(torch.bfloat16)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, K] bf16 -> [T, R]."""
-        return torch._weight_int4pack_mm(x, self.codes, GROUP, self.scales)
