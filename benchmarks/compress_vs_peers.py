@@ -4,9 +4,10 @@ Each package quantises the same model with the same calibration tokens, widths a
 process of its own, one after the other. Peers are installed from PyPI, each into a virtual
 environment that this script makes in ``--work``; they see the packages of this environment, so that
 torch is not downloaded again, unless they need another version. The model as it is comes first, for
-its perplexity. Printed are, of quantising with loading and writing, seconds on the wall and of the
-process on all processors (which other programs disturb less), the peak of resident memory above
-that of the interpreter with its imports, and the perplexity of the result.
+its perplexity. Printed are, of quantising with loading and writing (llm-compressor's
+and AutoRound's models stay in memory), seconds on the wall and of the process on all processors
+(which other programs disturb less), the peak of resident memory above that of the interpreter with
+its imports, and the perplexity of the result.
 
     python benchmarks/compress_vs_peers.py MODEL CALIBRATION.txt TEST.txt [--bits 4 3 2]
 
@@ -116,7 +117,12 @@ def run_mcsharp_sdk(job: Job) -> Job:
         "sampling": "first",
     }
     recipe = mcsharp_sdk.Recipe.from_dict(
-        {"version": 1, "calibration": calibration, "stages": [stage]}
+        {
+            "version": 1,
+            "quality": job["quality"],
+            "calibration": calibration,
+            "stages": [stage],
+        }
     )
     measure = Measure()
     output = Path(job["folder"]) / "compressed"
@@ -286,6 +292,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--test-windows", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    qualities = ["fast", "balanced", "best"]
+    parser.add_argument("--quality", default="balanced", choices=qualities, help="of our recipe")
     parser.add_argument("--autoround-iters", type=int, default=200, help="steps per block")
     parser.add_argument("--autoround-lr", type=float, help="default: 1 / steps, as AutoRound's")
     parser.add_argument("--packages", nargs="+", default=list(RUNNERS), choices=RUNNERS)
@@ -294,8 +302,9 @@ def main() -> None:
     if str(options.model) == GENERATED:
         options.model = generated_model(options.work)
     given = vars(options)
-    names = ("group_size", "sequences", "length", "test_windows", "threads")
-    job: Job = {name: given[name] for name in (*names, "autoround_iters", "autoround_lr")}
+    names = ["group_size", "sequences", "length", "test_windows", "threads"]
+    names += ["quality", "autoround_iters", "autoround_lr"]
+    job: Job = {name: given[name] for name in names}
     job |= {name: str(given[name].resolve()) for name in ("model", "calibration", "test")}
     print(f"{'':20}{'bits':>5}{'wall s':>9}{'CPU s':>9}{'MB':>7}{'perplexity':>11}")
     for bits in options.bits:
