@@ -21,17 +21,18 @@ def expert_hessians(
     *,
     routing_weighted: bool = False,
     most: int | None = None,
-) -> Tensor:
-    """Hessians of one matrix of some experts, [n, K, K], from the tokens routed to each.
+) -> tuple[Tensor, list[float]]:
+    """Hessians of one matrix of some experts, [n, K, K], and of how many tokens each is.
 
-    Experts with few tokens are completed by tokens of the whole layer, and noted. Tokens that
-    are weighed by their routing weight squared, v, count as (Σ v)²/Σ v² (Kish's effective
-    sample size), and those that complete them get the expert's mean v. Of more than ``most``
-    tokens, so many are taken.
+    They are of the tokens routed to each. Experts with few are completed by tokens of the whole
+    layer, and noted. Tokens that are weighed by their routing weight squared, v, count as
+    (Σ v)²/Σ v² (Kish's effective sample size), and those that complete them get the expert's mean
+    v. Of more than ``most`` tokens, so many are taken.
     """
     _, columns = runs.weights.shape(matrix)
     hessians = torch.zeros(len(chunk), columns, columns, device=runs.routed.hidden.device)
     shared: Tensor | None = None
+    counts = []
     for hessian, expert in zip(hessians, chunk, strict=True):
         tokens, weights, squares = 0, 0.0, 0.0
         for piece in runs.pieces(expert, matrix, most):
@@ -43,6 +44,7 @@ def expert_hessians(
                 squares += float(routing.double().pow(4).sum())
         weighed = squares > 0
         counted = weights**2 / squares if weighed else tokens
+        counts.append(max(float(counted), float(columns)))
         if counted < columns:
             notes.starved[str(expert)] = tokens
             if shared is None or matrix == "down":
@@ -50,7 +52,7 @@ def expert_hessians(
                 shared = _mean_hessian(runs, matrix, expert)
             # What completes it gets the expert's mean weight.
             shrink(hessian[None], [counted], shared, tokens / weights if weighed else 1)
-    return hessians
+    return hessians, counts
 
 
 def _mean_hessian(runs: ExpertRuns, matrix: Matrix, expert: int) -> Tensor:

@@ -218,7 +218,8 @@ class ExpertMeasurement:
     ) -> InverseFactor | None:
         if self.quantizer in _UNCALIBRATED:
             return None
-        return factorise(expert_hessians(runs, matrix, chunk, LayerNotes(), most=HESSIAN_TOKENS))
+        hessians, _ = expert_hessians(runs, matrix, chunk, LayerNotes(), most=HESSIAN_TOKENS)
+        return factorise(hessians)
 
     @property
     def _grid(self) -> GridSettings:

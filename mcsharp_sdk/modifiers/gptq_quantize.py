@@ -62,6 +62,14 @@ class GPTQQuantize(Modifier):
     damping: Annotated[
         float, Field(gt=0, lt=1, description="Share of the Hessian's mean diagonal added to it.")
     ] = 0.01
+    token_damping: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Further damping, this times columns by tokens that a Hessian is of: "
+            "what few tokens say is trusted less (gptq only).",
+        ),
+    ] = 0.0
     hessian_weighting: Annotated[
         Literal["none", "routing"],
         Field(description="Weigh tokens in an expert's Hessian by their routing weight squared."),
@@ -219,6 +227,7 @@ class GPTQQuantize(Modifier):
                 group_size=self.group_size, binary=self.binary, **_CLIP_SEARCH[self.clip_search]
             ),
             damping=self.damping,
+            token_damping=self.token_damping,
             routing_weighted=self.hessian_weighting == "routing",
             compensate_within_block=self.compensate_within_block,
             propagation=self.propagation,

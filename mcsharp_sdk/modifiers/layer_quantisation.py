@@ -124,12 +124,13 @@ class LayerQuantiser:
         else:
             paired_linear_inputs(layer, original.in_place, names, collect_both)
         ranks = layer.inputs.ranks
+        tokens = ranks.total(sum(hidden.shape[:2].numel() for hidden in layer.inputs.hidden))
         costs = [float(ranks.sum_(hessian).shape[-1]) ** 3 for hessian in hessians.values()]
         owned = divide(costs, ranks.count)
         groups, batches = list(hessians), {}
         for position in owned[ranks.rank]:
             group = groups[position]
-            moments = Moments(hessians.pop(group).unsqueeze(0))
+            moments = Moments(hessians.pop(group).unsqueeze(0), [tokens])
             if original is not None:
                 moments.cross = crosses.pop(group).unsqueeze(0)
             weights = _stacked(layer, group).unsqueeze(0)
@@ -219,7 +220,7 @@ class LayerQuantiser:
     ) -> QuantizedBatch:
         """One matrix of some experts, quantised."""
         weighted = self.settings.routing_weighted
-        moments = Moments(expert_hessians(runs, matrix, chunk, notes, routing_weighted=weighted))
+        moments = Moments(*expert_hessians(runs, matrix, chunk, notes, routing_weighted=weighted))
         if beside is not None:
             moments.cross = beside.cross_grams(matrix, chunk, routing_weighted=weighted)
         weights = torch.stack([runs.weights.read(matrix, expert) for expert in chunk])

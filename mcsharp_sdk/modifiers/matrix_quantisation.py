@@ -43,6 +43,7 @@ class QuantizerSettings:
         (half-quadratic) or ``lwc`` (learned clipping).
     grid : group size and clip search.
     damping : share of the Hessian's mean diagonal that is added to it.
+    token_damping : further share, times columns by tokens that the Hessian is of.
     routing_weighted : weigh each token's part of an expert's Hessian by its routing weight squared.
     compensate_within_block : whether GPTQ passes errors on inside a block at 3 bits and fewer.
     propagation : share of the errors of their inputs that matrices make up for.
@@ -52,6 +53,7 @@ class QuantizerSettings:
     quantizer: QuantizerName
     grid: GridSettings
     damping: float
+    token_damping: float
     routing_weighted: bool
     compensate_within_block: bool
     propagation: float = 0.0
@@ -65,10 +67,12 @@ class Moments:
     Attributes
     ----------
     hessians : fp32 [n, K, K].
+    tokens : how many each is of, length n.
     cross : fp32 [n, K, K], with what they are short of; None where nothing is made up for.
     """
 
     hessians: Tensor
+    tokens: Sequence[float]
     cross: Tensor | None = None
 
 
@@ -112,7 +116,7 @@ def _quantised(
         return weights, quantise_hqq(weights, bits, s.grid)
     if s.quantizer == "lwc":
         return weights, quantise_lwc(weights, hessians, bits, s.grid)
-    factor = factorise(hessians, damping=s.damping)
+    factor = factorise(hessians, damping=_damping(s, moments))
     release_free_memory()
     notes.raised_damping += [names[e] for e in factor.raised]
     notes.fallbacks += [names[e] for e in factor.failed]
@@ -129,6 +133,12 @@ def _quantised(
     if s.refinements is not None:
         _refine(weights, batch, hessians, factor, s.refinements)
     return weights, batch
+
+
+def _damping(s: QuantizerSettings, moments: Moments) -> list[float]:
+    """Of each matrix, more where fewer tokens speak for its Hessian."""
+    columns = moments.hessians.shape[-1]
+    return [s.damping + s.token_damping * columns / max(1.0, n) for n in moments.tokens]
 
 
 def _refine(

@@ -127,7 +127,7 @@ def diagonal_importance(hessians: Tensor) -> Tensor:
     return hessians.diagonal(dim1=-2, dim2=-1).clone()
 
 
-def factorise(hessians: Tensor, *, damping: float = DAMPING) -> InverseFactor:
+def factorise(hessians: Tensor, *, damping: float | Sequence[float] = DAMPING) -> InverseFactor:
     """Factorise the inverses of damped Hessians: (H + λI)⁻¹ = Uᵀ U, λ = damping · mean diagonal.
 
     H = R Rᵀ with R upper triangular is the Cholesky factorisation of H read from its last row and
@@ -139,7 +139,7 @@ def factorise(hessians: Tensor, *, damping: float = DAMPING) -> InverseFactor:
     ----------
     hessians : fp32 [E, K, K], symmetric; not changed. Besides them and the factor one more [K, K]
         is needed for a moment.
-    damping : > 0.
+    damping : > 0, one for all or one for each.
 
     Returns
     -------
@@ -148,27 +148,28 @@ def factorise(hessians: Tensor, *, damping: float = DAMPING) -> InverseFactor:
     Raises
     ------
     ValueError
-        If ``damping`` is not positive.
+        If a damping is not positive.
     """
-    if damping <= 0:
-        raise ValueError(f"damping must be positive, got {damping}")
     experts = len(hessians)
+    wanted = [damping] * experts if isinstance(damping, float | int) else list(damping)
+    if min(wanted, default=1.0) <= 0:
+        raise ValueError(f"damping must be positive, got {min(wanted)}")
     diagonal = hessians.diagonal(dim1=-2, dim2=-1)
     mean = _usable_mean(diagonal)
-    used = [damping] * experts
-    upper, bad = _inverse_upper(hessians, _ridge(diagonal, mean, damping))
+    used = list(wanted)
+    upper, bad = _inverse_upper(hessians, _ridge(diagonal, mean, used))
     pending = [expert for expert in range(experts) if bad[expert]]
     for attempt in range(1, DAMPING_RAISES + 1):
         for expert in list(pending):
             one = slice(expert, expert + 1)
-            used[expert] = damping * 10**attempt
-            ridge = _ridge(diagonal[one], mean[one], used[expert])
+            used[expert] = wanted[expert] * 10**attempt
+            ridge = _ridge(diagonal[one], mean[one], used[one])
             upper[one], (failed,) = _inverse_upper(hessians[one], ridge)
             if not failed:
                 pending.remove(expert)
     for expert in pending:
         upper[expert] = torch.diag(_diagonal_only(diagonal[expert], mean[expert]))
-    raised = tuple(e for e in range(experts) if used[e] > damping and e not in pending)
+    raised = tuple(e for e in range(experts) if used[e] > wanted[e] and e not in pending)
     return InverseFactor(upper, tuple(used), raised, tuple(pending))
 
 
@@ -180,7 +181,7 @@ def damped(hessians: Tensor, factor: InverseFactor, expert: int) -> Tensor:
     if expert in factor.failed:
         return torch.diag(_diagonal_only(diagonal[0], mean[0]) ** -2)
     found = hessians[expert].clone()
-    found.diagonal().add_(_ridge(diagonal, mean, factor.damping[expert])[0])
+    found.diagonal().add_(_ridge(diagonal, mean, factor.damping[one])[0])
     return found
 
 
@@ -190,9 +191,10 @@ def _usable_mean(diagonal: Tensor) -> Tensor:
     return torch.where(torch.isfinite(mean) & (mean > 0), mean, torch.ones_like(mean))
 
 
-def _ridge(diagonal: Tensor, mean: Tensor, damping: float) -> Tensor:
+def _ridge(diagonal: Tensor, mean: Tensor, damping: Sequence[float]) -> Tensor:
     """What is added to the diagonals, [E, K]; the mean where no input excites a column."""
-    return torch.where(diagonal <= 0, 1.0, damping) * mean.unsqueeze(-1)
+    share = torch.tensor(damping, dtype=mean.dtype, device=mean.device).unsqueeze(-1)
+    return torch.where(diagonal <= 0, 1.0, share) * mean.unsqueeze(-1)
 
 
 def _inverse_upper(hessians: Tensor, ridge: Tensor) -> tuple[Tensor, list[bool]]:

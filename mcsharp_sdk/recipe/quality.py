@@ -19,7 +19,7 @@ DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "balanced": {},
     "best": {
         "ExpertStats": {"error_tokens": 2048},
-        "GPTQQuantize": {"propagation": 0.5, "refinements": 2},
+        "GPTQQuantize": {"token_damping": 1.0, "propagation": 0.5, "refinements": 2},
     },
 }
 """Quality -> stage -> settings in place of its defaults; ``balanced`` is the defaults."""
