@@ -24,7 +24,7 @@ def test_few_tokens_are_completed_by_all_tokens_in_the_same_measure(
     tokens = torch.randint(0, 128, (3, 32), generator=torch.Generator().manual_seed(0))
     layer = next(iter(stream_layers(source, CalibrationSet.of_tokens(tokens))))
     runs, notes = ExpertRuns.of_layer(layer), LayerNotes()
-    found = expert_hessians(runs, "gate_up", range(4), notes, routing_weighted=weighted)
+    found, tokens_of = expert_hessians(runs, "gate_up", range(4), notes, routing_weighted=weighted)
     routed, columns = runs.routed, runs.routed.hidden.shape[1]
     everything = 2 * routed.hidden.double().T @ routed.hidden.double() / routed.num_tokens
     completed = 0
@@ -40,4 +40,5 @@ def test_few_tokens_are_completed_by_all_tokens_in_the_same_measure(
             expected += (columns - counted) * weight.mean() * everything
         torch.testing.assert_close(found[expert].double(), expected, rtol=1e-4, atol=1e-4)
         assert (str(expert) in notes.starved) == (counted < columns)
+        assert tokens_of[expert] == pytest.approx(max(counted, columns))
     assert completed

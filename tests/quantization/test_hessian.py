@@ -13,6 +13,7 @@ from mcsharp_sdk.quantization import (
     shrink,
     squared_output_error,
 )
+from mcsharp_sdk.quantization.hessian import damped
 
 
 def random_hessians(experts: int, columns: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -43,10 +44,10 @@ def test_factor_of_the_inverse_is_exact_and_upper_triangular(columns: int) -> No
     before = hessians.clone()
     factor = factorise(hessians, damping=0.01)
     assert torch.equal(hessians, before)
-    damped = hessians.double().numpy()
-    mean = np.diagonal(damped, axis1=1, axis2=2).mean(-1)
-    damped = damped + 0.01 * mean[:, None, None] * np.eye(columns)
-    lower = np.linalg.cholesky(np.linalg.inv(damped))
+    wanted = hessians.double().numpy()
+    mean = np.diagonal(wanted, axis1=1, axis2=2).mean(-1)
+    wanted = wanted + 0.01 * mean[:, None, None] * np.eye(columns)
+    lower = np.linalg.cholesky(np.linalg.inv(wanted))
     expected = torch.from_numpy(lower).transpose(1, 2)
     torch.testing.assert_close(factor.upper.double(), expected, rtol=1e-3, atol=1e-5)
     assert factor.damping == (0.01, 0.01, 0.01)
@@ -54,9 +55,22 @@ def test_factor_of_the_inverse_is_exact_and_upper_triangular(columns: int) -> No
     assert factor.failed == ()
 
 
-def test_damping_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="must be positive, got 0"):
-        factorise(random_hessians(2, 20, 40), damping=0)
+def test_each_matrix_may_have_its_own_damping() -> None:
+    hessians, dampings = random_hessians(3, 20, 40), (0.01, 0.3, 2.0)
+    factor = factorise(hessians, damping=dampings)
+    assert factor.damping == dampings
+    for index, damping in enumerate(dampings):
+        alone = factorise(hessians[index : index + 1], damping=damping)
+        assert torch.equal(factor.upper[index], alone.upper[0])
+        diagonal = torch.diag(damped(hessians, factor, index) - hessians[index])
+        mean = hessians[index].diagonal().mean()
+        torch.testing.assert_close(diagonal, (damping * mean).expand(20), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("damping", [0, [0.01, -0.5]])
+def test_damping_must_be_positive(damping: float | list[float]) -> None:
+    with pytest.raises(ValueError, match=r"must be positive, got (0|-0\.5)$"):
+        factorise(random_hessians(2, 20, 40), damping=damping)
 
 
 def test_indefinite_hessian_gets_more_damping_and_is_named() -> None:
