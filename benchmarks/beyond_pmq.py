@@ -37,6 +37,12 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Stages]] 
         DEFAULTS["best"]["GPTQQuantize"],
         ({"type": "RouterCalibration"},),
     ),
+    "best, quality best, rotated": (
+        "best",
+        {},
+        {**DEFAULTS["best"]["GPTQQuantize"], "rotation": "hadamard"},
+        ({"type": "RouterCalibration"},),
+    ),
     "best, quality best without RouterCalibration": (
         "best",
         {},

@@ -13,7 +13,7 @@ routed experts' summed output Y, on the calibration text and on the others, of
 | by tokens | and `token_damping: 1.0` |
 | scales by gradient | and the scales of both matrices of an expert trained on its output (Adam) |
 | rotated | *by tokens*, with inputs of both matrices, or one, turned by a random rotation |
-| rotated in groups | the same, by a Hadamard matrix in each group of columns |
+| hadamard | by `rotation: hadamard` |
 
 and what widths per matrix, and a width of 4 bits, would save: the least sum of errors under a
 budget against that of one width of 1 to 3 bits per expert, errors taken to add up. For experts with
@@ -50,6 +50,7 @@ from mcsharp_sdk.quantization import (
 from mcsharp_sdk.quantization.descent import refine
 from mcsharp_sdk.quantization.grid import zero_points
 from mcsharp_sdk.quantization.hessian import damped
+from mcsharp_sdk.quantization.rotation import rotate
 
 DAMPING, ROUNDS = 0.01, 2
 EPOCHS, BATCH, RATE = 2, 512, 0.01
@@ -214,8 +215,8 @@ def _wide(per_group: Tensor, q: QuantizedWeight) -> Tensor:
     return per_group.repeat_interleave(q.group_size, dim=1)[:, : q.codes.shape[1]]
 
 
-def rotated(turn_of: Callable[[int, int], Tensor], matrices: Sequence[int] = (0, 1)) -> Way:
-    """Matrices quantised in another basis of their inputs, [K, K] by columns and group size."""
+def rotated(turn_of: Callable[[int], Tensor], matrices: Sequence[int] = (0, 1)) -> Way:
+    """Matrices quantised in another basis of their inputs, [K, K] by the number of columns."""
 
     def way(expert: Expert, bits: int, grid: GridSettings) -> Matrices:
         found: list[Tensor] = []
@@ -224,7 +225,7 @@ def rotated(turn_of: Callable[[int, int], Tensor], matrices: Sequence[int] = (0,
             inputs = gated(x, found[0]) if found else x
             turn = torch.eye(weight.shape[1])
             if position in matrices:
-                turn = turn_of(weight.shape[1], grid.group_size)
+                turn = turn_of(weight.shape[1])
             q = quantised(weight @ turn, inputs @ turn, bits, grid, 1.0, ROUNDS)
             found.append(dequantise(q, torch.float32) @ turn.T)
         return found[0], found[1]
@@ -232,16 +233,8 @@ def rotated(turn_of: Callable[[int, int], Tensor], matrices: Sequence[int] = (0,
     return way
 
 
-def random_rotation(columns: int, group_size: int) -> Tensor:
+def random_rotation(columns: int) -> Tensor:
     return torch.linalg.qr(torch.randn(columns, columns)).Q
-
-
-def hadamard_in_groups(columns: int, group_size: int) -> Tensor:
-    """A Hadamard matrix in each group of 2^n columns; they divide the columns."""
-    one = torch.ones(1, 1)
-    while len(one) < group_size:
-        one = torch.cat([torch.cat([one, one], 1), torch.cat([one, -one], 1)]) / 2**0.5
-    return torch.block_diag(*[one] * (columns // group_size))
 
 
 WAYS: Mapping[str, Way] = {
@@ -252,7 +245,7 @@ WAYS: Mapping[str, Way] = {
     "rotated": rotated(random_rotation),
     "rotated, first": rotated(random_rotation, (0,)),
     "rotated, second": rotated(random_rotation, (1,)),
-    "rotated in groups": rotated(hadamard_in_groups),
+    "hadamard": rotated(lambda columns: rotate(torch.eye(columns))),
 }
 
 

@@ -38,7 +38,7 @@ from mcsharp_exporters.output_folder import check_free, folder_in_one_go, write_
 from mcsharp_exporters.packed_product import BLOCK_SIZES
 from mcsharp_exporters.safetensors_model import copy_files
 from mcsharp_sdk import __version__
-from mcsharp_sdk.errors import Problem
+from mcsharp_sdk.errors import InputError, Problem
 from mcsharp_sdk.modifiers.gptq_quantize import QUANTIZED_WEIGHTS
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from mcsharp_sdk.modifiers.base import Modifier
 
 Track = Callable[[Iterable[int], str], Iterable[int]]
+
+ROTATED = "graphs do not turn the inputs of experts: quantise with 'rotation: none'"
 
 
 def _off(value: Any) -> Any:
@@ -95,6 +97,7 @@ class OnnxModelExporter(Exporter):
             for size in sizes
             if size is not None and size not in BLOCK_SIZES
         ]
+        wrong += [Problem("", ROTATED) for stage in stages if getattr(stage, "rotated", False)]
         return [*wrong, *pruning_problems(self.pruning, stages)]
 
     def check_model(self, config: Any) -> list[Problem]:
@@ -141,6 +144,8 @@ def export_onnx_model(
     check_family(source.config)
     if source.layout.packs:
         check_group_size(source.layout.group_size)
+    if source.layout.rotated:
+        raise InputError(f"{source.path}: {ROTATED}")
     pruning = choose_pruning(settings.pruning, source.pruning)
     earlier = _files_of(output)
     check_free(output, overwrite, lambda name: name in earlier, "file of an exported model")

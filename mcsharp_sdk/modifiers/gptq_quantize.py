@@ -94,6 +94,13 @@ class GPTQQuantize(Modifier):
             "above 0 the original model is run beside the quantised one.",
         ),
     ] = 0.0
+    rotation: Annotated[
+        Literal["none", "hadamard"],
+        Field(
+            description="Quantise experts with the inputs of their matrices turned by Hadamard "
+            "matrices, as the model then does when it runs."
+        ),
+    ] = "none"
     refinements: Annotated[
         int | None,
         Field(
@@ -130,6 +137,11 @@ class GPTQQuantize(Modifier):
     def propagates(self) -> bool:
         """Whether matrices make up for the errors of their inputs."""
         return self.propagation > 0 and self.quantizer == "gptq"
+
+    @property
+    def rotated(self) -> bool:
+        """Whether experts are quantised with their inputs turned."""
+        return self.rotation != "none"
 
     def why_not_shared(self) -> str | None:
         if not self.propagates:
@@ -189,6 +201,7 @@ class GPTQQuantize(Modifier):
             expert_bits=widths,
             linear_bits=self.other_bits,
             group_size=self.group_size,
+            rotated=self.rotated,
         )
         if widths is not None:
             layer.expert_outputs = run_experts(layer, last=True)
@@ -233,14 +246,15 @@ class GPTQQuantize(Modifier):
             propagation=self.propagation,
             refinements=self.refinements,
         )
-        return LayerQuantiser(settings, self.other_bits, self.router_bits)
+        return LayerQuantiser(settings, self.other_bits, self.router_bits, self.rotated)
 
     def _layout(self, context: RunContext, bit_map: BitMap) -> PackedLayout:
         from mcsharp_sdk.runtime.layout import PackedLayout
 
         names = {n for linears in context.model.topology.linears.values() for n in linears}
         linears = {} if self.other_bits is None else dict.fromkeys(sorted(names), self.other_bits)
-        return PackedLayout(self.group_size, dict(bit_map.bits), linears)
+        experts = dict(bit_map.bits)
+        return PackedLayout(self.group_size, experts, linears, rotated=self.rotated)
 
     def _report(self, context: RunContext, layers: LayerStore) -> None:
         for kept in context.model.topology.kept_experts:

@@ -39,6 +39,7 @@ from mcsharp_sdk.quantization.hessian import (
     accumulate,
 )
 from mcsharp_sdk.quantization.propagation import accumulate_cross
+from mcsharp_sdk.quantization.rotation import rotate, rotate_both_, turned_back
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.runtime.layout import linear_tensors
 
@@ -53,11 +54,13 @@ class LayerQuantiser:
     linear_bits : width of linears outside the experts, or None to leave them.
     router_bits : width that router weights are rounded to, or None to leave them. They keep their
         dtype in storage: what they weigh is not worth packing.
+    rotated : whether the experts are quantised with their inputs turned.
     """
 
     settings: QuantizerSettings
     linear_bits: int | None
     router_bits: int | None
+    rotated: bool = False
 
     @torch.no_grad()
     def quantise(
@@ -199,7 +202,8 @@ class LayerQuantiser:
                 for position, expert in enumerate(chunk):
                     quantised = batch.expert(position)
                     dtype = runs.routed.hidden.dtype
-                    runs.weights.replace(matrix, expert, dequantise(quantised, dtype))
+                    restored = turned_back if self.rotated else dequantise
+                    runs.weights.replace(matrix, expert, restored(quantised, dtype))
                     buckets.put(matrix, expert, pack_weight(quantised))
                 del batch, quantised
                 release_free_memory()
@@ -224,6 +228,11 @@ class LayerQuantiser:
         if beside is not None:
             moments.cross = beside.cross_grams(matrix, chunk, routing_weighted=weighted)
         weights = torch.stack([runs.weights.read(matrix, expert) for expert in chunk])
+        if self.rotated:
+            weights = rotate(weights.float())
+            rotate_both_(moments.hessians)
+            if moments.cross is not None:
+                rotate_both_(moments.cross)
         names = [f"experts.{expert}.{matrix}" for expert in chunk]
         return quantise_matrices(
             self.settings, weights, moments, [bits[e] for e in chunk], names, notes

@@ -16,6 +16,7 @@ from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import StreamedLayer
 from mcsharp_sdk.models.topology import router_weight
 from mcsharp_sdk.quantization.grid import PackedWeight, dequantise, unpack_weight
+from mcsharp_sdk.quantization.rotation import turned_back
 from mcsharp_sdk.runtime.layout import (
     TENSORS,
     PackedLayout,
@@ -36,6 +37,7 @@ class PackedExperts(ExpertWeights):
     ----------
     bits : width of each expert.
     packed : names within the experts' module -> what reads the tensors.
+    rotated : whether they are packed with their inputs turned.
     """
 
     module: Any
@@ -43,6 +45,7 @@ class PackedExperts(ExpertWeights):
     group_size: int
     packed: Packed
     device: str
+    rotated: bool
 
     def __post_init__(self) -> None:
         self._members = members(self.bits)
@@ -61,8 +64,10 @@ class PackedExperts(ExpertWeights):
             names = (f"{bucket_name(width)}.{tensor_name(matrix, part)}" for part in TENSORS)
             parts = (self.packed[n][slot : slot + 1][0].to(self.device) for n in names)
             like = fused_weight(self.module, matrix)[0]
-            restored = _restored(PackedWeight(*parts), like, width, self.group_size)
-            self._in_use[matrix, expert] = restored
+            packed = PackedWeight(*parts)
+            self._in_use[matrix, expert] = _restored(
+                packed, like, width, self.group_size, rotated=self.rotated
+            )
         return self._in_use[matrix, expert]
 
     def replace(self, matrix: Matrix, expert: int, weight: Tensor) -> None:
@@ -83,18 +88,19 @@ def restore_layer(
     expert_bits: Sequence[int] | None,
     linear_bits: int | None,
     group_size: int,
+    rotated: bool = False,
 ) -> None:
     """Give a loaded layer the weights that :meth:`LayerQuantiser.quantise` left it with.
 
     Parameters
     ----------
     packed : the tensors that it returned.
-    expert_bits, linear_bits, group_size : that it worked with.
+    expert_bits, linear_bits, group_size, rotated : that it worked with.
     """
     names = layer.source.topology.linears[layer.index]
     linears = {} if linear_bits is None else dict.fromkeys(names, linear_bits)
     experts = {} if expert_bits is None else {layer.index: tuple(expert_bits)}
-    restore_packed(layer, packed, PackedLayout(group_size, experts, linears))
+    restore_packed(layer, packed, PackedLayout(group_size, experts, linears, rotated=rotated))
 
 
 @torch.no_grad()
@@ -155,11 +161,13 @@ def packed_experts(
     own = {n.removeprefix(prefix): t for n, t in packed.items() if n.startswith(prefix)}
     module = source.layer(index).get_submodule(block.experts)
     bits = layout.experts[index]
-    return PackedExperts(module, bits, layout.group_size, own, source.device)
+    return PackedExperts(module, bits, layout.group_size, own, source.device, layout.rotated)
 
 
-def _restored(packed: PackedWeight, like: Tensor, bits: int, group_size: int) -> Tensor:
+def _restored(
+    packed: PackedWeight, like: Tensor, bits: int, group_size: int, *, rotated: bool = False
+) -> Tensor:
     """Dequantised weight of the shape and dtype of ``like``."""
     columns = like.shape[-1]
     weight = unpack_weight(packed, bits=bits, group_size=group_size, columns=columns)
-    return dequantise(weight, like.dtype)
+    return (turned_back if rotated else dequantise)(weight, like.dtype)

@@ -119,7 +119,8 @@ def pack_modules(model: Any, layout: PackedLayout) -> None:
                     f"quantization_config gives {len(bits)} widths to the {block.num_experts} "
                     f"experts of decoder layer {index}"
                 )
-            pack_experts_module(layer.get_submodule(block.experts), bits, layout.group_size)
+            experts = layer.get_submodule(block.experts)
+            pack_experts_module(experts, bits, layout.group_size, rotated=layout.rotated)
     if missing := sorted(set(layout.linears) - found):
         raise InputError(f"quantization_config names linears that the model lacks: {missing}")
 

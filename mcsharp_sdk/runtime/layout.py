@@ -33,8 +33,11 @@ WEIGHTS_NAME = "mcsharp"
 """Weight files are ``mcsharp-00001-of-0000N.safetensors`` with an index, never ``model…``:
 so transformers without this package finds no weights instead of leaving experts random."""
 
-FIELDS = frozenset({"format_version", "group_size", "experts", "linears", "pruning"})
+FIELDS = frozenset({"format_version", "group_size", "experts", "linears", "rotation", "pruning"})
 """What a ``quantization_config`` may have besides ``quant_method``."""
+
+HADAMARD = "hadamard"
+"""The rotation of the experts' inputs that there is (``quantization.rotation``)."""
 
 INDEX_FILE = f"{WEIGHTS_NAME}.safetensors.index.json"
 TENSORS = ("qweight", "scales", "zeros")
@@ -50,12 +53,14 @@ class PackedLayout:
     experts : decoder layer -> width per expert.
     linears : path relative to the decoder layer -> width.
     pruning : which experts are left out at run time; None for none.
+    rotated : whether the inputs of the experts' matrices are turned.
     """
 
     group_size: int
     experts: Mapping[int, tuple[int, ...]]
     linears: Mapping[str, int]
     pruning: PruningLayout | None = None
+    rotated: bool = False
 
     @property
     def packs(self) -> bool:
@@ -70,6 +75,7 @@ class PackedLayout:
             "group_size": self.group_size,
             "experts": {str(layer): list(bits) for layer, bits in self.experts.items()},
             "linears": dict(self.linears),
+            **({"rotation": HADAMARD} if self.rotated else {}),
             **({"pruning": self.pruning.to_dict()} if self.pruning else {}),
         }
 
@@ -97,6 +103,7 @@ class PackedLayout:
                     for layer, bits in config["experts"].items()
                 },
                 linears={str(name): _whole(bits) for name, bits in config["linears"].items()},
+                rotated=_read_rotation(config.get("rotation")),
                 pruning=pruning,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -116,6 +123,12 @@ def _whole(value: Any) -> int:
     if type(value) is not int:
         raise TypeError(f"{value!r} is no whole number")
     return value
+
+
+def _read_rotation(rotation: Any) -> bool:
+    if rotation not in (None, HADAMARD):
+        raise ValueError(f"rotation {rotation!r}")
+    return rotation is not None
 
 
 def _read_pruning(config: Mapping[str, Any] | None) -> PruningLayout | None:

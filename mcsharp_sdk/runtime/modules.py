@@ -23,6 +23,7 @@ from mcsharp_sdk.models.experts import (
     weigh,
 )
 from mcsharp_sdk.quantization.grid import PackedWeight
+from mcsharp_sdk.quantization.rotation import rotate
 from mcsharp_sdk.runtime.layout import TENSORS, bucket_name, empty_packed, members, tensor_name
 from mcsharp_sdk.runtime.whole_layers import whole_layer
 
@@ -74,15 +75,21 @@ class ExpertBucket(nn.Module):
     ----------
     experts : which experts of the layer these are, ascending.
     shapes : matrix -> (rows, columns).
+    rotated : whether the inputs of both matrices are turned (``quantization.rotation``).
     """
 
     def __init__(
-        self, experts: Sequence[int], shapes: dict[Matrix, tuple[int, int]], bits: int, group: int
+        self,
+        experts: Sequence[int],
+        shapes: dict[Matrix, tuple[int, int]],
+        bits: int,
+        group: int,
+        rotated: bool = False,
     ) -> None:
         super().__init__()
         self.experts = tuple(experts)
         self.columns = {matrix: shape[1] for matrix, shape in shapes.items()}
-        self.bits, self.group_size = bits, group
+        self.bits, self.group_size, self.rotated = bits, group, rotated
         for matrix, (rows, columns) in shapes.items():
             packed = empty_packed(rows, columns, bits, group, len(self.experts))
             _register(self, packed, [tensor_name(matrix, part) for part in TENSORS])
@@ -112,8 +119,11 @@ class ExpertBucket(nn.Module):
         -------
         [N, hidden]
         """
-        inner = activation(packed_linears(tokens, self.stack("gate_up"), counts))
-        return finishing(packed_linears(inner, self.stack("down"), counts))
+        inner = activation(packed_linears(self._turned(tokens), self.stack("gate_up"), counts))
+        return finishing(packed_linears(self._turned(inner), self.stack("down"), counts))
+
+    def _turned(self, inputs: Tensor) -> Tensor:
+        return rotate(inputs) if self.rotated else inputs
 
     def extra_repr(self) -> str:
         return f"experts={list(self.experts)}, bits={self.bits}, group={self.group_size}"
@@ -168,7 +178,9 @@ class PackedExpertsMixin:
 _PACKED_CLASSES: dict[type, type] = {}
 
 
-def pack_experts_module(experts: Any, bits: Sequence[int], group_size: int) -> None:
+def pack_experts_module(
+    experts: Any, bits: Sequence[int], group_size: int, *, rotated: bool = False
+) -> None:
     """Turn a fused experts module into a packed one, in place; the packed tensors are empty.
 
     The instance stays, so that its activation, biases, limits and norms do; only its fused weights
@@ -181,7 +193,8 @@ def pack_experts_module(experts: Any, bits: Sequence[int], group_size: int) -> N
     for matrix in MATRICES:
         del experts._parameters[parameter_name(experts, matrix)]
     for width, chosen in members(bits).items():
-        experts.add_module(bucket_name(width), ExpertBucket(chosen, shapes, width, group_size))
+        bucket = ExpertBucket(chosen, shapes, width, group_size, rotated)
+        experts.add_module(bucket_name(width), bucket)
     original = type(experts)
     if original not in _PACKED_CLASSES:
         _PACKED_CLASSES[original] = type(

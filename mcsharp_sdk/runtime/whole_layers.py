@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.kernels import gpu_support
-from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack, expert_table
+from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack, PerSlot, expert_table
 from mcsharp_sdk.kernels.gpu_experts import run_experts
 from mcsharp_sdk.kernels.linear import VARIABLE, WHOLE_LAYERS
 from mcsharp_sdk.models.experts import MATRICES, activate, finish
+from mcsharp_sdk.quantization.rotation import rotate
 
 if TYPE_CHECKING:
     from mcsharp_sdk.runtime.modules import ExpertBucket
@@ -59,11 +60,20 @@ def whole_layer(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -
         gate_up,
         down,
         table,
-        between=None if silu else partial(activate, experts),
+        between=_between(experts, silu=silu, rotated=buckets[0].rotated),
         behind=partial(finish, experts) if behind else None,
     )
-    weighs_input = getattr(experts, "weighs_input", False)
-    return partial(_run_weighed if weighs_input else _run, layer)
+    run = partial(_run_weighed if getattr(experts, "weighs_input", False) else _run, layer)
+    if not buckets[0].rotated:
+        return run
+    return lambda hidden, index, weights: run(rotate(hidden), index, weights)
+
+
+def _between(experts: Any, *, silu: bool, rotated: bool) -> PerSlot | None:
+    """What comes between the matrices, unless kernels do it themselves."""
+    if rotated:
+        return lambda projected, expert: rotate(activate(experts, projected, expert))
+    return None if silu else partial(activate, experts)
 
 
 def _run(layer: ExpertLayer, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from mcsharp_sdk.errors import InputError, InputProblems
 from mcsharp_sdk.models.experts import MATRICES, fused_weight
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.quantization.grid import dequantise_packed
+from mcsharp_sdk.quantization.rotation import rotate
 from mcsharp_sdk.recipe.schema import Recipe
 from mcsharp_sdk.runtime.modules import ExpertBucket, PackedLinear
 
@@ -39,7 +40,9 @@ def recipe(tmp_path: Path, bits: dict[str, list[int]], **quantise: Any) -> Recip
     return Recipe.from_dict({"version": 1, "calibration": calibration, "stages": [stage]})
 
 
-def compress_tiny(tmp_path: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
+def compress_tiny(
+    tmp_path: Path, family: str, dtype: torch.dtype = torch.float32, **quantise: Any
+) -> Path:
     """A tiny model of a family, compressed at mixed widths; the original is in ``original``."""
     original = save_tiny_model(tmp_path / "original", family, dtype=dtype)
     save_tiny_tokenizer(original)
@@ -49,7 +52,7 @@ def compress_tiny(tmp_path: Path, family: str, dtype: torch.dtype = torch.float3
         for layer, count in topology.experts_per_layer().items()
     }
     output = tmp_path / "compressed"
-    mcsharp_sdk.compress(recipe(tmp_path, bits), original, output, progress=False)
+    mcsharp_sdk.compress(recipe(tmp_path, bits, **quantise), original, output, progress=False)
     return output
 
 
@@ -77,6 +80,11 @@ def packed_modules(model: Any) -> Iterator[tuple[str, PackedLinear | ExpertBucke
             yield name, module
 
 
+def rotation(columns: int) -> torch.Tensor:
+    """H, [K, K]."""
+    return rotate(torch.eye(columns, dtype=torch.float64))
+
+
 @torch.no_grad()
 def dequantised(compressed: Any, original: Path) -> Any:
     """The stock model with the packed weights written out."""
@@ -101,16 +109,32 @@ def dequantised(compressed: Any, original: Path) -> Any:
         for matrix in MATRICES:
             for slot, expert in enumerate(module.experts):
                 packed = module.stack(matrix).matrix(slot)
-                fused_weight(experts, matrix)[expert] = dequantise_packed(
+                weight = dequantise_packed(
                     packed.weight.qweight,
                     packed.weight.scales,
                     packed.weight.zeros,
                     bits=packed.bits,
                     group_size=packed.group_size,
                     columns=packed.columns,
-                    dtype=compressed.dtype,
+                    dtype=torch.float64 if module.rotated else compressed.dtype,
                 )
+                if module.rotated:
+                    weight = weight @ rotation(packed.columns)
+                fused_weight(experts, matrix)[expert] = weight
     return stock
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_oss"])
+def test_rotated_experts_are_their_weights_turned_back(family: str, tmp_path: Path) -> None:
+    """With shared experts, and with biases and a gate of another kind."""
+    compressed = load(compress_tiny(tmp_path, family, rotation="hadamard"))
+    buckets = [m for _, m in packed_modules(compressed) if isinstance(m, ExpertBucket)]
+    assert buckets
+    assert all(bucket.rotated for bucket in buckets)
+    stock = dequantised(compressed, tmp_path / "original")
+    torch.testing.assert_close(logits(compressed), logits(stock), rtol=1e-4, atol=1e-5)
+    compressed.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(compressed))
 
 
 @pytest.mark.parametrize("family", PLAIN_FAMILIES)
