@@ -93,15 +93,20 @@ class _CutOff(Exception):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("writes_until_the_cut", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    ("writes_until_the_cut", "quantise"),
+    [*((writes, {}) for writes in range(6)), (4, {"rotation": "hadamard"})],
+)
 def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
     writes_until_the_cut: int,
+    quantise: dict[str, Any],
     model: Path,
     text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    undisturbed = compress(recipe(text), model, tmp_path / "undisturbed").output
+    stages = [*STAGES[:2], {**STAGES[2], **quantise}]
+    undisturbed = compress(recipe(text, stages), model, tmp_path / "undisturbed").output
     write = LayerStore.write
     done: list[int] = []
 
@@ -114,10 +119,10 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(LayerStore, "write", cut_off)
         with pytest.raises(_CutOff):
-            compress(recipe(text), model, tmp_path / "out")
+            compress(recipe(text, stages), model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
-    resumed = compress(recipe(text), model, tmp_path / "out").output
+    resumed = compress(recipe(text, stages), model, tmp_path / "out").output
     assert weights(resumed) == weights(undisturbed)
     for file in (ExpertStatistics.FILE, BitMap.FILE, "mcsharp_report.json"):
         assert (resumed / file).read_bytes() == (undisturbed / file).read_bytes()

@@ -158,11 +158,21 @@ def test_groups_that_onnxruntime_lacks_are_refused(tmp_path: Path) -> None:
         mcsharp_sdk.export("onnx_model", source, tmp_path / "onnx")
 
 
+def test_rotated_experts_are_refused(tmp_path: Path) -> None:
+    source = compressed(tmp_path / "model", "mixtral")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["rotation"] = "hadamard"
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="graphs do not turn the inputs of experts"):
+        mcsharp_sdk.export("onnx_model", source, tmp_path / "onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_recipe_is_refused_before_it_runs() -> None:
     stages = [
         {"type": "ExpertStats"},
         {"type": "BitAllocation", "target_bits": 2.0},
-        {"type": "GPTQQuantize", "group_size": 48},
+        {"type": "GPTQQuantize", "group_size": 48, "rotation": "hadamard"},
         {"type": "TokenProtection"},
     ]
     with pytest.raises(InputError) as error:
@@ -175,6 +185,7 @@ def test_a_recipe_is_refused_before_it_runs() -> None:
             }
         )
     assert "in groups of 16, 32, 64, 128, 256, not of 48" in str(error.value)
+    assert "quantise with 'rotation: none'" in str(error.value)
     assert "pruning: weights" in str(error.value)
 
 

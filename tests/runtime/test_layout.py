@@ -18,6 +18,7 @@ _layouts = st.builds(
         st.integers(0, 90), st.lists(_widths, min_size=1, max_size=12).map(tuple), max_size=4
     ),
     linears=st.dictionaries(st.sampled_from(["self_attn.q_proj", "mlp.up_proj"]), _widths),
+    rotated=st.booleans(),
 )
 
 
@@ -44,6 +45,7 @@ def test_every_expert_is_in_the_bucket_of_its_width(bits: list[int]) -> None:
         ({"experts": {"zero": [2]}}, "malformed"),
         ({"experts": None}, "malformed"),
         ({"linears": {"self_attn.q_proj": 7}}, r"\[2, 7\]"),
+        ({"rotation": "random"}, "malformed.*rotation 'random'"),
     ],
 )
 def test_a_malformed_layout_is_refused(change: dict[str, object], message: str) -> None:

@@ -99,13 +99,21 @@ def test_tokens_beyond_the_workspace_are_done_in_parts(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("family", "silu"),
-    [("mixtral", True), ("gpt_oss", False), ("llama4", True), ("nemotron_h", False)],
+    ("family", "silu", "rotated"),
+    [
+        ("mixtral", True, False),
+        ("mixtral", True, True),
+        ("gpt_oss", False, False),
+        ("gpt_oss", False, True),
+        ("llama4", True, False),
+        ("llama4", True, True),
+        ("nemotron_h", False, False),
+    ],
 )
 def test_families_run_in_kernels_as_without_them(
-    family: str, silu: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, silu: bool, rotated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experts = packed_experts(family)
+    experts = packed_experts(family, rotated=rotated)
     buckets = [m for m in experts.children() if isinstance(m, ExpertBucket)]
     hidden_size = buckets[0].columns["gate_up"]
     intermediate = buckets[0].columns["down"]
@@ -121,13 +129,13 @@ def test_families_run_in_kernels_as_without_them(
         assert relative_error(given, expected.double()) < 4e-3
 
 
-def packed_experts(family: str) -> Any:
+def packed_experts(family: str, *, rotated: bool) -> Any:
     """The experts of a family's first sparse layer, packed at mixed widths with random weights."""
     model = tiny_model(family)
     normalise(model)
     experts: Any = next(module for module in model.modules() if is_experts(module))
     bits = [BITS[expert % len(BITS)] for expert in range(experts.num_experts)]
-    pack_experts_module(experts, bits, group_size=32)
+    pack_experts_module(experts, bits, group_size=32, rotated=rotated)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in experts.named_parameters():
         if parameter.dtype == torch.uint8:
