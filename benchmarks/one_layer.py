@@ -1,7 +1,7 @@
 """What ways of quantising do to the outputs of a layer's experts, on texts of other kinds too.
 
     python benchmarks/one_layer.py MODEL CALIBRATION.txt EVALUATION.txt … \
-        [--layers 12 24] [--bits 2] [--budgets 2.5 2.0 1.5]
+        [--layers 12 24] [--bits 2] [--ways refined hadamard …]
 
 Each layer gets its inputs from the original model. Printed is ‖Δ‖²/‖Y‖², with Δ the error of the
 routed experts' summed output Y, on the calibration text and on the others, of
@@ -15,9 +15,7 @@ routed experts' summed output Y, on the calibration text and on the others, of
 | rotated | *by tokens*, with inputs of both matrices, or one, turned by a random rotation |
 | hadamard | by `rotation: hadamard` |
 
-and what widths per matrix, and a width of 4 bits, would save: the least sum of errors under a
-budget against that of one width of 1 to 3 bits per expert, errors taken to add up. For experts with
-a gate and SiLU.
+For experts with a gate and SiLU. ``widths_per_matrix.py`` asks the same layers about widths.
 """
 
 from __future__ import annotations
@@ -260,56 +258,27 @@ def errors(experts: Sequence[Expert], chosen: Sequence[Matrices], tokens: int) -
     return found
 
 
-def least_error(costs: Sequence[Mapping[int, float]], sizes: Sequence[int], budget: int) -> float:
-    """Least sum of one cost each, width × size summing to at most ``budget``; by all budgets."""
-    best = {0: 0.0}
-    for cost, size in zip(costs, sizes, strict=True):
-        grown: dict[int, float] = {}
-        for spent, total in best.items():
-            for width, more in cost.items():
-                now = spent + width * size
-                if now <= budget and total + more < grown.get(now, math.inf):
-                    grown[now] = total + more
-        best = grown
-    return min(best.values())
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What :func:`read_arguments` reads."""
+    parser.add_argument("model", type=Path)
+    parser.add_argument("calibration", type=Path)
+    parser.add_argument("evaluations", type=Path, nargs="*")
+    parser.add_argument("--layers", type=int, nargs="+", default=[12, 24])
+    parser.add_argument("--sequences", type=int, default=48, help="of the calibration text")
+    parser.add_argument("--tokens", type=int, default=4096, help="of each other text")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--group-size", type=int, default=64)
 
 
-def matrix_costs(expert: Expert, grid: GridSettings) -> list[dict[int, float]]:
-    """Width -> squared error of the output on the calibration text if one matrix has it."""
-    own, tokens = expert.matrices, expert.calibration
-    wanted = expert.output(own, tokens)
-    inputs = (tokens.hidden, gated(tokens.hidden, own[0]))
-    found: list[dict[int, float]] = []
-    for position in range(2):
-        costs = {}
-        for bits in (1, 2, 3, 4):
-            q = quantised(own[position], inputs[position], bits, grid, 1.0, None)
-            changed = dequantise(q, torch.float32)
-            both = (changed, own[1]) if position == 0 else (own[0], changed)
-            costs[bits] = float((expert.output(both, tokens) - wanted).square().sum())
-        found.append(costs)
-    return found
-
-
-def saved_by_widths(costs: Sequence[Sequence[dict[int, float]]], bits: float) -> list[float]:
-    """Least error with 1 to 4 bits per expert, 1 to 3 and 1 to 4 per matrix, by that of 1 to 3."""
-    budget, narrow = int(bits * len(costs)) * 3, (1, 2, 3)
-    experts = [{b: sum(c[b] for c in both) for b in both[0]} for both in costs]
-    matrices = [cost for both in costs for cost in both]
-
-    def least(
-        each: Sequence[dict[int, float]], sizes: Sequence[int], widths: Sequence[int]
-    ) -> float:
-        return least_error([{b: c[b] for b in widths} for c in each], sizes, budget)
-
-    whole, parts = [3] * len(experts), [2, 1] * len(experts)
-    usual, all_widths = least(experts, whole, narrow), (1, 2, 3, 4)
-    others = (
-        least(experts, whole, all_widths),
-        least(matrices, parts, narrow),
-        least(matrices, parts, all_widths),
-    )
-    return [other / usual for other in others]
+def read_arguments(given: argparse.Namespace) -> tuple[SourceModel, dict[str, Tensor]]:
+    """The model, and windows [n, length] of each text's first tokens."""
+    source = SourceModel(given.model)
+    tokenizer = load_tokenizer(source.path)
+    limits = [given.sequences * given.length] + [given.tokens] * len(given.evaluations)
+    return source, {
+        file.stem: token_stream(file.read_text(), tokenizer, limit=limit).view(-1, given.length)
+        for file, limit in zip([given.calibration, *given.evaluations], limits, strict=True)
+    }
 
 
 @torch.no_grad()
@@ -317,40 +286,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("model", type=Path)
-    parser.add_argument("calibration", type=Path)
-    parser.add_argument("evaluations", type=Path, nargs="+")
-    parser.add_argument("--layers", type=int, nargs="+", default=[12, 24])
+    add_arguments(parser)
     parser.add_argument("--bits", type=int, default=2)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[2.5, 2.0, 1.5])
-    parser.add_argument("--sequences", type=int, default=48, help="of the calibration text")
-    parser.add_argument("--tokens", type=int, default=4096, help="of each other text")
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     given = parser.parse_args()
     torch.manual_seed(0)
-    source, grid = SourceModel(given.model), GridSettings(given.group_size)
-    tokenizer = load_tokenizer(source.path)
-    limits = [given.sequences * given.length] + [given.tokens] * len(given.evaluations)
-    windows = {
-        file.stem: token_stream(file.read_text(), tokenizer, limit=limit).view(-1, given.length)
-        for file, limit in zip([given.calibration, *given.evaluations], limits, strict=True)
-    }
-    tokens = sum(ids.numel() for ids in windows.values())
-    ways: list[list[str]] = []
-    widths: list[list[str]] = []
+    source, windows = read_arguments(given)
+    grid, tokens = GridSettings(given.group_size), sum(ids.numel() for ids in windows.values())
+    rows: list[list[str]] = []
     for index, experts in read_layers(source, windows, given.layers):
-        for name, way in WAYS.items():
-            found = errors(experts, [way(e, given.bits, grid) for e in experts], tokens)
-            ways.append([str(index), name, *(f"{error:.4f}" for error in found)])
-            print(" ".join(ways[-1]), flush=True)
-        costs = [matrix_costs(expert, grid) for expert in experts]
-        for budget in given.budgets:
-            ratios = saved_by_widths(costs, budget)
-            widths.append([str(index), f"{budget:g}", *(f"{ratio:.3f}" for ratio in ratios)])
-    print(f"\n{markdown(['layer', f'{given.bits} bits', *windows], ways)}\n")
-    head = ["layer", "bits", "1 to 4 per expert", "1 to 3 per matrix", "1 to 4 per matrix"]
-    print(markdown(head, widths))
+        for name in given.ways:
+            chosen = [WAYS[name](expert, given.bits, grid) for expert in experts]
+            found = errors(experts, chosen, tokens)
+            rows.append([str(index), name, *(f"{error:.4f}" for error in found)])
+            print(" ".join(rows[-1]), flush=True)
+    print(f"\n{markdown(['layer', f'{given.bits} bits', *windows], rows)}\n")
 
 
 if __name__ == "__main__":
