@@ -53,9 +53,12 @@ def _factors(columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Te
     """Two matrices whose Kronecker product is H, or one block of it."""
     power = columns & -columns
     odd = columns // power
-    first = 1 << (power.bit_length() - 1) // 2
+    odd = odd if odd <= LARGEST_ODD else 1
+    first = 1
+    while odd * (2 * first) ** 2 <= power:  # of about the same size
+        first *= 2
     with torch.inference_mode(False):  # they outlive the caller's mode
-        left = torch.kron(_hartley(odd if odd <= LARGEST_ODD else 1), _hadamard(first))
+        left = torch.kron(_hartley(odd), _hadamard(first))
         right = _hadamard(power // first)
         return left.to(dtype).to(device), right.to(dtype).to(device)
 
