@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -40,6 +40,7 @@ def dense(columns: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 96))
 def test_it_is_a_symmetric_orthogonal_matrix(columns: int) -> None:
     turn = rotate(torch.eye(columns, dtype=torch.float64))
