@@ -13,6 +13,7 @@ routed experts' summed output Y, on the calibration text and on the others, of
 | by tokens | and `token_damping: 1.0` |
 | scales by gradient | and the scales of both matrices of an expert trained on its output (Adam) |
 | rotated | *by tokens*, with inputs of both matrices, or one, turned by a random rotation |
+| alike for all | the same rotation for all experts, as against one for each |
 | hadamard | by `rotation: hadamard` |
 
 For experts with a gate and SiLU. ``widths_per_matrix.py`` asks the same layers about widths.
@@ -48,7 +49,7 @@ from mcsharp_sdk.quantization import (
 from mcsharp_sdk.quantization.descent import refine
 from mcsharp_sdk.quantization.grid import zero_points
 from mcsharp_sdk.quantization.hessian import damped
-from mcsharp_sdk.quantization.rotation import rotate
+from mcsharp_sdk.quantization.rotation import expert_signs, rotate
 
 DAMPING, ROUNDS = 0.01, 2
 EPOCHS, BATCH, RATE = 2, 512, 0.01
@@ -70,6 +71,7 @@ class Tokens(NamedTuple):
 class Expert:
     """An expert with its tokens of each text; the first text is the calibration."""
 
+    number: int
     matrices: Matrices
     texts: Mapping[str, Tokens]
 
@@ -112,7 +114,7 @@ def _expert(runs: ExpertRuns, expert: int, windows: Mapping[str, Tensor]) -> Exp
         hidden = runs.tokens.hidden[place[own]].float()
         texts[name] = Tokens(place[own], hidden, routing[own].float().unsqueeze(-1))
         start += ids.numel()
-    found = Expert((matrices[0], matrices[1]), texts)
+    found = Expert(expert, (matrices[0], matrices[1]), texts)
     if not len(found.calibration.place):
         raise SystemExit(f"no token reaches expert {expert}: give more --sequences")
     return found
@@ -213,8 +215,8 @@ def _wide(per_group: Tensor, q: QuantizedWeight) -> Tensor:
     return per_group.repeat_interleave(q.group_size, dim=1)[:, : q.codes.shape[1]]
 
 
-def rotated(turn_of: Callable[[int], Tensor], matrices: Sequence[int] = (0, 1)) -> Way:
-    """Matrices quantised in another basis of their inputs, [K, K] by the number of columns."""
+def rotated(turn_of: Callable[[int, int], Tensor], matrices: Sequence[int] = (0, 1)) -> Way:
+    """Matrices quantised in another basis of their inputs, [K, K] by columns and expert."""
 
     def way(expert: Expert, bits: int, grid: GridSettings) -> Matrices:
         found: list[Tensor] = []
@@ -223,7 +225,7 @@ def rotated(turn_of: Callable[[int], Tensor], matrices: Sequence[int] = (0, 1)) 
             inputs = gated(x, found[0]) if found else x
             turn = torch.eye(weight.shape[1])
             if position in matrices:
-                turn = turn_of(weight.shape[1])
+                turn = turn_of(weight.shape[1], expert.number)
             q = quantised(weight @ turn, inputs @ turn, bits, grid, 1.0, ROUNDS)
             found.append(dequantise(q, torch.float32) @ turn.T)
         return found[0], found[1]
@@ -231,8 +233,13 @@ def rotated(turn_of: Callable[[int], Tensor], matrices: Sequence[int] = (0, 1)) 
     return way
 
 
-def random_rotation(columns: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(columns, columns)).Q
+def random_rotation(columns: int, expert: int) -> Tensor:
+    generator = torch.Generator().manual_seed(expert)
+    return torch.linalg.qr(torch.randn(columns, columns, generator=generator)).Q
+
+
+def hadamard(columns: int, expert: int) -> Tensor:
+    return rotate(torch.eye(columns), expert_signs(expert + 1, columns)[expert])
 
 
 WAYS: Mapping[str, Way] = {
@@ -243,7 +250,8 @@ WAYS: Mapping[str, Way] = {
     "rotated": rotated(random_rotation),
     "rotated, first": rotated(random_rotation, (0,)),
     "rotated, second": rotated(random_rotation, (1,)),
-    "hadamard": rotated(lambda columns: rotate(torch.eye(columns))),
+    "alike for all": rotated(lambda columns, _: random_rotation(columns, 0)),
+    "hadamard": rotated(hadamard),
 }
 
 

@@ -39,7 +39,7 @@ from mcsharp_sdk.quantization.hessian import (
     accumulate,
 )
 from mcsharp_sdk.quantization.propagation import accumulate_cross
-from mcsharp_sdk.quantization.rotation import rotate, rotate_both_, turned_back
+from mcsharp_sdk.quantization.rotation import expert_signs, rotate, rotate_both_, turned_back
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.runtime.layout import linear_tensors
 
@@ -202,8 +202,8 @@ class LayerQuantiser:
                 for position, expert in enumerate(chunk):
                     quantised = batch.expert(position)
                     dtype = runs.routed.hidden.dtype
-                    restored = turned_back if self.rotated else dequantise
-                    runs.weights.replace(matrix, expert, restored(quantised, dtype))
+                    weight = self._restored(quantised, expert, runs, dtype)
+                    runs.weights.replace(matrix, expert, weight)
                     buckets.put(matrix, expert, pack_weight(quantised))
                 del batch, quantised
                 release_free_memory()
@@ -212,6 +212,16 @@ class LayerQuantiser:
         if not layer.inputs.ranks.alone:
             buckets.gather(runs.tokens.owned, self.settings.grid.group_size, runs)
         return buckets.tensors
+
+    def _restored(
+        self, quantised: QuantizedWeight, expert: int, runs: ExpertRuns, dtype: torch.dtype
+    ) -> Tensor:
+        """What an expert's matrix has become, for inputs as they are."""
+        if not self.rotated:
+            return dequantise(quantised, dtype)
+        codes = quantised.codes
+        signs = expert_signs(runs.weights.num_experts, codes.shape[1], codes.device)
+        return turned_back(quantised, dtype, signs[expert])
 
     def _quantised_chunk(
         self,
@@ -229,10 +239,13 @@ class LayerQuantiser:
             moments.cross = beside.cross_grams(matrix, chunk, routing_weighted=weighted)
         weights = torch.stack([runs.weights.read(matrix, expert) for expert in chunk])
         if self.rotated:
-            weights = rotate(weights.float())
-            rotate_both_(moments.hessians)
-            if moments.cross is not None:
-                rotate_both_(moments.cross)
+            weights = weights.float()
+            signs = expert_signs(runs.weights.num_experts, weights.shape[2], weights.device)
+            for position, expert in enumerate(chunk):
+                weights[position] = rotate(weights[position], signs[expert])
+                for squares in (moments.hessians, moments.cross):
+                    if squares is not None:
+                        rotate_both_(squares[position], signs[expert])
         names = [f"experts.{expert}.{matrix}" for expert in chunk]
         return quantise_matrices(
             self.settings, weights, moments, [bits[e] for e in chunk], names, notes

@@ -16,7 +16,7 @@ from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import StreamedLayer
 from mcsharp_sdk.models.topology import router_weight
 from mcsharp_sdk.quantization.grid import PackedWeight, dequantise, unpack_weight
-from mcsharp_sdk.quantization.rotation import turned_back
+from mcsharp_sdk.quantization.rotation import expert_signs, turned_back
 from mcsharp_sdk.runtime.layout import (
     TENSORS,
     PackedLayout,
@@ -64,10 +64,12 @@ class PackedExperts(ExpertWeights):
             names = (f"{bucket_name(width)}.{tensor_name(matrix, part)}" for part in TENSORS)
             parts = (self.packed[n][slot : slot + 1][0].to(self.device) for n in names)
             like = fused_weight(self.module, matrix)[0]
+            signs = None
+            if self.rotated:
+                signs = expert_signs(self.num_experts, like.shape[-1], like.device)[expert]
             packed = PackedWeight(*parts)
-            self._in_use[matrix, expert] = _restored(
-                packed, like, width, self.group_size, rotated=self.rotated
-            )
+            restored = _restored(packed, like, width, self.group_size, signs)
+            self._in_use[matrix, expert] = restored
         return self._in_use[matrix, expert]
 
     def replace(self, matrix: Matrix, expert: int, weight: Tensor) -> None:
@@ -165,9 +167,11 @@ def packed_experts(
 
 
 def _restored(
-    packed: PackedWeight, like: Tensor, bits: int, group_size: int, *, rotated: bool = False
+    packed: PackedWeight, like: Tensor, bits: int, group_size: int, signs: Tensor | None = None
 ) -> Tensor:
-    """Dequantised weight of the shape and dtype of ``like``."""
+    """Dequantised weight of the shape and dtype of ``like``; with ``signs``, turned back."""
     columns = like.shape[-1]
     weight = unpack_weight(packed, bits=bits, group_size=group_size, columns=columns)
-    return (turned_back if rotated else dequantise)(weight, like.dtype)
+    if signs is None:
+        return dequantise(weight, like.dtype)
+    return turned_back(weight, like.dtype, signs)

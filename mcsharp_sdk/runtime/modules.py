@@ -23,7 +23,7 @@ from mcsharp_sdk.models.experts import (
     weigh,
 )
 from mcsharp_sdk.quantization.grid import PackedWeight
-from mcsharp_sdk.quantization.rotation import rotate
+from mcsharp_sdk.quantization.rotation import expert_signs, rotate
 from mcsharp_sdk.runtime.layout import TENSORS, bucket_name, empty_packed, members, tensor_name
 from mcsharp_sdk.runtime.whole_layers import whole_layer
 
@@ -119,11 +119,16 @@ class ExpertBucket(nn.Module):
         -------
         [N, hidden]
         """
-        inner = activation(packed_linears(self._turned(tokens), self.stack("gate_up"), counts))
-        return finishing(packed_linears(self._turned(inner), self.stack("down"), counts))
+        tokens = self._turned(tokens, counts)
+        inner = activation(packed_linears(tokens, self.stack("gate_up"), counts))
+        return finishing(packed_linears(self._turned(inner, counts), self.stack("down"), counts))
 
-    def _turned(self, inputs: Tensor) -> Tensor:
-        return rotate(inputs) if self.rotated else inputs
+    def _turned(self, inputs: Tensor, counts: Sequence[int]) -> Tensor:
+        if not self.rotated:
+            return inputs
+        signs = expert_signs(self.experts[-1] + 1, inputs.shape[-1], inputs.device)
+        rows = [expert for expert, n in zip(self.experts, counts, strict=True) for _ in range(n)]
+        return rotate(inputs, signs[rows])
 
     def extra_repr(self) -> str:
         return f"experts={list(self.experts)}, bits={self.bits}, group={self.group_size}"

@@ -15,7 +15,7 @@ from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack, PerSlot, 
 from mcsharp_sdk.kernels.gpu_experts import run_experts
 from mcsharp_sdk.kernels.linear import VARIABLE, WHOLE_LAYERS
 from mcsharp_sdk.models.experts import MATRICES, activate, finish
-from mcsharp_sdk.quantization.rotation import rotate
+from mcsharp_sdk.quantization.rotation import expert_signs, rotate
 
 if TYPE_CHECKING:
     from mcsharp_sdk.runtime.modules import ExpertBucket
@@ -63,16 +63,18 @@ def whole_layer(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -
         between=_between(experts, silu=silu, rotated=buckets[0].rotated),
         behind=partial(finish, experts) if behind else None,
     )
-    run = partial(_run_weighed if getattr(experts, "weighs_input", False) else _run, layer)
-    if not buckets[0].rotated:
-        return run
-    return lambda hidden, index, weights: run(rotate(hidden), index, weights)
+    weighs_input = getattr(experts, "weighs_input", False)
+    if buckets[0].rotated:
+        return partial(_run_rotated, layer, weighs_input)
+    return partial(_run_weighed if weighs_input else _run, layer)
 
 
 def _between(experts: Any, *, silu: bool, rotated: bool) -> PerSlot | None:
     """What comes between the matrices, unless kernels do it themselves."""
     if rotated:
-        return lambda projected, expert: rotate(activate(experts, projected, expert))
+        return lambda projected, expert: _turned(
+            activate(experts, projected, expert), expert, experts.num_experts
+        )
     return None if silu else partial(activate, experts)
 
 
@@ -88,6 +90,25 @@ def _run_weighed(layer: ExpertLayer, hidden: Tensor, index: Tensor, weights: Ten
     ones = torch.ones_like(slots, dtype=torch.float32)
     out = _run(layer, rows, slots, ones)
     return out.view(*index.shape, -1).sum(1)
+
+
+def _run_rotated(
+    layer: ExpertLayer, weighs_input: bool, hidden: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """Each expert has its inputs turned in its own way, so that each slot has a row of its own."""
+    rows = hidden.unsqueeze(1).expand(*index.shape, -1).flatten(0, 1)
+    slots, factors = index.reshape(-1, 1), weights.reshape(-1, 1)
+    if weighs_input:
+        rows, factors = (rows * factors).to(hidden.dtype), torch.ones_like(factors)
+    turned = _turned(rows, slots[:, 0], layer.experts)
+    out = _run(layer, turned, slots, factors.float())
+    return out.view(*index.shape, -1).sum(1)
+
+
+def _turned(rows: Tensor, expert: Tensor, experts: int) -> Tensor:
+    """Rows [n, K] turned as each one's expert, int64 [n], of so many, asks for."""
+    signs = expert_signs(experts, rows.shape[-1], rows.device)
+    return rotate(rows, signs[expert.clamp(max=experts - 1)])
 
 
 def _facts(

@@ -22,7 +22,7 @@ from mcsharp_sdk.errors import InputError, InputProblems
 from mcsharp_sdk.models.experts import MATRICES, fused_weight
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.quantization.grid import dequantise_packed
-from mcsharp_sdk.quantization.rotation import rotate
+from mcsharp_sdk.quantization.rotation import expert_signs, rotate
 from mcsharp_sdk.recipe.schema import Recipe
 from mcsharp_sdk.runtime.modules import ExpertBucket, PackedLinear
 
@@ -80,9 +80,10 @@ def packed_modules(model: Any) -> Iterator[tuple[str, PackedLinear | ExpertBucke
             yield name, module
 
 
-def rotation(columns: int) -> torch.Tensor:
-    """H, [K, K]."""
-    return rotate(torch.eye(columns, dtype=torch.float64))
+def rotation(columns: int, expert: int) -> torch.Tensor:
+    """T, [K, K]."""
+    signs = expert_signs(expert + 1, columns)[expert]
+    return rotate(torch.eye(columns, dtype=torch.float64), signs)
 
 
 @torch.no_grad()
@@ -119,7 +120,7 @@ def dequantised(compressed: Any, original: Path) -> Any:
                     dtype=torch.float64 if module.rotated else compressed.dtype,
                 )
                 if module.rotated:
-                    weight = weight @ rotation(packed.columns)
+                    weight = weight @ rotation(packed.columns, expert)
                 fused_weight(experts, matrix)[expert] = weight
     return stock
 
