@@ -66,7 +66,7 @@ class PackedExperts(ExpertWeights):
             like = fused_weight(self.module, matrix)[0]
             signs = None
             if self.rotated:
-                signs = expert_signs(self.num_experts, like.shape[-1], like.device)[expert]
+                signs = expert_signs(self.num_experts, like.shape[-1], self.device)[expert]
             packed = PackedWeight(*parts)
             restored = _restored(packed, like, width, self.group_size, signs)
             self._in_use[matrix, expert] = restored
