@@ -127,8 +127,8 @@ class ExpertBucket(nn.Module):
         if not self.rotated:
             return inputs
         signs = expert_signs(self.experts[-1] + 1, inputs.shape[-1], inputs.device)
-        rows = [expert for expert, n in zip(self.experts, counts, strict=True) for _ in range(n)]
-        return rotate(inputs, signs[rows])
+        own = zip(self.experts, inputs.split(list(counts)), strict=True)
+        return torch.cat([rotate(rows, signs[expert]) for expert, rows in own])
 
     def extra_repr(self) -> str:
         return f"experts={list(self.experts)}, bits={self.bits}, group={self.group_size}"
