@@ -226,6 +226,14 @@ def test_a_flipped_bit_in_an_exported_model_is_found_and_named(
     shutil.copyfile(compressed / name, folder / name)
 
 
+def test_a_config_of_another_depth_is_named(folder: Path) -> None:
+    """As a flipped bit in the name of the setting makes it, which then has its default."""
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("num_hidden_layers", "num_hidden_layerz"))
+    with pytest.raises(InputError, match=r"config\.json: quantization_config has experts in"):
+        verify(folder)
+
+
 def test_a_saved_model_has_checksums_of_its_own(compressed: Path, tmp_path: Path) -> None:
     load_model(compressed, "cpu", torch.float32).save_pretrained(tmp_path / "saved")
     assert verify(tmp_path / "saved").checksums > 2
