@@ -39,7 +39,7 @@ from mcsharp_sdk.quantization.hessian import (
     accumulate,
 )
 from mcsharp_sdk.quantization.propagation import accumulate_cross
-from mcsharp_sdk.quantization.rotation import expert_signs, rotate, rotate_both_, turned_back
+from mcsharp_sdk.quantization.rotation import expert_signs, rotate_, rotate_both_, turned_back
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.runtime.layout import linear_tensors
 
@@ -242,7 +242,7 @@ class LayerQuantiser:
             weights = weights.float()
             signs = expert_signs(runs.weights.num_experts, weights.shape[2], weights.device)
             for position, expert in enumerate(chunk):
-                weights[position] = rotate(weights[position], signs[expert])
+                rotate_(weights[position], signs[expert])
                 for squares in (moments.hessians, moments.cross):
                     if squares is not None:
                         rotate_both_(squares[position], signs[expert])

@@ -40,16 +40,22 @@ def rotate(rows: Tensor, signs: Tensor) -> Tensor:
     return ((left @ parts @ right).flatten(-3) * signs).to(rows.dtype)
 
 
+def rotate_(matrix: Tensor, signs: Tensor) -> Tensor:
+    """A large matrix [R, K] as :func:`rotate` has it, in place, some rows at a time."""
+    for rows in matrix.split(ROWS_AT_A_TIME):
+        rows.copy_(rotate(rows, signs))
+    return matrix
+
+
 def rotate_both_(square: Tensor, signs: Tensor) -> None:
     """A matrix M [K, K] as T·M·T, in place: what the Hessian of turned inputs is."""
     for side in (square, square.mT):
-        for rows in side.split(ROWS_AT_A_TIME):
-            rows.copy_(rotate(rows, signs))
+        rotate_(side, signs)
 
 
 def turned_back(weight: QuantizedWeight, dtype: torch.dtype, signs: Tensor) -> Tensor:
     """The weight [R, K] for inputs as they are, of one that was quantised for turned ones."""
-    return rotate(dequantise(weight, torch.float32), signs).to(dtype)
+    return rotate_(dequantise(weight, torch.float32), signs).to(dtype)
 
 
 @lru_cache
