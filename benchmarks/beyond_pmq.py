@@ -20,13 +20,6 @@ from method_runs import Runs, Stages, add_arguments, markdown, mean_and_spread
 from mcsharp_sdk.recipe.quality import DEFAULTS
 
 GOAL = 0.5
-STATISTICS: Mapping[str, Mapping[str, Any]] = {
-    "released": {"mode": "released"},
-    "best": {},
-    "all": {"loss_tokens": 4096, "block_scores": True},
-}
-"""Name -> settings of ExpertStats."""
-
 METHODS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Stages]] = {
     "released": ("released", {"mode": "released"}, {"mode": "released"}, ()),
     "best": ("best", {}, {}, ({"type": "RouterCalibration"},)),
@@ -74,11 +67,8 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Stages]] 
 def stages_of(method: str, bits: float, runs: Runs, seed: int) -> Stages:
     """The stages of a method at a budget; its statistics are measured if they are not there."""
     statistics, allocation, quantisation, further = METHODS[method]
-    factors = runs.statistics(statistics, seed, **STATISTICS[statistics])
-    allocate = {"type": "BitAllocation", "target_bits": bits, "factors": str(factors)}
-    chance = {"seed": seed} if method == "random" else {}
-    quantise = {"type": "GPTQQuantize", "group_size": runs.group_size, "router_bits": None}
-    return [{**allocate, **chance, **allocation}, {**quantise, **quantisation}, *further]
+    budgeted = {"target_bits": bits, **allocation}
+    return [*runs.allocated(budgeted, quantisation, seed, statistics), *further]
 
 
 Distances = Mapping[tuple[str, float, str], Sequence[float]]

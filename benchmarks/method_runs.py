@@ -1,7 +1,7 @@
 """Compress one model in many ways and evaluate each: what beyond_pmq.py and ablation.py share.
 
 Results are kept in a folder under the name of the run, with a hash of what they depend on, and are
-not computed again.
+not computed again, by neither script.
 """
 
 from __future__ import annotations
@@ -21,6 +21,16 @@ from mcsharp_sdk.artifacts import ExpertStatistics
 
 Stages = Sequence[Mapping[str, Any]]
 
+STATISTICS: Mapping[str, Mapping[str, Any]] = {
+    "released": {"mode": "released"},
+    "best": {},
+    "all": {"loss_tokens": 4096, "block_scores": True},
+}
+"""Name -> settings of ExpertStats."""
+
+NEEDS_ALL = ("hessian", "block_score_predictor", "block_score_oracle")
+"""Allocators that the statistics ``best`` are not enough for."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -30,6 +40,17 @@ class Measured:
     perplexity: float
     stored_bits: float
     activated: float
+
+    @classmethod
+    def of(cls, evaluation: Mapping[str, Any], original: float) -> Measured:
+        """An evaluation's figures, beside the perplexity of the original on the same text."""
+        perplexity = evaluation["perplexity"] or math.inf
+        return cls(
+            d=math.log(perplexity / original),
+            perplexity=perplexity,
+            stored_bits=evaluation["expert_stored_bits"],
+            activated=evaluation["activated_expert_ratio"],
+        )
 
 
 @dataclass(frozen=True)
@@ -54,22 +75,18 @@ class Runs:
 
     def measured(self, name: str, stages: Stages, seed: int) -> dict[str, Measured]:
         """Name of a text -> what the model that these stages make comes to on it."""
-        original = self._evaluated("original", None, seed=0)
+        original = self.original()
         found = self._evaluated(f"{name}_seed_{seed}", stages, seed)
-        return {
-            text: Measured(
-                d=math.log((one["perplexity"] or math.inf) / original[text]["perplexity"]),
-                perplexity=one["perplexity"] or math.inf,
-                stored_bits=one["expert_stored_bits"],
-                activated=one["activated_expert_ratio"],
-            )
-            for text, one in found.items()
-        }
+        return {text: Measured.of(one, original[text]["perplexity"]) for text, one in found.items()}
 
-    def statistics(self, name: str, seed: int, **settings: Any) -> Path:
-        """A file of expert statistics, measured with these settings of ExpertStats."""
-        stage = {"type": "ExpertStats", "group_size": self.group_size, **settings}
-        recipe = {**self._recipe([stage], seed), "exports": []}
+    def original(self) -> dict[str, Any]:
+        """Name of a text -> evaluation of the uncompressed model on it."""
+        return self._evaluated("original", None, seed=0)
+
+    def statistics(self, name: str, seed: int) -> Path:
+        """A file of expert statistics, measured as ``STATISTICS[name]`` says."""
+        stage = {"type": "ExpertStats", "group_size": self.group_size, **STATISTICS[name]}
+        recipe = {**self.recipe([stage], seed), "exports": []}
         file = self.work / f"statistics_{name}_seed_{seed}_{_hash(recipe)}.json"
         if not file.exists():
             folder = self.work / f"{file.stem}.run"
@@ -78,27 +95,45 @@ class Runs:
             shutil.rmtree(folder)
         return file
 
+    def allocated(
+        self,
+        allocation: Mapping[str, Any],
+        quantisation: Mapping[str, Any],
+        seed: int,
+        statistics: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """Stages that give widths and quantise, from statistics that suffice for the allocator."""
+        allocator = allocation.get("allocator", "pmq")
+        name = statistics or ("all" if allocator in NEEDS_ALL else "best")
+        factors = str(self.statistics(name, seed))
+        chance = {"seed": seed} if allocator == "random" else {}
+        quantise = {"type": "GPTQQuantize", "group_size": self.group_size, "router_bits": None}
+        return [
+            {"type": "BitAllocation", "factors": factors, **chance, **allocation},
+            {**quantise, **quantisation},
+        ]
+
     def _evaluated(self, name: str, stages: Stages | None, seed: int) -> dict[str, Any]:
         """Evaluation on each text, from the folder of results if it is there."""
-        recipe = None if stages is None else self._recipe(stages, seed)
+        recipe = None if stages is None else self.recipe(stages, seed)
         how = [recipe, [str(text) for text in self.evaluations], self.length, self.tokens]
+        for found in self.work.glob(f"*_{_hash(how)}.json"):
+            return dict(json.loads(found.read_text()))
         kept = self.work / f"{name}_{_hash(how)}.json"
-        if kept.exists():
-            return dict(json.loads(kept.read_text()))
         model = self.model
         if recipe is not None:
             model = self.work / kept.stem
             self._compress(recipe, model, self.work / f"{kept.stem}.run")
-        found = {
+        evaluations = {
             text.stem: mcsharp_sdk.evaluate(
                 model, text, window=self.length, max_tokens=self.tokens, device=self.device
             ).to_json()
             for text in self.evaluations
         }
-        kept.write_text(json.dumps(found, indent=1))
+        kept.write_text(json.dumps(evaluations, indent=1))
         for made in (self.work / kept.stem, self.work / f"{kept.stem}.run"):
             shutil.rmtree(made, ignore_errors=True)
-        return found
+        return evaluations
 
     def _compress(self, recipe: dict[str, Any], output: Path, run_dir: Path) -> None:
         mcsharp_sdk.compress(
@@ -110,7 +145,8 @@ class Runs:
             device=self.device,
         )
 
-    def _recipe(self, stages: Stages, seed: int) -> dict[str, Any]:
+    def recipe(self, stages: Stages, seed: int) -> dict[str, Any]:
+        """The recipe of these stages; the seed draws the calibration windows."""
         calibration = {
             "source": "text",
             "path": str(self.calibration.absolute()),
