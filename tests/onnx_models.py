@@ -76,7 +76,10 @@ def compressed(
     pruning: PruningLayout | None = None,
     **settings: Any,
 ) -> Path:
-    """Write a tiny model as the safetensors exporter does, experts of each width in every layer."""
+    """Write a tiny model as the safetensors exporter does, experts of each width in every layer.
+
+    Those of 0 bits are removed.
+    """
     model = tiny(family, **settings)
     topology = read_topology(model, model.config)
     tensors: dict[str, Tensor] = {}
@@ -88,7 +91,8 @@ def compressed(
         packed = {}
         for matrix in MATRICES:
             weight = fused_weight(model.get_submodule(path), matrix).detach()
-            batch = quantise_rtn(weight, experts[layer], GridSettings(group_size=group))
+            some_width = [width or 4 for width in experts[layer]]
+            batch = quantise_rtn(weight, some_width, GridSettings(group_size=group))
             packed[matrix] = [pack_weight(batch.expert(e)) for e in range(block.num_experts)]
         tensors |= expert_tensors(path, experts[layer], packed)
         replaced.append(f"{path}.")

@@ -2,7 +2,7 @@
 
 Tokens are sorted by expert with one ``NonZero`` and handed out with one ``Split``. An expert that
 no token chose gets no rows, so its products cost next to nothing; a dropped slot has weight 0 and
-is not handed out at all.
+is not handed out at all, and neither is one of an expert that is removed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ def mixture(graph: ModelNodes, layer: LayerTensors, hidden: Operand, pruning: La
     """The output of a layer's mixture of experts, (tokens, hidden)."""
     router = layer.router()
     pruning.check(router)
-    handed = _hand_out(graph, router, hidden, pruning)
-    chosen = _ExpertRows(graph, handed.counts, router.experts)
+    stored = layer.stored_experts
+    handed = _hand_out(graph, router, stored, hidden, pruning)
+    chosen = _ExpertRows(graph, handed.counts, stored)
     rows = Operand(graph, graph.add("Gather", hidden.value, handed.tokens, axis=0), hidden.columns)
     both = chosen.multiply(layer, "gate_up", rows)
     width = layer.module(layer.source.topology.moe[layer.index].experts).intermediate_dim
@@ -57,7 +58,7 @@ class _Handed:
     """Which tokens go to which expert.
 
     ``tokens`` int64 (pairs,) sorted by expert, ``weights`` float32 (pairs,), ``counts`` int64
-    (experts,).
+    (stored experts,).
     """
 
     tokens: str
@@ -65,7 +66,13 @@ class _Handed:
     counts: str
 
 
-def _hand_out(graph: ModelNodes, router: Router, hidden: Operand, pruning: LayerPruning) -> _Handed:
+def _hand_out(
+    graph: ModelNodes,
+    router: Router,
+    stored: Sequence[int],
+    hidden: Operand,
+    pruning: LayerPruning,
+) -> _Handed:
     exact = graph.in_float32(hidden.value)
     weight = graph.stored(router.weight.t())
     weight = graph.add("Cast", weight, to=TensorProto.FLOAT)
@@ -75,6 +82,8 @@ def _hand_out(graph: ModelNodes, router: Router, hidden: Operand, pruning: Layer
     nothing = graph.add("ConstantOfShape", shape, value=ZERO)
     by_token = graph.add("ScatterElements", nothing, indices, weights, axis=1)
     by_expert = graph.add("Transpose", by_token, perm=[1, 0])
+    if len(stored) < router.experts:
+        by_expert = graph.add("Gather", by_expert, graph.integers(*stored), axis=0)
     pairs = graph.add("NonZero", by_expert)
     unused = graph.add("Equal", by_expert, graph.scalar(0.0))
     used = graph.add("Cast", graph.add("Not", unused), to=TensorProto.INT64)
@@ -87,20 +96,18 @@ def _hand_out(graph: ModelNodes, router: Router, hidden: Operand, pruning: Layer
 
 @dataclass(frozen=True)
 class _ExpertRows:
-    """The rows of each expert, in order of expert."""
+    """The rows of each expert that is stored, in order of expert."""
 
     graph: ModelNodes
     counts: str
-    experts: int
+    experts: Sequence[int]
 
     def multiply(self, layer: LayerTensors, matrix: Matrix, rows: Operand) -> str:
         """Each expert's rows times its matrix: (pairs, rows of the matrix)."""
-        products = self._store(
-            [layer.expert(matrix, e) for e in range(self.experts)], layer, matrix
-        )
+        products = self._store([layer.expert(matrix, e) for e in self.experts], layer, matrix)
         values = self._split(rows.value)
         packed = [p for p in products if isinstance(p, PackedProduct)]
-        sums: Sequence[str | None] = [None] * self.experts
+        sums: Sequence[str | None] = [None] * len(products)
         if any(p.correction for p in packed):
             sums = self._split(rows.sums(packed[0].block))
         outputs = [
@@ -121,12 +128,12 @@ class _ExpertRows:
         what = f"layer {layer.index}: {matrix} of expert"
         return [
             plain_matrix(self.graph, weight, f"{what} {e}")
-            for e, weight in enumerate(weights)
+            for e, weight in zip(self.experts, weights, strict=True)
             if isinstance(weight, Tensor)
         ]
 
     def _split(self, value: str) -> list[str]:
-        return self.graph.add_many("Split", [value, self.counts], self.experts, axis=0)
+        return self.graph.add_many("Split", [value, self.counts], len(self.experts), axis=0)
 
 
 def _with_shared(graph: ModelNodes, layer: LayerTensors, hidden: Operand, routed: str) -> str:

@@ -29,7 +29,7 @@ from mcsharp_sdk.models.experts import Matrix, fused_weight, parameter_name
 from mcsharp_sdk.models.routing import Router, router_from_tensors, router_tensor_names
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.topology import Topology
-from mcsharp_sdk.quantization.grid import PackedWeight, QuantizedWeight, unpack_weight
+from mcsharp_sdk.quantization.grid import REMOVED, PackedWeight, QuantizedWeight, unpack_weight
 from mcsharp_sdk.runtime.layout import TENSORS, PackedLayout, bucket_name, members, tensor_name
 
 if TYPE_CHECKING:
@@ -193,6 +193,13 @@ class LayerTensors:
         parts = (self.tensor(f"{bucket}.{tensor_name(matrix, p)}")[place] for p in TENSORS)
         columns = fused_weight(experts, matrix).shape[2]
         return self._unpacked(PackedWeight(*parts), width, columns)
+
+    @property
+    def stored_experts(self) -> list[int]:
+        """The experts that are not removed, ascending."""
+        experts = range(self.source.topology.moe[self.index].num_experts)
+        bits = self.source.layout.experts.get(self.index)
+        return [e for e in experts if bits is None or bits[e] != REMOVED]
 
     def router(self) -> Router:
         """The router of the layer's mixture of experts."""

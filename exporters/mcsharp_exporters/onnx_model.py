@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 Track = Callable[[Iterable[int], str], Iterable[int]]
 
 ROTATED = "graphs do not turn the inputs of experts: quantise with 'rotation: none'"
+NO_EXPERTS = "all experts of decoder layer {} are removed: a graph needs one in each"
 
 
 def _off(value: Any) -> Any:
@@ -146,6 +147,9 @@ def export_onnx_model(
         check_group_size(source.layout.group_size)
     if source.layout.rotated:
         raise InputError(f"{source.path}: {ROTATED}")
+    for layer, bits in source.layout.experts.items():
+        if not any(bits):
+            raise InputError(f"{source.path}: {NO_EXPERTS.format(layer)}")
     pruning = choose_pruning(settings.pruning, source.pruning)
     earlier = _files_of(output)
     check_free(output, overwrite, lambda name: name in earlier, "file of an exported model")

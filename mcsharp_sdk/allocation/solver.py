@@ -39,7 +39,7 @@ def solve_bit_allocation(
     ----------
     cost : (experts, widths) float64, finite, >= 0
         Cost of quantising expert ``e`` at ``widths[j]`` bits, any unit.
-    widths : candidate bit widths, ascending.
+    widths : candidate bit widths, ascending; 0 stands for an expert that is removed.
     budget : total bits of all experts.
     budget_rule : whether the solution uses ``at_most`` the budget or ``exact``-ly that many bits.
     at_least : width -> how many experts must have it.
@@ -120,8 +120,8 @@ def feasible_totals(experts: int, widths: Sequence[int], at_least: Mapping[int, 
 
 
 def _check_shape(cost: NDArray[np.float64], widths: Sequence[int]) -> None:
-    if not widths or list(widths) != sorted(set(widths)) or widths[0] < 1:
-        raise InputError(f"widths {list(widths)} must be positive, ascending and different")
+    if not widths or list(widths) != sorted(set(widths)) or widths[0] < 0:
+        raise InputError(f"widths {list(widths)} must be ascending, different and not negative")
     if cost.ndim != 2 or cost.shape[1] != len(widths) or not len(cost):
         raise InputError(f"cost has shape {cost.shape}, not (experts, {len(widths)})")
     if not (np.isfinite(cost) & (cost >= 0)).all():

@@ -19,7 +19,7 @@ class BitMap(Artifact):
 
     Attributes
     ----------
-    bits : decoder layer -> width of each expert, in bits.
+    bits : decoder layer -> width of each expert, in bits; 0 for one that is removed.
     objective : decoder layer -> PMQ cost of these widths, or None where it is not known.
     allocator : what chose the widths, or None for a map made by hand.
     in_order : the file was a plain list, so the keys of ``bits`` count MoE layers and are not
@@ -41,10 +41,10 @@ class BitMap(Artifact):
             if not widths:
                 raise InputError(f"layer {layer}: no widths")
             for expert, width in enumerate(widths):
-                if type(width) is not int or not 1 <= width <= WIDEST:
+                if type(width) is not int or not 0 <= width <= WIDEST:
                     raise InputError(
                         f"layer {layer}: expert {expert}: {width!r} is no width; "
-                        f"it must be a whole number from 1 to {WIDEST}"
+                        f"it must be a whole number from 0 to {WIDEST}"
                     )
 
     @property

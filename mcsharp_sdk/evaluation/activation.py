@@ -20,7 +20,7 @@ class LayerActivity:
 
     Attributes
     ----------
-    activated : (experts,) int64, tokens that used each expert.
+    activated : (experts,) int64, tokens that used each expert; 0 for one that is removed.
     slots : (token, expert) pairs the router's top-k chose, dropped ones included.
     tokens : tokens seen.
     """
@@ -31,7 +31,7 @@ class LayerActivity:
 
     @property
     def ratio(self) -> float:
-        """Activated pairs over tokens·k: 1 unless experts are pruned at run time."""
+        """Activated pairs over tokens·k: 1 unless experts are pruned or removed."""
         return float(self.activated.sum()) / self.slots if self.slots else 1.0
 
     @property
@@ -58,7 +58,8 @@ class ExpertActivity:
 def watch_experts(model: nn.Module) -> Iterator[ExpertActivity]:
     """Count what every experts module is called with, for as long as the context lasts.
 
-    A slot counts as dropped if it names no expert (index ``num_experts``) or has weight 0.
+    A slot counts as dropped if it names no expert (index ``num_experts``) or one that is removed,
+    or has weight 0.
 
     Parameters
     ----------
@@ -81,7 +82,7 @@ def watch_experts(model: nn.Module) -> Iterator[ExpertActivity]:
 
 
 def _counter(layer: LayerActivity) -> Callable[..., None]:
-    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False))
         given |= kwargs
         index, weights = given["top_k_index"], given["top_k_weights"]
@@ -89,7 +90,9 @@ def _counter(layer: LayerActivity) -> Callable[..., None]:
         kept = index[(index < experts) & (weights != 0)]
         if layer.activated.device != kept.device:
             layer.activated = layer.activated.to(kept.device)
-        layer.activated += torch.bincount(kept.reshape(-1), minlength=experts)
+        used = torch.bincount(kept.reshape(-1), minlength=experts)
+        used[list(getattr(module, "removed", ()))] = 0
+        layer.activated += used
         layer.slots += index.numel()
         layer.tokens += index.shape[0]
 

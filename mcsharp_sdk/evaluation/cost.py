@@ -35,8 +35,8 @@ class Bits:
 
     Attributes
     ----------
-    weights : how many there are.
-    nominal : mean bit width, as papers count.
+    weights : how many there are, those of removed experts with them.
+    nominal : mean bit width, as papers count; 0 for what is removed.
     stored : 8·bytes of everything kept for them (codes, scales, zeros, padding) over ``weights``.
     """
 
@@ -147,17 +147,19 @@ def model_cost(directory: str | Path) -> ModelCost:
     checkpoint = Checkpoint.open(directory)
     tensors = classify(checkpoint.tensors, layout, str(directory))
     experts = expert_sizes(tensors, layout, lambda tensor: tensor.info.nbytes)
+    parameters = expert_sizes(tensors, layout, lambda tensor: tensor.parameters)
     quantised = [tensor for tensor in tensors if tensor.quantised]
+    gone = _removed_weights(parameters)
     return ModelCost(
         compressed=layout is not None and layout.packs,
         weight_bytes=sum(file.stat().st_size for file in checkpoint.files),
         directory_bytes=sum(f.stat().st_size for f in directory.rglob("*") if f.is_file()),
         roles=_shares(tensors),
-        bits=_bits(quantised),
-        expert_bits=_bits(t for t in quantised if t.role == "experts") if experts else None,
+        bits=_bits(quantised, gone),
+        expert_bits=_bits((t for t in quantised if t.role == "experts"), gone) if experts else None,
         group_size=layout.group_size if layout and layout.packs else None,
         expert_bytes=experts,
-        expert_parameters=expert_sizes(tensors, layout, lambda tensor: tensor.parameters),
+        expert_parameters=parameters,
         top_k=_top_k(config, directory) if experts else 0,
         always_read_bytes=_always_read(tensors, lambda tensor: tensor.info.nbytes),
         always_read_parameters=_always_read(tensors, lambda tensor: tensor.parameters),
@@ -173,9 +175,17 @@ def _shares(tensors: Iterable[StoredTensor]) -> dict[Role, Share]:
     return {role: Share(parameters[role], size[role]) for role in parameters}
 
 
-def _bits(tensors: Iterable[StoredTensor]) -> Bits:
+def _removed_weights(parameters: Mapping[int, Sequence[float]]) -> int:
+    """Weights that removed experts had: as many as others, in their layer or else the largest."""
+    largest = max((max(sizes) for sizes in parameters.values()), default=0.0)
+    gone = (sizes.count(0.0) * (max(sizes) or largest) for sizes in parameters.values())
+    return round(sum(gone))
+
+
+def _bits(tensors: Iterable[StoredTensor], removed: int) -> Bits:
+    """Of tensors, and of so many weights that are removed."""
     chosen = list(tensors)
-    weights = sum(tensor.parameters for tensor in chosen)
+    weights = sum(tensor.parameters for tensor in chosen) + removed
     if not weights:
         return Bits(0, 0.0, 0.0)
     nominal = sum(tensor.bits * tensor.parameters for tensor in chosen)

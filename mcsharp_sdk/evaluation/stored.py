@@ -145,11 +145,13 @@ def expert_sizes(
     layout: PackedLayout | None,
     size: Callable[[StoredTensor], int],
 ) -> dict[int, tuple[float, ...]]:
-    """Decoder layer -> size of each routed expert, in order of expert.
+    """Decoder layer -> size of each routed expert, in order of expert; 0 of those removed.
 
     ``size`` is what of a tensor is added up, e.g. its bytes; experts share a stack equally.
     """
     sizes: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for layer, bits in (layout.experts if layout else {}).items():
+        sizes[layer].update(dict.fromkeys(range(len(bits)), 0.0))
     for tensor in tensors:
         if tensor.role == "experts":
             owners = _owners(tensor, layout)

@@ -9,6 +9,7 @@ from mcsharp_sdk.allocation.baselines import ALLOCATORS
 from mcsharp_sdk.errors import Problem
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
+from mcsharp_sdk.quantization.grid import REMOVED
 
 if TYPE_CHECKING:
     from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
@@ -33,7 +34,10 @@ def unmeasured(allocation: BitAllocation, earlier: Sequence[Modifier]) -> list[P
     if allocation.loss_weighting and not statistics.loss_tokens:
         message = "needs gradients of the loss: give ExpertStats 'loss_tokens: 4096'"
         problems.append(Problem("loss_weighting", message))
-    missing = sorted(set(allocation.widths) - set(statistics.bits))
+    if needs == "hessian_error" and REMOVED in allocation.widths:
+        message = f"{allocation.allocator} knows no cost of removing an expert: take 0 out"
+        problems.append(Problem("widths", message))
+    missing = sorted(set(allocation.widths) - {*statistics.bits, REMOVED})
     if needs in ERRORS and missing:
         widths = ", ".join(map(str, missing))
         message = f"ExpertStats measures no error at {widths} bits: add {widths} to its 'bits'"

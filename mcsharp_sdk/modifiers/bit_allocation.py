@@ -23,7 +23,7 @@ from mcsharp_sdk.recipe.paths import RecipePath
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
 
-Width = Annotated[int, Field(ge=1, le=4)]
+Width = Annotated[int, Field(ge=0, le=4)]
 Exponent = Annotated[float, Field(ge=0, le=16)]
 Layers = Sequence[LayerStatistics]
 Track = Callable[[Sequence[Layers], str], Iterable[Layers]]
@@ -44,7 +44,7 @@ class BitAllocation(Modifier):
     target_bits: Annotated[
         float,
         Field(
-            ge=1,
+            gt=0,
             le=4,
             description="Average width of the experts, in bits. The budget is this times the "
             "number of experts, rounded down to whole bits.",
@@ -88,7 +88,12 @@ class BitAllocation(Modifier):
         "setting, one of 3 and one of 2 bits where these are candidates.",
     )
     widths: Annotated[
-        tuple[Width, ...], Field(min_length=1, description="Candidate widths, in bits.")
+        tuple[Width, ...],
+        Field(
+            min_length=1,
+            description="Candidate widths, in bits; 0 lets experts be removed where that costs "
+            "less.",
+        ),
     ] = (1, 2, 3)
     seed: Annotated[int, Field(ge=0, description="Seed of the random allocator.")] = 0
     factors: Annotated[
@@ -270,7 +275,7 @@ def _objective(
     objective = {}
     for layer in layers:
         given = sorted(set(bits[layer.layer]))
-        if not set(given) <= set(layer.widths):
+        if not layer.knows_errors_at(given):
             return None
         try:
             cost = allocation_cost(_factors(layer, given, "quant_error"), _exponents(settings))

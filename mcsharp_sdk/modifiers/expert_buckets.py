@@ -9,8 +9,14 @@ from torch import Tensor
 from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import MATRICES, Matrix
 from mcsharp_sdk.models.scratch import Scratch
-from mcsharp_sdk.quantization.grid import PackedWeight
-from mcsharp_sdk.runtime.layout import TENSORS, bucket_name, empty_packed, members, tensor_name
+from mcsharp_sdk.quantization.grid import REMOVED, PackedWeight
+from mcsharp_sdk.runtime.layout import (
+    TENSORS,
+    bucket_name,
+    empty_packed,
+    members,
+    tensor_name,
+)
 
 
 class ExpertBuckets:
@@ -50,6 +56,8 @@ class ExpertBuckets:
         ranks = runs.routed.ranks
         for owner, experts in enumerate(owned):
             for expert in experts:
+                if self._bits[expert] == REMOVED:
+                    continue
                 for matrix in MATRICES:
                     rows, columns = runs.weights.shape(matrix)
                     bits = self._bits[expert]

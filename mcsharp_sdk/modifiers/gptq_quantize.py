@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from mcsharp_sdk.artifacts import BitMap
 from mcsharp_sdk.errors import InputError, Problem
 from mcsharp_sdk.modifiers.base import Modifier
-from mcsharp_sdk.quantization.grid import WIDTHS
+from mcsharp_sdk.quantization.grid import REMOVED, WIDTHS
 from mcsharp_sdk.recipe.paths import RecipePath
 
 if TYPE_CHECKING:
@@ -225,7 +225,8 @@ class GPTQQuantize(Modifier):
         bit_map = BitMap.load(self.bits).for_model(experts)
         for widths in bit_map.bits.values():
             for width in widths:
-                _known_width(width)
+                if width != REMOVED:
+                    _known_width(width)
         return bit_map
 
     def quantiser(self) -> LayerQuantiser:

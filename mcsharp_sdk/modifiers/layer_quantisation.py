@@ -28,6 +28,7 @@ from mcsharp_sdk.modifiers.layer_notes import LayerNotes
 from mcsharp_sdk.modifiers.matrix_quantisation import Moments, QuantizerSettings, quantise_matrices
 from mcsharp_sdk.modifiers.original_model import OriginalExperts, OriginalLayer
 from mcsharp_sdk.quantization.grid import (
+    REMOVED,
     PackedWeight,
     QuantizedBatch,
     QuantizedWeight,
@@ -195,11 +196,12 @@ class LayerQuantiser:
         buckets = ExpertBuckets(bits, layer.inputs.scratch)
         beside = None if original is None else original.experts(runs)
         for chunk in expert_chunks(runs):
+            stored = _stored_experts(runs, chunk, bits)
             if beside is not None:
-                beside.keep(chunk)
-            for matrix in MATRICES:
-                batch = self._quantised_chunk(runs, matrix, chunk, bits, notes, beside)
-                for position, expert in enumerate(chunk):
+                beside.keep(stored)
+            for matrix in MATRICES if stored else ():
+                batch = self._quantised_chunk(runs, matrix, stored, bits, notes, beside)
+                for position, expert in enumerate(stored):
                     quantised = batch.expert(position)
                     dtype = runs.routed.hidden.dtype
                     weight = self._restored(quantised, expert, runs, dtype)
@@ -250,6 +252,16 @@ class LayerQuantiser:
         return quantise_matrices(
             self.settings, weights, moments, [bits[e] for e in chunk], names, notes
         )
+
+
+def _stored_experts(runs: ExpertRuns, chunk: Sequence[int], bits: Sequence[int]) -> list[int]:
+    """The experts of a chunk that are quantised; the others, of 0 bits, become zeros."""
+    for expert in chunk:
+        if bits[expert] == REMOVED:
+            for matrix in MATRICES:
+                zeros = torch.zeros_like(runs.weights.read(matrix, expert))
+                runs.weights.replace(matrix, expert, zeros)
+    return [expert for expert in chunk if bits[expert] != REMOVED]
 
 
 def _stacked(layer: StreamedLayer, names: Sequence[str]) -> Tensor:

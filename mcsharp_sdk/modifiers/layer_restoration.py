@@ -15,7 +15,7 @@ from mcsharp_sdk.models.shards import TensorSlice
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import StreamedLayer
 from mcsharp_sdk.models.topology import router_weight
-from mcsharp_sdk.quantization.grid import PackedWeight, dequantise, unpack_weight
+from mcsharp_sdk.quantization.grid import REMOVED, PackedWeight, dequantise, unpack_weight
 from mcsharp_sdk.quantization.rotation import expert_signs, turned_back
 from mcsharp_sdk.runtime.layout import (
     TENSORS,
@@ -60,10 +60,12 @@ class PackedExperts(ExpertWeights):
         """From the file, unless the expert is in use."""
         if (matrix, expert) not in self._in_use:
             width = self.bits[expert]
+            like = fused_weight(self.module, matrix)[0]
+            if width == REMOVED:
+                return torch.zeros_like(like, device=self.device)
             slot = self._members[width].index(expert)
             names = (f"{bucket_name(width)}.{tensor_name(matrix, part)}" for part in TENSORS)
             parts = (self.packed[n][slot : slot + 1][0].to(self.device) for n in names)
-            like = fused_weight(self.module, matrix)[0]
             signs = None
             if self.rotated:
                 signs = expert_signs(self.num_experts, like.shape[-1], self.device)[expert]

@@ -6,6 +6,7 @@ widths: for small models.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.expert_weights import LoadedExperts
 from mcsharp_sdk.models.experts import MATRICES, fused_weight
 from mcsharp_sdk.models.stream import LayerInputs, StreamedLayer
+from mcsharp_sdk.quantization.grid import REMOVED
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
@@ -33,6 +35,8 @@ def measure_model_errors(
 ) -> list[LayerStatistics]:
     """Fill in ``quant_error``: ‖F(θ) − F(θ[e → Q(e, b)])‖_F over the last hidden states.
 
+    ``drop_error`` is the same with zeros for the expert.
+
     F is taken before the final norm and head, over as many whole sequences as ``error_tokens``
     allows, at least one.
     """
@@ -42,6 +46,7 @@ def measure_model_errors(
     inputs, probe = embed(source, calibration, context.scratch()), embed(source, few)
     source.load(f"{source.topology.layers_path}.")
     reference = _run_layers(context, probe, 0, last)
+    removal = REMOVED, dict.fromkeys(MATRICES, torch.zeros(()))
     filled = []
     for index in context.track(range(last), "measuring model errors"):
         statistics = next((s for s in measured if s.layer == index), None)
@@ -50,14 +55,15 @@ def measure_model_errors(
             experts = LoadedExperts(module.get_submodule(source.topology.moe[index].experts))
             layer = StreamedLayer(source, index, module, inputs, experts)
             count = statistics.num_experts
-            errors = {width: np.zeros(count) for width in measurement.widths}
+            errors = {width: np.zeros(count) for width in (REMOVED, *measurement.widths)}
             runs = ExpertRuns.of_layer(layer)
             for expert, variants in measurement.quantised_experts(runs):
-                for width, weights in variants:
+                for width, weights in itertools.chain([removal], variants):
                     with _replaced(experts.module, expert, weights):
                         output = _run_layers(context, probe, index, last)
                     errors[width][expert] = float((output - reference).float().norm())
-            filled.append(replace(statistics, quant_error=errors))
+            dropped = errors.pop(REMOVED)
+            filled.append(replace(statistics, quant_error=errors, drop_error=dropped))
         inputs.advance(source.layer(index), index)
         probe.advance(source.layer(index), index)
     source.free(f"{source.topology.layers_path}.")

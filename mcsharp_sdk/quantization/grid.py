@@ -25,6 +25,9 @@ ZERO_STEP = 0.25
 WIDTHS: tuple[int, ...] = tuple(PARTS)
 """The bit widths that can be quantised to and stored."""
 
+REMOVED = 0
+"""The width of an expert that is removed: its weights count as zeros, and are not stored."""
+
 
 def top_code(bits: int) -> int:
     """Largest code of a width; ValueError if the width is not supported."""

@@ -31,6 +31,9 @@ _SCALARS = {
 }
 """Tags of the scalars that a recipe may hold, and what they are called in messages."""
 
+_KEYS = (_TAG + "str", _TAG + "int")
+"""Tags of the keys that a mapping may have; a number is taken as it is written."""
+
 _HINTS = {
     "cannot start any token": "indent with spaces, not tabs; quote a value that begins with @",
     "mapping values are not allowed": "quote a value with ': ' in it, or check the indentation",
@@ -201,7 +204,7 @@ class _Builder:
             if key.tag == _MERGE:
                 continue
             name = self.references.restore(key.value) if isinstance(key, ScalarNode) else ""
-            if key.tag != _TAG + "str" or not name.isprintable():
+            if key.tag not in _KEYS or not name.isprintable():
                 wrong = "a key should be a plain name" + (f", not {_short(name)}" if name else "")
                 self.document.add(location, wrong, line=_line(key))
                 continue

@@ -127,6 +127,8 @@ def bits_section(run: RunFolder) -> Iterator[Section]:
     counts = Counter(width for row in widths.values() for width in row)
     told = ", ".join(
         f"{counts[width]} experts at {width} bit{'' if width == 1 else 's'}"
+        if width
+        else f"{counts[width]} experts removed"
         for width in sorted(counts)
     )
     linears = run.layout.linears if run.layout else {}
@@ -139,7 +141,7 @@ def bits_section(run: RunFolder) -> Iterator[Section]:
         title="Bits per expert",
         unit="bits",
         shown=lambda v: f"{v:.0f}",
-        caption="The width of each expert, in bits: the darker, the narrower.",
+        caption="The width of each expert, in bits: the darker, the narrower; 0 if removed.",
     )
     yield Section("bits", "Bit map", paragraphs, figures=[[figure]])
 

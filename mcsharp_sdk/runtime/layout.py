@@ -3,7 +3,8 @@
 The one place where the stored format is written down:
 
 - ``experts``: decoder layer index -> bit width of each routed expert. The experts of one width
-  are stacked in a bucket ``<experts>.width_<b>``, in ascending order of expert.
+  are stacked in a bucket ``<experts>.width_<b>``, in ascending order of expert. One of 0 bits is
+  removed: nothing of it is stored, and its weights count as zeros.
 - ``linears``: path of a linear layer, relative to the decoder layer -> its width; it holds for
   every decoder layer that has such a linear.
 - ``pruning``: how experts are pruned at run time, absent if they are not; see
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.experts import MATRICES, Matrix
-from mcsharp_sdk.quantization.grid import WIDTHS, PackedWeight, group_count
+from mcsharp_sdk.quantization.grid import REMOVED, WIDTHS, PackedWeight, group_count
 from mcsharp_sdk.quantization.packing import packed_bytes
 from mcsharp_sdk.runtime.pruning_layout import PruningLayout
 
@@ -108,9 +109,8 @@ class PackedLayout:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"quantization_config is malformed: {error!r}") from error
-        widths = {b for bits in layout.experts.values() for b in bits} | set(
-            layout.linears.values()
-        )
+        of_experts = {b for bits in layout.experts.values() for b in bits}
+        widths = (of_experts - {REMOVED}) | set(layout.linears.values())
         if layout.group_size < 1 or not widths <= set(WIDTHS):
             raise InputError(
                 f"quantization_config asks for group size {layout.group_size} and widths "
@@ -136,8 +136,14 @@ def _read_pruning(config: Mapping[str, Any] | None) -> PruningLayout | None:
 
 
 def members(bits: Sequence[int]) -> dict[int, list[int]]:
-    """Width -> the experts that have it, both ascending."""
-    return {width: [e for e, b in enumerate(bits) if b == width] for width in sorted(set(bits))}
+    """Width -> the experts that have it, both ascending; without those that are removed."""
+    widths = sorted(set(bits) - {REMOVED})
+    return {width: [e for e, b in enumerate(bits) if b == width] for width in widths}
+
+
+def removed(bits: Sequence[int]) -> list[int]:
+    """The experts that are removed, ascending."""
+    return [expert for expert, width in enumerate(bits) if width == REMOVED]
 
 
 def bucket_name(width: int) -> str:
@@ -169,7 +175,7 @@ def expert_tensors(
     ----------
     path : module path of the experts.
     bits : width per expert.
-    packed : matrix -> one packed weight per expert.
+    packed : matrix -> one packed weight per expert; those of removed ones are not looked at.
     """
     return {
         f"{path}.{bucket_name(width)}.{tensor_name(matrix, part)}": torch.stack(

@@ -24,7 +24,14 @@ from mcsharp_sdk.models.experts import (
 )
 from mcsharp_sdk.quantization.grid import PackedWeight
 from mcsharp_sdk.quantization.rotation import expert_signs, rotate
-from mcsharp_sdk.runtime.layout import TENSORS, bucket_name, empty_packed, members, tensor_name
+from mcsharp_sdk.runtime.layout import (
+    TENSORS,
+    bucket_name,
+    empty_packed,
+    members,
+    removed,
+    tensor_name,
+)
 from mcsharp_sdk.runtime.whole_layers import whole_layer
 
 
@@ -138,6 +145,8 @@ class PackedExpertsMixin:
     """Forward of an experts module whose fused weights have become buckets."""
 
     num_experts: int
+    has_bias: bool
+    removed: tuple[int, ...]
     children: Callable[[], Iterator[nn.Module]]
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -152,7 +161,7 @@ class PackedExpertsMixin:
         whole = whole_layer(self, self._buckets(), hidden)
         if whole is not None:
             return whole(hidden, top_k_index, top_k_weights)
-        out = torch.zeros_like(hidden)
+        out = self._of_removed(hidden, top_k_index, top_k_weights)
         slots, order = top_k_index.reshape(-1).sort(stable=True)
         counts = torch.bincount(slots, minlength=self.num_experts + 1).tolist()
         places = order.split(counts)
@@ -174,6 +183,17 @@ class PackedExpertsMixin:
             )
             weighted = result * factor.unsqueeze(-1)
             out.index_add_(0, token, weighted.to(out.dtype))
+        return out
+
+    def _of_removed(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, hidden], what removed experts give: zeros, but for their biases."""
+        out = torch.zeros_like(hidden)
+        if self.removed and self.has_bias:
+            gone = torch.isin(top_k_index, torch.tensor(self.removed, device=hidden.device))
+            token, slot = gone.nonzero(as_tuple=True)
+            rest = finish(self, torch.zeros_like(hidden[token]), top_k_index[token, slot])
+            weight = top_k_weights[token, slot].unsqueeze(-1)
+            out.index_add_(0, token, (rest * weight).to(out.dtype))
         return out
 
     def _buckets(self) -> list[ExpertBucket]:
@@ -200,6 +220,7 @@ def pack_experts_module(
     for width, chosen in members(bits).items():
         bucket = ExpertBucket(chosen, shapes, width, group_size, rotated)
         experts.add_module(bucket_name(width), bucket)
+    experts.removed = tuple(removed(bits))
     original = type(experts)
     if original not in _PACKED_CLASSES:
         _PACKED_CLASSES[original] = type(

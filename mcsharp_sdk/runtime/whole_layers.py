@@ -15,6 +15,7 @@ from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack, PerSlot, 
 from mcsharp_sdk.kernels.gpu_experts import run_experts
 from mcsharp_sdk.kernels.linear import VARIABLE, WHOLE_LAYERS
 from mcsharp_sdk.models.experts import MATRICES, activate, finish
+from mcsharp_sdk.quantization.grid import REMOVED
 from mcsharp_sdk.quantization.rotation import expert_signs, rotate
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def whole_layer(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -
         return None
     if os.environ.get(VARIABLE, TRITON) not in WHOLE_LAYERS:
         return None
+    if experts.removed and experts.has_bias:  # whose biases are left
+        return None
     if any(p.device != hidden.device for bucket in buckets for p in bucket.parameters()):
         return None
     gate_up, down = (
@@ -63,10 +66,13 @@ def whole_layer(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -
         between=_between(experts, silu=silu, rotated=buckets[0].rotated),
         behind=partial(finish, experts) if behind else None,
     )
+    run: WholeLayer = partial(_run, layer)
     weighs_input = getattr(experts, "weighs_input", False)
     if buckets[0].rotated:
-        return partial(_run_rotated, layer, weighs_input)
-    return partial(_run_weighed if weighs_input else _run, layer)
+        run = partial(_run_rotated, layer, weighs_input)
+    elif weighs_input:
+        run = partial(_run_weighed, layer)
+    return partial(_run_without_removed, run, table) if experts.removed else run
 
 
 def _between(experts: Any, *, silu: bool, rotated: bool) -> PerSlot | None:
@@ -81,6 +87,14 @@ def _between(experts: Any, *, silu: bool, rotated: bool) -> PerSlot | None:
 def _run(layer: ExpertLayer, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     dp4a = os.environ.get(VARIABLE) == TRITON_DP4A
     return run_experts(layer, hidden, index, weights, dp4a=dp4a)
+
+
+def _run_without_removed(
+    run: WholeLayer, table: Tensor, hidden: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """Slots of removed experts, which have no width in the table, are dropped ones."""
+    dropped = len(table) - 1
+    return run(hidden, index.masked_fill(table[index, 0] == 0, dropped), weights)
 
 
 def _run_weighed(layer: ExpertLayer, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -118,7 +132,7 @@ def _facts(
     known = experts.__dict__.setdefault(_KNOWN, {})
     if device not in known:
         widths = {expert: bucket.bits for bucket in buckets for expert in bucket.experts}
-        table = expert_table([widths[expert] for expert in range(len(widths))])
+        table = expert_table([widths.get(e, REMOVED) for e in range(experts.num_experts)])
         known[device] = (table.to(device), gates_by_silu(experts, intermediate, device))
     return known[device]
 

@@ -46,7 +46,9 @@ def brute_force(cost: np.ndarray, widths: Sequence[int], *limits: object) -> tup
 @st.composite
 def programs(draw: st.DrawFn) -> tuple[np.ndarray, list[int], int, dict[int, int]]:
     experts = draw(st.integers(1, 5))
-    widths = draw(st.sampled_from([[1, 2, 3], [2], [1, 3], [2, 4], [1, 2, 3, 4], [2, 3, 6]]))
+    widths = draw(
+        st.sampled_from([[1, 2, 3], [2], [1, 3], [2, 4], [1, 2, 3, 4], [2, 3, 6], [0, 1, 2, 3]])
+    )
     values = draw(st.sampled_from([WIDE, TIED, ANY_FLOAT, st.just(0.0)]))
     cell = st.lists(values, min_size=len(widths), max_size=len(widths))
     cost = np.array(draw(st.lists(cell, min_size=experts, max_size=experts)))
@@ -181,7 +183,7 @@ def test_a_budget_in_a_gap_is_told_with_its_neighbours() -> None:
         ([[1.0, 1.0]], [2, 1]),
         ([[1.0, 1.0]], [2, 2]),
         (np.zeros((0, 2)), [1, 2]),
-        ([[1.0, 1.0]], [0, 1]),
+        ([[1.0, 1.0]], [-1, 1]),
     ],
 )
 def test_wrong_costs_and_widths_are_refused(cost: list[list[float]], widths: list[int]) -> None:

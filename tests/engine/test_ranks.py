@@ -27,7 +27,7 @@ RECIPE = """version: 1
 calibration: {{source: text, path: {text}, sampling: first, sequences: 5, length: 32}}
 stages:
   - {{type: ExpertStats, group_size: 16}}
-  - {{type: BitAllocation, target_bits: 2.25}}
+  - {{type: BitAllocation, target_bits: 2.25, widths: [0, 1, 2, 3], at_least: {{0: 1}}}}
   - {{type: GPTQQuantize, group_size: 16}}
   - {{type: TokenProtection}}
   - {{type: TopAnyRouter, steps: 8, units: 4, batch_tokens: 40, checkpoint_steps: 3}}

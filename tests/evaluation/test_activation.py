@@ -78,6 +78,21 @@ def test_counts_equal_what_the_routers_chose(family: str, tokens: Tensor) -> Non
         assert seen.tokens == 90
 
 
+@torch.no_grad()
+def test_slots_of_removed_experts_are_not_activated(tokens: Tensor) -> None:
+    model = build("mixtral")
+    with watch_experts(model) as everything:
+        model(input_ids=tokens)
+    for layer in model.model.layers:
+        layer.mlp.experts.removed = (1, 3)
+    with watch_experts(model) as activity:
+        model(input_ids=tokens)
+    for layer, seen in activity.layers.items():
+        assert seen.activated.tolist()[1::2] == [0, 0]
+        assert torch.equal(seen.activated[::2], everything.layers[layer].activated[::2])
+    assert 0 < activity.ratio < 1
+
+
 @pytest.mark.parametrize("marker", ["index", "weight", "both"])
 @torch.no_grad()
 def test_dropped_slots_are_not_activated(marker: str, tokens: Tensor) -> None:

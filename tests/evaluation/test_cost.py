@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,12 @@ def packed(rows: int, columns: int, bits: int, *batch: int) -> dict[str, torch.T
     }
 
 
-def packed_model(folder: Path, **settings: Any) -> Path:
+def packed_model(
+    folder: Path, stored: Mapping[int, Sequence[int]] = WIDTHS, **settings: Any
+) -> Path:
     tensors = {"model.embed_tokens.weight": torch.zeros(100, HIDDEN, dtype=torch.bfloat16)}
-    for layer, widths in WIDTHS.items():
-        for bits in set(widths):
+    for layer, widths in stored.items():
+        for bits in set(widths) - {0}:
             bucket = f"model.layers.{layer}.mlp.experts.width_{bits}"
             shapes = {"gate_up": (2 * INNER, HIDDEN), "down": (HIDDEN, INNER)}
             for matrix, (rows, columns) in shapes.items():
@@ -107,7 +110,7 @@ def packed_model(folder: Path, **settings: Any) -> Path:
         "quant_method": "mcsharp",
         "format_version": 1,
         "group_size": GROUP,
-        "experts": {str(layer): widths for layer, widths in WIDTHS.items()},
+        "experts": {str(layer): widths for layer, widths in stored.items()},
         "linears": LINEARS,
         **settings,
     }
@@ -141,6 +144,20 @@ def test_bits_of_packed_weights_follow_the_arithmetic(cost: ModelCost) -> None:
     assert cost.bits.stored == pytest.approx(stored_bits(overall))
     assert cost.compressed
     assert cost.group_size == GROUP
+
+
+def test_removed_experts_cost_nothing_and_count_as_0_bits(tmp_path: Path) -> None:
+    widths = {0: [2, 0, 3, 0], 2: [0, 0, 0, 0]}
+    cost = model_cost(packed_model(tmp_path, widths))
+    in_expert = 3 * HIDDEN * INNER
+    assert cost.expert_bits is not None
+    assert cost.expert_bits.weights == 8 * in_expert
+    assert cost.expert_bits.nominal == pytest.approx(5 / 8)
+    assert cost.expert_bits.stored == pytest.approx((stored_bits(2) + stored_bits(3)) / 8)
+    assert cost.expert_bytes[2] == (0, 0, 0, 0)
+    assert cost.roles["experts"].parameters == 2 * in_expert
+    expected = [in_expert * (stored_bits(bits) if bits else 0) / 8 for bits in widths[0]]
+    assert cost.expert_bytes[0] == pytest.approx(expected)
 
 
 def test_parameters_do_not_change_by_packing(cost: ModelCost) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,24 @@ def test_logits_are_those_of_transformers_however_the_tokens_are_read(
     assert distance(at_once, expected) < 1e-4
     assert distance(in_pieces(model, IDS[:1], 7, 1, 12), expected[:1]) < 1e-4
     assert distance(in_pieces(model, IDS, 17, 1, 1, 1), expected) < 1e-4
+
+
+@pytest.mark.parametrize("widths", [(0, 2, 3), (0, 0, 0, 2)])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
+def test_removed_experts_are_not_in_the_graph(
+    family: str, widths: Sequence[int], tmp_path: Path
+) -> None:
+    settings = FAMILIES[family][1]
+    source = compressed(tmp_path / "model", family, widths=widths, **settings)
+    model = exported(source, tmp_path / "onnx")
+    assert distance(model(IDS)[0], logits_of(reference(source), IDS)) < 1e-4
+
+
+def test_a_layer_without_experts_is_refused(tmp_path: Path) -> None:
+    source = compressed(tmp_path / "model", "mixtral", widths=(0,))
+    with pytest.raises(InputError, match="all experts of decoder layer 0 are removed"):
+        mcsharp_sdk.export("onnx_model", source, tmp_path / "onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("case", ["mixtral", "deepseek_v2"])

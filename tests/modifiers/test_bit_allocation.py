@@ -245,6 +245,26 @@ def test_block_scores_have_one_budget_for_all_layers(allocator: str) -> None:
         allocate(plain, settings)
 
 
+def test_an_expert_is_removed_where_that_costs_less() -> None:
+    told = measured(4, 4)
+    layers = [replace(s, drop_error=s.quant_error[1] * [1.01, 5, 5, 1.01]) for s in told.layers]
+    statistics = replace(told, layers=tuple(layers))
+    given: dict[str, Any] = {"target_bits": 1.5, "widths": [0, 1, 2, 3], "at_least": {}}
+    found = allocate(statistics, BitAllocation.model_validate(given))
+    for layer in layers:
+        assert layer.drop_error is not None
+        errors = [dict(enumerate(row)) for row in layer.errors_at([0, 1, 2, 3])]
+        best = min(
+            (w for w in itertools.product(range(4), repeat=4) if sum(w) <= 6),
+            key=lambda widths: sum(e[w] ** 2 for e, w in zip(errors, widths, strict=True)),
+        )
+        assert found.bits[layer.layer] == best
+        assert 0 in best
+    assert found.objective is not None
+    with pytest.raises(InputError, match="no quantisation error at 0 bits"):
+        allocate(told, BitAllocation.model_validate(given))
+
+
 def test_the_hessian_allocator_says_what_statistics_lack() -> None:
     with pytest.raises(InputError, match="layer 0: no Hessian error at 1, 2, 3 bits"):
         allocate(measured(4), BitAllocation(target_bits=2, allocator="hessian"))
@@ -260,6 +280,8 @@ def test_the_hessian_allocator_says_what_statistics_lack() -> None:
             r"loss_weighting: needs gradients .*'loss_tokens: 4096'",
         ),
         ({}, {"bits": [2, 3]}, r"widths: ExpertStats measures no error at 1 bits: add 1"),
+        ({"widths": [0, 1, 2, 3]}, {}, None),
+        ({"widths": [0, 1, 2, 3], "allocator": "hessian"}, {}, r"widths: hessian knows no cost"),
         ({"allocator": "block_score_oracle"}, {"block_scores": True, "bits": [2]}, None),
         ({"allocator": "frequency"}, {"bits": [2]}, None),
         ({"factors": "factors.json"}, {"bits": [2]}, None),

@@ -161,9 +161,14 @@ def test_model_errors_equal_a_plain_computation_on_the_full_model(
                     fused_weight(experts, matrix)[expert] = rounded.dequantise()[0]
                 change = float((run() - reference).norm())
                 for matrix in MATRICES:
+                    fused_weight(experts, matrix)[expert] = 0
+                drop = float((run() - reference).norm())
+                for matrix in MATRICES:
                     fused_weight(experts, matrix)[expert] = own[matrix]
-            error = measured.layers[layer].quant_error[2][expert]
-            assert error == pytest.approx(change, rel=1e-3)
+            found = measured.layers[layer]
+            assert found.drop_error is not None
+            assert found.quant_error[2][expert] == pytest.approx(change, rel=1e-3)
+            assert found.drop_error[expert] == pytest.approx(drop, rel=1e-3)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcsharp_sdk.errors import InputError, InputProblems
+from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
 from mcsharp_sdk.recipe import Recipe
 from mcsharp_sdk.recipe.yaml_text import MAX_CHARACTERS
 
@@ -116,6 +117,16 @@ extra: 3
     assert len(found) == len(patterns), "\n".join(found)
     for pattern, line in zip(patterns, found, strict=True):
         assert re.fullmatch(pattern, line), line
+
+
+def test_keys_may_be_numbers(tmp_path: Path) -> None:
+    stage = "{type: BitAllocation, target_bits: 2, factors: factors.json, at_least: {3: 1, '2': 2}}"
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"version: 1\nstages: [{stage}]\nexports: []\n")
+    (tmp_path / "factors.json").write_text("{}")
+    (allocation,) = Recipe.from_file(file).stages
+    assert isinstance(allocation, BitAllocation)
+    assert allocation.at_least == {3: 1, 2: 2}
 
 
 @pytest.mark.parametrize(

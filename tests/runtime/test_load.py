@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,18 @@ def recipe(tmp_path: Path, bits: dict[str, list[int]], **quantise: Any) -> Recip
 
 
 def compress_tiny(
-    tmp_path: Path, family: str, dtype: torch.dtype = torch.float32, **quantise: Any
+    tmp_path: Path,
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    widths: Sequence[int] = (1, 2, 3, 4),
+    **quantise: Any,
 ) -> Path:
     """A tiny model of a family, compressed at mixed widths; the original is in ``original``."""
     original = save_tiny_model(tmp_path / "original", family, dtype=dtype)
     save_tiny_tokenizer(original)
     topology = SourceModel(original).topology
     bits = {
-        str(layer): [(1, 2, 3, 4)[(expert + layer) % 4] for expert in range(count)]
+        str(layer): [widths[(expert + layer) % len(widths)] for expert in range(count)]
         for layer, count in topology.experts_per_layer().items()
     }
     output = tmp_path / "compressed"
@@ -122,7 +126,29 @@ def dequantised(compressed: Any, original: Path) -> Any:
                 if module.rotated:
                     weight = weight @ rotation(packed.columns, expert)
                 fused_weight(experts, matrix)[expert] = weight
+    for name, module in compressed.named_modules():
+        for expert in getattr(module, "removed", ()):
+            for matrix in MATRICES:
+                fused_weight(stock.get_submodule(name), matrix)[expert] = 0
     return stock
+
+
+@pytest.mark.parametrize("widths", [(2, 0, 3, 0), (0,)])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_oss"])
+def test_weights_of_removed_experts_count_as_zeros(
+    family: str, widths: Sequence[int], tmp_path: Path
+) -> None:
+    """Also with biases, which stay, with shared experts, and where none of a layer is left."""
+    folder = compress_tiny(tmp_path, family, widths=widths)
+    compressed = load(folder)
+    buckets = [m.bits for _, m in packed_modules(compressed) if isinstance(m, ExpertBucket)]
+    assert set(buckets) == set(widths) - {0}
+    assert any(getattr(module, "removed", ()) for module in compressed.modules())
+    stock = dequantised(compressed, tmp_path / "original")
+    torch.testing.assert_close(logits(compressed), logits(stock), rtol=1e-4, atol=1e-5)
+    mcsharp_sdk.verify(folder)
+    compressed.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(compressed))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_oss"])

@@ -99,21 +99,24 @@ def test_tokens_beyond_the_workspace_are_done_in_parts(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("family", "silu", "rotated"),
+    ("family", "silu", "rotated", "removed"),
     [
-        ("mixtral", True, False),
-        ("mixtral", True, True),
-        ("gpt_oss", False, False),
-        ("gpt_oss", False, True),
-        ("llama4", True, False),
-        ("llama4", True, True),
-        ("nemotron_h", False, False),
+        ("mixtral", True, False, False),
+        ("mixtral", True, True, False),
+        ("mixtral", True, False, True),
+        ("mixtral", True, True, True),
+        ("gpt_oss", False, False, False),
+        ("gpt_oss", False, True, False),
+        ("gpt_oss", False, False, True),
+        ("llama4", True, False, False),
+        ("llama4", True, True, True),
+        ("nemotron_h", False, False, True),
     ],
 )
 def test_families_run_in_kernels_as_without_them(
-    family: str, silu: bool, rotated: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, silu: bool, rotated: bool, removed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experts = packed_experts(family, rotated=rotated)
+    experts = packed_experts(family, rotated=rotated, removed=removed)
     buckets = [m for m in experts.children() if isinstance(m, ExpertBucket)]
     hidden_size = buckets[0].columns["gate_up"]
     intermediate = buckets[0].columns["down"]
@@ -129,12 +132,13 @@ def test_families_run_in_kernels_as_without_them(
         assert relative_error(given, expected.double()) < 4e-3
 
 
-def packed_experts(family: str, *, rotated: bool) -> Any:
+def packed_experts(family: str, *, rotated: bool, removed: bool) -> Any:
     """The experts of a family's first sparse layer, packed at mixed widths with random weights."""
     model = tiny_model(family)
     normalise(model)
     experts: Any = next(module for module in model.modules() if is_experts(module))
-    bits = [BITS[expert % len(BITS)] for expert in range(experts.num_experts)]
+    widths = (*BITS[:-1], 0) if removed else BITS
+    bits = [widths[expert % len(widths)] for expert in range(experts.num_experts)]
     pack_experts_module(experts, bits, group_size=32, rotated=rotated)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in experts.named_parameters():
