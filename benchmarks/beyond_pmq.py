@@ -24,6 +24,12 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Stages]] 
     "released": ("released", {"mode": "released"}, {"mode": "released"}, ()),
     "best": ("best", {}, {}, ({"type": "RouterCalibration"},)),
     "best without RouterCalibration": ("best", {}, {}, ()),
+    "best, 0 bits too, without RouterCalibration": (
+        "best",
+        {"widths": [0, 1, 2, 3], "at_least": {}},
+        {},
+        (),
+    ),
     "best, quality best": (
         "best",
         {},

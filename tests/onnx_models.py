@@ -74,6 +74,7 @@ def compressed(
     widths: Sequence[int] = (1, 2, 3, 4),
     group: int = GROUP,
     pruning: PruningLayout | None = None,
+    rotated: bool = False,
     **settings: Any,
 ) -> Path:
     """Write a tiny model as the safetensors exporter does, experts of each width in every layer.
@@ -111,7 +112,7 @@ def compressed(
         for layer, net in networks(topology, model.config.hidden_size, trained=True).items():
             path = f"{topology.layers_path}.{layer}.{topology.moe[layer].experts}.pruner"
             tensors |= {f"{path}.{name}": tensor for name, tensor in net.state_dict().items()}
-    layout = PackedLayout(group, experts, linears, pruning)
+    layout = PackedLayout(group, experts, linears, pruning, rotated)
     return _write(folder, tensors, model.config, layout)
 
 

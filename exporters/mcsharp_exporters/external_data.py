@@ -17,6 +17,7 @@ ALIGNMENT = 64
 """Bytes; tensors start at multiples of it."""
 
 ONNX_DTYPES = {kind.torch: kind.onnx for kind in DTYPES.values()} | {
+    torch.int8: TensorProto.INT8,
     torch.uint8: TensorProto.UINT8,
     torch.int64: TensorProto.INT64,
 }

@@ -19,6 +19,7 @@ from mcsharp_exporters.model_nodes import ModelNodes
 from mcsharp_exporters.model_tensors import LayerTensors, Weight
 from mcsharp_exporters.packed_product import Operand, PackedProduct, packed_products
 from mcsharp_exporters.pruning_graph import LayerPruning
+from mcsharp_exporters.rotation_nodes import turned
 from mcsharp_exporters.router_graph import route_nodes
 from mcsharp_sdk.models.experts import Matrix
 from mcsharp_sdk.models.routing import Router
@@ -41,10 +42,14 @@ def mixture(graph: ModelNodes, layer: LayerTensors, hidden: Operand, pruning: La
     handed = _hand_out(graph, router, stored, hidden, pruning)
     chosen = _ExpertRows(graph, handed.counts, stored)
     rows = Operand(graph, graph.add("Gather", hidden.value, handed.tokens, axis=0), hidden.columns)
+    if layer.source.layout.rotated:
+        rows = turned(graph, rows, handed.experts, router.experts)
     both = chosen.multiply(layer, "gate_up", rows)
     width = layer.module(layer.source.topology.moe[layer.index].experts).intermediate_dim
     gate, up = graph.parts(both, width, width)
     inner = Operand(graph, graph.add("Mul", graph.silu(gate), up), width)
+    if layer.source.layout.rotated:
+        inner = turned(graph, inner, handed.experts, router.experts)
     output = graph.in_float32(chosen.multiply(layer, "down", inner))
     weighed = graph.add("Mul", output, graph.add("Unsqueeze", handed.weights, graph.integers(1)))
     places = graph.add("Unsqueeze", handed.tokens, graph.integers(1))
@@ -57,11 +62,12 @@ def mixture(graph: ModelNodes, layer: LayerTensors, hidden: Operand, pruning: La
 class _Handed:
     """Which tokens go to which expert.
 
-    ``tokens`` int64 (pairs,) sorted by expert, ``weights`` float32 (pairs,), ``counts`` int64
-    (stored experts,).
+    ``tokens`` int64 (pairs,) sorted by expert, ``experts`` int64 (pairs,), ``weights`` float32
+    (pairs,), ``counts`` int64 (stored experts,).
     """
 
     tokens: str
+    experts: str
     weights: str
     counts: str
 
@@ -85,10 +91,16 @@ def _hand_out(
     if len(stored) < router.experts:
         by_expert = graph.add("Gather", by_expert, graph.integers(*stored), axis=0)
     pairs = graph.add("NonZero", by_expert)
+    places, token = (
+        graph.add("Gather", pairs, graph.constant(np.array(row, np.int64)), axis=0)
+        for row in range(2)
+    )
+    numbers = graph.constant_once(np.array(stored, np.int64))
     unused = graph.add("Equal", by_expert, graph.scalar(0.0))
     used = graph.add("Cast", graph.add("Not", unused), to=TensorProto.INT64)
     return _Handed(
-        tokens=graph.add("Gather", pairs, graph.constant(np.array(1, np.int64)), axis=0),
+        tokens=token,
+        experts=graph.add("Gather", numbers, places, axis=0),
         weights=graph.add("GatherND", by_expert, graph.add("Transpose", pairs, perm=[1, 0])),
         counts=graph.add("ReduceSum", used, graph.integers(1), keepdims=0),
     )

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 Track = Callable[[Iterable[int], str], Iterable[int]]
 
-ROTATED = "graphs do not turn the inputs of experts: quantise with 'rotation: none'"
 NO_EXPERTS = "all experts of decoder layer {} are removed: a graph needs one in each"
 
 
@@ -98,7 +97,6 @@ class OnnxModelExporter(Exporter):
             for size in sizes
             if size is not None and size not in BLOCK_SIZES
         ]
-        wrong += [Problem("", ROTATED) for stage in stages if getattr(stage, "rotated", False)]
         return [*wrong, *pruning_problems(self.pruning, stages)]
 
     def check_model(self, config: Any) -> list[Problem]:
@@ -145,8 +143,6 @@ def export_onnx_model(
     check_family(source.config)
     if source.layout.packs:
         check_group_size(source.layout.group_size)
-    if source.layout.rotated:
-        raise InputError(f"{source.path}: {ROTATED}")
     for layer, bits in source.layout.experts.items():
         if not any(bits):
             raise InputError(f"{source.path}: {NO_EXPERTS.format(layer)}")

@@ -81,10 +81,7 @@ class Operand:
         self._sums: dict[int, str] = {}
 
     def sums(self, size: int) -> str:
-        """(tokens, groups): sums over groups of ``size`` columns, the last of which may be short.
-
-        There must be a token: onnxruntime's ReduceSum leaves the dimension in if there is none.
-        """
+        """(tokens, groups): sums over groups of ``size`` columns; the last may be short."""
         if size not in self._sums:
             graph, value = self._graph, self.value
             missing = -self.columns % size
@@ -92,7 +89,9 @@ class Operand:
                 value = graph.add("Pad", value, graph.integers(0, 0, 0, missing))
             groups = group_count(self.columns, size)
             grouped = graph.add("Reshape", value, graph.integers(-1, groups, size))
-            self._sums[size] = graph.add("ReduceSum", grouped, graph.integers(-1), keepdims=0)
+            # Of no tokens, onnxruntime's ReduceSum leaves the dimension in whatever it is told.
+            sums = graph.add("ReduceSum", grouped, graph.integers(-1))
+            self._sums[size] = graph.add("Reshape", sums, graph.integers(-1, groups))
         return self._sums[size]
 
 

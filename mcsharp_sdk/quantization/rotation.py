@@ -35,7 +35,7 @@ def rotate(rows: Tensor, signs: Tensor) -> Tensor:
     ``signs`` is the diagonal of D, [K] or with a row for each of the rows.
     """
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    left, right = _factors(rows.shape[-1], dtype, rows.device)
+    left, right = rotation_factors(rows.shape[-1], dtype, rows.device)
     parts = (rows.to(dtype) * signs).unflatten(-1, (-1, len(left), len(right)))
     return ((left @ parts @ right).flatten(-3) * signs).to(rows.dtype)
 
@@ -75,8 +75,10 @@ def expert_signs(experts: int, columns: int, device: torch.device | str = "cpu")
 
 
 @lru_cache
-def _factors(columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two matrices whose Kronecker product is H, or one block of it."""
+def rotation_factors(
+    columns: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Two matrices, [a, a] and [b, b], whose Kronecker product is H, or one block of it."""
     power = columns & -columns
     odd = columns // power
     odd = odd if odd <= LARGEST_ODD else 1
