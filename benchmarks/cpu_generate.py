@@ -2,8 +2,9 @@
 
 Makes a model of Mixtral's architecture of random weights in memory, in bf16 and packed with random
 codes, and lets both generate in turns, one sequence, greedily. "pruned" drops the second expert of
-every other token by a threshold in the middle of the routing weights' ratios. Ratios are medians
-over the rounds; they hold on a busy machine, tokens per second do not.
+every other token by a threshold in the middle of the routing weights' ratios, "rotated" turns the
+inputs of all experts. Ratios are medians over the rounds; they hold on a busy machine, tokens per
+second do not.
 
     python benchmarks/cpu_generate.py [--layers 8 --hidden 2048 --intermediate 7168 --bits 2]
 """
@@ -22,6 +23,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from mcsharp_sdk.models.topology import read_topology
 from mcsharp_sdk.runtime.hf_quantizer import pack_modules
 from mcsharp_sdk.runtime.layout import PackedLayout
+from mcsharp_sdk.runtime.modules import ExpertBucket
 from mcsharp_sdk.runtime.pruned_routing import ExpertPruner, set_expert_pruning
 from mcsharp_sdk.runtime.pruning_layout import PruningLayout, RulePruning
 
@@ -113,6 +115,13 @@ def median_ratio_thresholds(model: Any, tokens: Tensor) -> None:
             module.thresholds = (float(ratios[module.layer].median()),)
 
 
+def turn_inputs(model: Any, *, on: bool) -> None:
+    """Have the experts' inputs turned, or not."""
+    for module in model.modules():
+        if isinstance(module, ExpertBucket):
+            module.rotated = on
+
+
 def seconds_per_token(model: Any, prompt: Tensor, tokens: int) -> float:
     start = time.perf_counter()
     out = model.generate(
@@ -142,13 +151,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     models = {"dense bf16": dense_model(options), "packed": packed_model(options)}
     prompt = torch.randint(1, 4096, (1, options.prompt))
-    models["packed, pruned"] = models["packed"]
+    models |= dict.fromkeys(["packed, pruned", "packed, rotated"], models["packed"])
     median_ratio_thresholds(models["packed"], torch.randint(1, 4096, (1, 256)))
     spent: dict[str, list[float]] = {name: [] for name in models}
     for number in range(options.rounds + 1):
         for name, model in models.items():
             if model is models["packed"]:
                 set_expert_pruning(model, "rule" if name.endswith("pruned") else "off")
+                turn_inputs(model, on=name.endswith("rotated"))
             found = seconds_per_token(model, prompt, options.tokens)
             if number:
                 spent[name].append(found)

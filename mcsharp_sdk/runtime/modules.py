@@ -34,6 +34,9 @@ from mcsharp_sdk.runtime.layout import (
 )
 from mcsharp_sdk.runtime.whole_layers import whole_layer
 
+FEW_ROWS = 64
+"""Up to so many rows, those of all experts are turned at once; beyond it, that takes memory."""
+
 
 def _register(module: nn.Module, packed: PackedWeight, names: Sequence[str]) -> None:
     for part, name in zip(TENSORS, names, strict=True):
@@ -134,8 +137,11 @@ class ExpertBucket(nn.Module):
         if not self.rotated:
             return inputs
         signs = expert_signs(self.experts[-1] + 1, inputs.shape[-1], inputs.device)
-        own = zip(self.experts, inputs.split(list(counts)), strict=True)
-        return torch.cat([rotate(rows, signs[expert]) for expert, rows in own])
+        own = [(e, count) for e, count in zip(self.experts, counts, strict=True) if count]
+        if len(inputs) <= FEW_ROWS:
+            return rotate(inputs, signs[[e for e, count in own for _ in range(count)]])
+        parts = inputs.split([count for _, count in own])
+        return torch.cat([rotate(rows, signs[e]) for (e, _), rows in zip(own, parts, strict=True)])
 
     def extra_repr(self) -> str:
         return f"experts={list(self.experts)}, bits={self.bits}, group={self.group_size}"

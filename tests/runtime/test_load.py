@@ -24,6 +24,7 @@ from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.quantization.grid import dequantise_packed
 from mcsharp_sdk.quantization.rotation import expert_signs, rotate
 from mcsharp_sdk.recipe.schema import Recipe
+from mcsharp_sdk.runtime import modules
 from mcsharp_sdk.runtime.modules import ExpertBucket, PackedLinear
 
 LENGTH = 32
@@ -152,7 +153,9 @@ def test_weights_of_removed_experts_count_as_zeros(
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_oss"])
-def test_rotated_experts_are_their_weights_turned_back(family: str, tmp_path: Path) -> None:
+def test_rotated_experts_are_their_weights_turned_back(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With shared experts, and with biases and a gate of another kind."""
     compressed = load(compress_tiny(tmp_path, family, rotation="hadamard"))
     buckets = [m for _, m in packed_modules(compressed) if isinstance(m, ExpertBucket)]
@@ -162,6 +165,8 @@ def test_rotated_experts_are_their_weights_turned_back(family: str, tmp_path: Pa
     torch.testing.assert_close(logits(compressed), logits(stock), rtol=1e-4, atol=1e-5)
     compressed.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again")), logits(compressed))
+    monkeypatch.setattr(modules, "FEW_ROWS", 0)  # one expert after the other
+    torch.testing.assert_close(logits(compressed), logits(stock), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", PLAIN_FAMILIES)
