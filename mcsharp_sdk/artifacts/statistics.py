@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -124,18 +124,15 @@ class LayerStatistics:
         """Widths whose error is known, ascending."""
         return tuple(self.quant_error)
 
-    def errors_at(self, widths: Sequence[int]) -> FloatArray:
-        """(E, widths) errors; InputError if the error at a width was not measured.
-
-        At 0 bits, where an expert is removed, it is its drop error.
-        """
+    @property
+    def errors(self) -> Mapping[int, FloatArray]:
+        """``quant_error``, and at 0 bits, where an expert is removed, its drop error."""
         dropped = {} if self.drop_error is None else {0: self.drop_error}
-        return self._at(widths, {**dropped, **self.quant_error}, "quantisation error")
+        return {**dropped, **self.quant_error}
 
-    def knows_errors_at(self, widths: Iterable[int]) -> bool:
-        """Whether :meth:`errors_at` has all of these widths."""
-        dropped = set() if self.drop_error is None else {0}
-        return set(widths) <= set(self.widths) | dropped
+    def errors_at(self, widths: Sequence[int]) -> FloatArray:
+        """(E, widths) of ``errors``; InputError if that at a width was not measured."""
+        return self._at(widths, self.errors, "quantisation error")
 
     def hessian_errors_at(self, widths: Sequence[int]) -> FloatArray:
         """(E, widths) Hessian errors; InputError if that at a width was not measured."""

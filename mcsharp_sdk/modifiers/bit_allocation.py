@@ -275,7 +275,7 @@ def _objective(
     objective = {}
     for layer in layers:
         given = sorted(set(bits[layer.layer]))
-        if not layer.knows_errors_at(given):
+        if not set(given) <= set(layer.errors):
             return None
         try:
             cost = allocation_cost(_factors(layer, given, "quant_error"), _exponents(settings))

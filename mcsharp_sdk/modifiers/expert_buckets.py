@@ -10,13 +10,7 @@ from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import MATRICES, Matrix
 from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.quantization.grid import REMOVED, PackedWeight
-from mcsharp_sdk.runtime.layout import (
-    TENSORS,
-    bucket_name,
-    empty_packed,
-    members,
-    tensor_name,
-)
+from mcsharp_sdk.runtime.layout import TENSORS, bucket_name, empty_packed, members, tensor_name
 
 
 class ExpertBuckets:

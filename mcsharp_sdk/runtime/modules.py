@@ -197,9 +197,9 @@ class PackedExpertsMixin:
         if self.removed and self.has_bias:
             gone = torch.isin(top_k_index, torch.tensor(self.removed, device=hidden.device))
             token, slot = gone.nonzero(as_tuple=True)
+            _, factor = weigh(self, hidden[token], top_k_weights[token, slot])
             rest = finish(self, torch.zeros_like(hidden[token]), top_k_index[token, slot])
-            weight = top_k_weights[token, slot].unsqueeze(-1)
-            out.index_add_(0, token, (rest * weight).to(out.dtype))
+            out.index_add_(0, token, (rest * factor.unsqueeze(-1)).to(out.dtype))
         return out
 
     def _buckets(self) -> list[ExpertBucket]:
