@@ -227,10 +227,10 @@ def test_a_map_of_another_model_is_refused(model: dict[int, int], message: str) 
         ({}, "there are no layers"),
         ({"0": []}, "layer 0: no widths"),
         ({"0": 2}, "layer 0: must be a list of widths"),
-        ({"0": [2, 0]}, "layer 0: expert 1: 0 is no width"),
+        ({"0": [2, -1]}, "layer 0: expert 1: -1 is no width"),
         ({"0": [2.5]}, "layer 0: expert 0: 2.5 is no width"),
         ({"0": [True]}, "layer 0: expert 0: True is no width"),
-        ({"0": [17]}, "from 1 to 16"),
+        ({"0": [17]}, "from 0 to 16"),
         ({"01": [2]}, "bits: layer: '01' must be a whole number"),
     ],
 )
