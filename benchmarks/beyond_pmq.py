@@ -42,6 +42,12 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Stages]] 
         {**DEFAULTS["best"]["GPTQQuantize"], "rotation": "hadamard"},
         ({"type": "RouterCalibration"},),
     ),
+    "uniform, quality best, rotated": (
+        "best",
+        {"allocator": "uniform"},
+        {**DEFAULTS["best"]["GPTQQuantize"], "rotation": "hadamard"},
+        ({"type": "RouterCalibration"},),
+    ),
     "best, quality best without RouterCalibration": (
         "best",
         {},
