@@ -20,6 +20,8 @@ from method_runs import Runs, Stages, add_arguments, markdown, mean_and_spread
 from mcsharp_sdk.recipe.quality import DEFAULTS
 
 GOAL = 0.5
+BEST = DEFAULTS["best"]["GPTQQuantize"]
+ROTATED = {**BEST, "rotation": "hadamard"}
 METHODS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Stages]] = {
     "released": ("released", {"mode": "released"}, {"mode": "released"}, ()),
     "best": ("best", {}, {}, ({"type": "RouterCalibration"},)),
@@ -33,25 +35,25 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Stages]] 
     "best, quality best": (
         "best",
         {},
-        DEFAULTS["best"]["GPTQQuantize"],
+        BEST,
         ({"type": "RouterCalibration"},),
     ),
     "best, quality best, rotated": (
         "best",
         {},
-        {**DEFAULTS["best"]["GPTQQuantize"], "rotation": "hadamard"},
+        ROTATED,
         ({"type": "RouterCalibration"},),
     ),
     "uniform, quality best, rotated": (
         "best",
         {"allocator": "uniform"},
-        {**DEFAULTS["best"]["GPTQQuantize"], "rotation": "hadamard"},
+        ROTATED,
         ({"type": "RouterCalibration"},),
     ),
     "best, quality best without RouterCalibration": (
         "best",
         {},
-        DEFAULTS["best"]["GPTQQuantize"],
+        BEST,
         (),
     ),
     "best, global budget": (

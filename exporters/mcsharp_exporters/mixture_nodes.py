@@ -136,6 +136,8 @@ class _ExpertRows:
         """All packed, or none is."""
         packed = [weight for weight in weights if not isinstance(weight, Tensor)]
         if packed:
+            gone = layer.source.topology.moe[layer.index].num_experts - len(packed)
+            self.graph.matrices.weights += gone * packed[0].codes.numel()  # at 0 bits
             return packed_products(self.graph, packed)
         what = f"layer {layer.index}: {matrix} of expert"
         return [

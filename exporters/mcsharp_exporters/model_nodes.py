@@ -29,7 +29,7 @@ class MatrixTally:
 
     Attributes
     ----------
-    weights : packed weights.
+    weights : packed weights, those of removed experts with them.
     bits : sum of their widths.
     bytes : stored for them: codes, scales and zero points.
     plain_weights, plain_bytes : the same of matrices that are not packed.

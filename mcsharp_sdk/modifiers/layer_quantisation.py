@@ -7,7 +7,7 @@ projections, then their down projections on the quantised gate and up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,7 +196,8 @@ class LayerQuantiser:
         buckets = ExpertBuckets(bits, layer.inputs.scratch)
         beside = None if original is None else original.experts(runs)
         for chunk in expert_chunks(runs):
-            stored = _stored_experts(runs, chunk, bits)
+            stored = [expert for expert in chunk if bits[expert] != REMOVED]
+            _remove(runs, set(chunk) - set(stored))
             if beside is not None:
                 beside.keep(stored)
             for matrix in MATRICES if stored else ():
@@ -254,14 +255,12 @@ class LayerQuantiser:
         )
 
 
-def _stored_experts(runs: ExpertRuns, chunk: Sequence[int], bits: Sequence[int]) -> list[int]:
-    """The experts of a chunk that are quantised; the others, of 0 bits, become zeros."""
-    for expert in chunk:
-        if bits[expert] == REMOVED:
-            for matrix in MATRICES:
-                zeros = torch.zeros_like(runs.weights.read(matrix, expert))
-                runs.weights.replace(matrix, expert, zeros)
-    return [expert for expert in chunk if bits[expert] != REMOVED]
+def _remove(runs: ExpertRuns, experts: Iterable[int]) -> None:
+    """Give experts zeros for weights."""
+    for expert in experts:
+        for matrix in MATRICES:
+            zeros = runs.routed.hidden.new_zeros(runs.weights.shape(matrix))
+            runs.weights.replace(matrix, expert, zeros)
 
 
 def _stacked(layer: StreamedLayer, names: Sequence[str]) -> Tensor:

@@ -67,11 +67,9 @@ def whole_layer(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -
         behind=partial(finish, experts) if behind else None,
     )
     run: WholeLayer = partial(_run, layer)
-    weighs_input = getattr(experts, "weighs_input", False)
-    if buckets[0].rotated:
-        run = partial(_run_rotated, layer, weighs_input)
-    elif weighs_input:
-        run = partial(_run_weighed, layer)
+    weighs_input, rotated = getattr(experts, "weighs_input", False), buckets[0].rotated
+    if weighs_input or rotated:
+        run = partial(_run_by_slot, layer, weighs_input=weighs_input, rotated=rotated)
     return partial(_run_without_removed, run, table) if experts.removed else run
 
 
@@ -97,25 +95,23 @@ def _run_without_removed(
     return run(hidden, index.masked_fill(table[index, 0] == 0, dropped), weights)
 
 
-def _run_weighed(layer: ExpertLayer, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Routing weights multiply what goes in, so that each slot has a row of its own."""
-    rows = (hidden.unsqueeze(1) * weights.unsqueeze(-1)).to(hidden.dtype).flatten(0, 1)
-    slots = index.reshape(-1, 1)
-    ones = torch.ones_like(slots, dtype=torch.float32)
-    out = _run(layer, rows, slots, ones)
-    return out.view(*index.shape, -1).sum(1)
-
-
-def _run_rotated(
-    layer: ExpertLayer, weighs_input: bool, hidden: Tensor, index: Tensor, weights: Tensor
+def _run_by_slot(
+    layer: ExpertLayer,
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    *,
+    weighs_input: bool,
+    rotated: bool,
 ) -> Tensor:
-    """Each expert has its inputs turned in its own way, so that each slot has a row of its own."""
+    """With a row for each slot: what goes in is weighed, or turned as its expert asks for."""
     rows = hidden.unsqueeze(1).expand(*index.shape, -1).flatten(0, 1)
     slots, factors = index.reshape(-1, 1), weights.reshape(-1, 1)
     if weighs_input:
         rows, factors = (rows * factors).to(hidden.dtype), torch.ones_like(factors)
-    turned = _turned(rows, slots[:, 0], layer.experts)
-    out = _run(layer, turned, slots, factors.float())
+    if rotated:
+        rows = _turned(rows, slots[:, 0], layer.experts)
+    out = _run(layer, rows, slots, factors.float())
     return out.view(*index.shape, -1).sum(1)
 
 

@@ -24,6 +24,7 @@ from tiny_tokenizer import save_tiny_tokenizer
 import mcsharp_sdk
 from mcsharp_sdk.cli.main import run
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.evaluation.cost import model_cost
 from mcsharp_sdk.runtime.pruned_routing import set_expert_pruning
 
 SharedPath = Callable[[str], Path]
@@ -73,6 +74,7 @@ def test_experts_may_be_rotated_and_removed(
     model = exported(source, tmp_path / "onnx")
     expected = logits_of(reference(source), IDS)
     assert distance(model(IDS)[0], expected) < 1e-4
+    assert model.manifest.nominal_bits == pytest.approx(model_cost(source).bits.nominal)
     one_by_one = in_pieces(model, IDS[:1, :12], *[1] * 12)  # some have no expert left
     assert distance(one_by_one, expected[:1, :12]) < 1e-4
 
