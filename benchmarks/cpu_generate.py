@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from mcsharp_sdk.models.topology import read_topology
-from mcsharp_sdk.runtime.hf_quantizer import pack_modules
 from mcsharp_sdk.runtime.layout import PackedLayout
 from mcsharp_sdk.runtime.modules import ExpertBucket
+from mcsharp_sdk.runtime.packed_model import pack_modules
 from mcsharp_sdk.runtime.pruned_routing import ExpertPruner, set_expert_pruning
 from mcsharp_sdk.runtime.pruning_layout import PruningLayout, RulePruning
 

@@ -31,7 +31,8 @@ from mcsharp_sdk.data.tokenise import load_tokenizer, token_stream
 from mcsharp_sdk.engine.run import read_calibration
 from mcsharp_sdk.models.embedding import embed
 from mcsharp_sdk.models.source import SourceModel
-from mcsharp_sdk.models.stream import LayerInputs, stream_layers
+from mcsharp_sdk.models.stream import stream_layers
+from mcsharp_sdk.models.streamed_layer import LayerInputs
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
 from mcsharp_sdk.modifiers.original_model import OriginalModel

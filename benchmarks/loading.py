@@ -31,8 +31,10 @@ def make(folder: Path, options: argparse.Namespace) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from mcsharp_sdk.models.topology import read_topology
-    from mcsharp_sdk.runtime.hf_quantizer import McSharpConfig, make_savable, pack_modules
+    from mcsharp_sdk.runtime.compressed_model import make_savable
+    from mcsharp_sdk.runtime.hf_quantizer import McSharpConfig
     from mcsharp_sdk.runtime.layout import PackedLayout
+    from mcsharp_sdk.runtime.packed_model import pack_modules
 
     config: Any = AutoConfig.for_model(
         "qwen3_moe",

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from mcsharp_sdk.pruning import KEEP_ALL_BIAS, slot_thresholds
-from mcsharp_sdk.runtime.hf_quantizer import pack_modules
 from mcsharp_sdk.runtime.layout import PackedLayout
+from mcsharp_sdk.runtime.packed_model import pack_modules
 from mcsharp_sdk.runtime.pruned_routing import ExpertPruner, set_expert_pruning
 from mcsharp_sdk.runtime.pruning_layout import LearnedPruning, PruningLayout, RulePruning
 from mcsharp_sdk.runtime.received_attention import NAME, AttentionTap, TokenBatch, attach_tap

@@ -29,7 +29,7 @@ from mcsharp_exporters.model_nodes import CONTRIB, ModelNodes
 from mcsharp_exporters.model_tensors import LayerTensors, ModelTensors
 from mcsharp_exporters.packed_product import BLOCK_SIZES, Operand
 from mcsharp_exporters.router_pruning import RouterPruning
-from mcsharp_sdk import __version__
+from mcsharp_sdk._version import __version__
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
 
 FAMILIES: Mapping[str, AttentionKind] = {

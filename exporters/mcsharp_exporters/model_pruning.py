@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from mcsharp_exporters.router_pruning import ModelPruning, RouterPruning
+from mcsharp_sdk.artifacts import TOP_ANY_ROUTER
 from mcsharp_sdk.errors import InputError, Problem
-from mcsharp_sdk.modifiers.top_any_router import TOP_ANY_ROUTER
 from mcsharp_sdk.runtime.pruning_layout import DROP_INSIGNIFICANT, RulePruning
 
 GraphPruning = Literal["default", "off", "weights", "rule", "learned", "both"]

@@ -37,9 +37,9 @@ from mcsharp_exporters.onnx_manifest import (
 from mcsharp_exporters.output_folder import check_free, folder_in_one_go, write_file
 from mcsharp_exporters.packed_product import BLOCK_SIZES
 from mcsharp_exporters.safetensors_model import copy_files
-from mcsharp_sdk import __version__
+from mcsharp_sdk._version import __version__
+from mcsharp_sdk.artifacts import QUANTIZED_WEIGHTS
 from mcsharp_sdk.errors import InputError, Problem
-from mcsharp_sdk.modifiers.gptq_quantize import QUANTIZED_WEIGHTS
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext

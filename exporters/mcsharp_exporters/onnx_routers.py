@@ -30,11 +30,10 @@ from mcsharp_exporters.router_pruning import (
     RouterPruning,
     pruning_of_run,
 )
-from mcsharp_sdk import __version__
-from mcsharp_sdk.artifacts import TokenProtectionRule
+from mcsharp_sdk._version import __version__
+from mcsharp_sdk.artifacts import TOP_ANY_ROUTER, TokenProtectionRule
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
 from mcsharp_sdk.models.routing import Router
-from mcsharp_sdk.modifiers.top_any_router import TOP_ANY_ROUTER
 from mcsharp_sdk.runtime.pruning_layout import DROP_INSIGNIFICANT, PruningMode
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from mcsharp_exporters.graph_nodes import DTYPES, IR_VERSION, OPSET, DtypeName, GraphNodes
 from mcsharp_exporters.pruning_graph import PROTECTED, LayerPruning, prune
-from mcsharp_sdk import __version__
+from mcsharp_sdk._version import __version__
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.router_settings import RouterSettings
 from mcsharp_sdk.models.routing import Router

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from mcsharp_exporters.pruning_graph import LayerPruning
+from mcsharp_sdk.artifacts import TOP_ANY_ROUTER
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.directory import CompressedFolder
-from mcsharp_sdk.modifiers.top_any_router import TOP_ANY_ROUTER
 from mcsharp_sdk.runtime.layout import PackedLayout
 from mcsharp_sdk.runtime.pruning_layout import (
     DROP_INSIGNIFICANT,

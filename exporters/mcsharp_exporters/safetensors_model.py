@@ -14,10 +14,16 @@ from torch import Tensor
 
 from mcsharp_exporters.base import Exporter
 from mcsharp_exporters.model_card import model_card
-from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, TokenProtectionRule, TopAnyTraining
+from mcsharp_sdk._version import __version__
+from mcsharp_sdk.artifacts import (
+    QUANTIZED_WEIGHTS,
+    TOP_ANY_ROUTER,
+    BitMap,
+    ExpertStatistics,
+    TokenProtectionRule,
+    TopAnyTraining,
+)
 from mcsharp_sdk.data.tokenise import TOKENIZER_FILES
-from mcsharp_sdk.modifiers.gptq_quantize import QUANTIZED_WEIGHTS
-from mcsharp_sdk.modifiers.top_any_router import TOP_ANY_ROUTER
 from mcsharp_sdk.report.page import write_report
 from mcsharp_sdk.report.training import training_plot
 
@@ -189,7 +195,6 @@ def copy_files(source: Path, output: Path) -> None:
 
 
 def _report(context: RunContext, layout: PackedLayout, output: Path) -> dict[str, Any]:
-    from mcsharp_sdk import __version__
     from mcsharp_sdk.evaluation.cost import cost_facts, model_cost
 
     before, after = model_cost(context.model.path), model_cost(output)

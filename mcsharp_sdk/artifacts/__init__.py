@@ -5,6 +5,11 @@ Loading one says which file, layer and expert is wrong.
 
 from mcsharp_sdk.artifacts.bit_map import WIDEST, BitMap, check_layers
 from mcsharp_sdk.artifacts.domain_shift import DomainShift
+from mcsharp_sdk.artifacts.layer_stores import (
+    CALIBRATED_ROUTERS,
+    QUANTIZED_WEIGHTS,
+    TOP_ANY_ROUTER,
+)
 from mcsharp_sdk.artifacts.statistics import (
     ExpertStatistics,
     LayerStatistics,
@@ -14,6 +19,9 @@ from mcsharp_sdk.artifacts.token_protection import LayerProtection, TokenProtect
 from mcsharp_sdk.artifacts.top_any_training import WHOLE_MODEL, TopAnyTraining, TrainingCurve
 
 __all__ = [
+    "CALIBRATED_ROUTERS",
+    "QUANTIZED_WEIGHTS",
+    "TOP_ANY_ROUTER",
     "WHOLE_MODEL",
     "WIDEST",
     "BitMap",

@@ -6,7 +6,6 @@ from mcsharp_sdk.data.calibration import (
     EmbeddedSource,
     ImageTextSource,
     TextSource,
-    data_fingerprint,
 )
 
 __all__ = [
@@ -15,5 +14,4 @@ __all__ = [
     "EmbeddedSource",
     "ImageTextSource",
     "TextSource",
-    "data_fingerprint",
 ]

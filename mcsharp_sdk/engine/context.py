@@ -7,7 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from mcsharp_sdk.artifact_file import Artifact
-from mcsharp_sdk.artifacts import TokenProtectionRule
+from mcsharp_sdk.artifacts import (
+    CALIBRATED_ROUTERS,
+    QUANTIZED_WEIGHTS,
+    TOP_ANY_ROUTER,
+    TokenProtectionRule,
+)
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.engine.progress import ProgressBars
 from mcsharp_sdk.engine.report import RunReport
@@ -17,12 +22,10 @@ from mcsharp_sdk.models.routing import Router
 from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.models.shards import TensorSlice
 from mcsharp_sdk.models.source import SourceModel
-from mcsharp_sdk.models.stream import StreamedLayer, stream_layers
+from mcsharp_sdk.models.stream import stream_layers
+from mcsharp_sdk.models.streamed_layer import StreamedLayer
 from mcsharp_sdk.models.topology import router_weight
-from mcsharp_sdk.modifiers.gptq_quantize import QUANTIZED_WEIGHTS
 from mcsharp_sdk.modifiers.layer_restoration import restore_packed, restore_whole
-from mcsharp_sdk.modifiers.router_calibration import CALIBRATED_ROUTERS
-from mcsharp_sdk.modifiers.top_any_router import TOP_ANY_ROUTER
 from mcsharp_sdk.recipe.schema import Recipe
 from mcsharp_sdk.runtime.layout import PackedLayout
 from mcsharp_sdk.runtime.pruning_layout import (

@@ -9,7 +9,7 @@ from typing import Any
 
 from mcsharp_sdk._version import __version__
 from mcsharp_sdk.checked_files import hash_of
-from mcsharp_sdk.data.calibration import data_fingerprint
+from mcsharp_sdk.data.fingerprint import data_fingerprint
 from mcsharp_sdk.data.tokenise import TOKENIZER_FILES
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.source import SourceModel

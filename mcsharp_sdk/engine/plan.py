@@ -22,6 +22,7 @@ from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
 from mcsharp_sdk.recipe.document import Location
+from mcsharp_sdk.recipe.library import as_recipe
 from mcsharp_sdk.recipe.schema import Recipe
 
 
@@ -99,8 +100,6 @@ def plan(
         If the recipe is wrong, or it and the model do not fit; all problems together. Or if the
         run would take more memory; the message says the least that would do.
     """
-    from mcsharp_sdk.engine.run import as_recipe
-
     allowed = read_bytes_of(max_memory)
     if processes < 1:
         raise InputError(f"{processes} processes cannot do anything: give 1 or more")

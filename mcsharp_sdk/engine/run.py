@@ -32,7 +32,7 @@ from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.weight_checks import check_outer_weights
 from mcsharp_sdk.modifiers.base import Modifier
-from mcsharp_sdk.recipe.library import open_recipe
+from mcsharp_sdk.recipe.library import as_recipe
 from mcsharp_sdk.recipe.schema import Recipe
 
 logger = logging.getLogger("mcsharp_sdk")
@@ -241,15 +241,6 @@ class Work:
     def _is_published(self, run_directory: Path) -> bool:
         """As the first process sees it."""
         return self.ranks.share(is_published(run_directory, self.output, self.recipe))
-
-
-def as_recipe(recipe: Recipe | str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe itself, or that in a file or of a name."""
-    if not isinstance(recipe, Recipe):
-        return open_recipe(recipe, overrides)
-    if overrides:
-        raise InputError("overrides go with a recipe file or name, not with a Recipe")
-    return recipe
 
 
 def read_calibration(recipe: Recipe, source: SourceModel) -> CalibrationSet:

@@ -18,7 +18,7 @@ from mcsharp_sdk.models.config_file import quantisation_method
 from mcsharp_sdk.models.device import check_device
 from mcsharp_sdk.runtime.layout import METHOD
 from mcsharp_sdk.runtime.pruned_routing import set_expert_pruning
-from mcsharp_sdk.runtime.stored_tensors import check_compressed
+from mcsharp_sdk.runtime.stored_model import check_compressed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

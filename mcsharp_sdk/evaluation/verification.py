@@ -11,7 +11,7 @@ from mcsharp_sdk.errors import InputError, InputProblems, Problem
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.weight_checks import numbers_of
-from mcsharp_sdk.runtime.stored_tensors import check_compressed
+from mcsharp_sdk.runtime.stored_model import check_compressed
 
 NO_CHECKSUMS = f"no {CHECKSUMS_FILE}: whether files are as written cannot be told"
 

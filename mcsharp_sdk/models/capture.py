@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mcsharp_sdk.models.experts import answering, tokens_of_expert
 from mcsharp_sdk.models.ranks import ALONE, Ranks
-from mcsharp_sdk.models.stream import StreamedLayer
+from mcsharp_sdk.models.streamed_layer import StreamedLayer
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def routed_inputs(layer: StreamedLayer, *, last: bool = False) -> RoutedInputs:
     Parameters
     ----------
     last : the caller runs the layer no more. Then ``layer.inputs`` moves on to what the layer makes
-        of it but for the experts' outputs, where these are added last, so that ``layer.advance``
-        has only to add them.
+        of it but for the experts' outputs, where these are added last, so that only these
+        are left to add.
     """
     experts: Any = layer.module.get_submodule(layer.moe.experts)
     router = layer.module.get_submodule(layer.moe.router)

@@ -19,7 +19,7 @@ from mcsharp_sdk.data.calibration_set import CalibrationSet, SampleGroup
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.models.source import SourceModel
-from mcsharp_sdk.models.stream import Addition, Arguments, LayerInputs
+from mcsharp_sdk.models.streamed_layer import Addition, Arguments, LayerInputs
 
 TOKENS_PER_BATCH = 2048
 

@@ -19,7 +19,7 @@ from mcsharp_sdk.models.expert_exchange import ExchangedTokens, ExpertTokens, Ow
 from mcsharp_sdk.models.expert_weights import ExpertWeights
 from mcsharp_sdk.models.experts import MATRICES, Matrix, weigh
 from mcsharp_sdk.models.scratch import Scratch
-from mcsharp_sdk.models.stream import StreamedLayer
+from mcsharp_sdk.models.streamed_layer import StreamedLayer
 
 PIECE_TOKENS = 4096
 """Tokens that go through an expert at a time."""

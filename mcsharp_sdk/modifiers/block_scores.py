@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mcsharp_sdk.models.stream import StreamedLayer
+from mcsharp_sdk.models.streamed_layer import StreamedLayer
 from mcsharp_sdk.modifiers.expert_outputs import states_behind
 
 FITTED_TOKENS = 1024

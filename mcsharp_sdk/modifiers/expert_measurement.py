@@ -16,7 +16,7 @@ from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import Matrix, weigh
 from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.routing import router_scores
-from mcsharp_sdk.models.stream import StreamedLayer
+from mcsharp_sdk.models.streamed_layer import StreamedLayer
 from mcsharp_sdk.modifiers.block_scores import block_cosines
 from mcsharp_sdk.modifiers.expert_chunks import expert_chunks
 from mcsharp_sdk.modifiers.expert_curvature import HessianName, gram_curvature, loss_curvature

@@ -12,7 +12,7 @@ from mcsharp_sdk.models.expert_runs import PIECE_TOKENS
 from mcsharp_sdk.models.expert_weights import ExpertWeights
 from mcsharp_sdk.models.experts import answering, tokens_of_expert
 from mcsharp_sdk.models.scratch import Scratch
-from mcsharp_sdk.models.stream import StreamedLayer, in_turn
+from mcsharp_sdk.models.streamed_layer import StreamedLayer, in_turn
 
 CHUNK_BYTES = 2**30
 """Outputs of all experts of some tokens that are held in memory at a time."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from mcsharp_sdk.artifacts import BitMap
+from mcsharp_sdk.artifacts import QUANTIZED_WEIGHTS, BitMap
 from mcsharp_sdk.errors import InputError, Problem
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.quantization.grid import REMOVED, WIDTHS
@@ -18,11 +18,9 @@ from mcsharp_sdk.recipe.paths import RecipePath
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
     from mcsharp_sdk.engine.run_directory import LayerStore
-    from mcsharp_sdk.models.stream import StreamedLayer
+    from mcsharp_sdk.models.streamed_layer import StreamedLayer
     from mcsharp_sdk.modifiers.layer_quantisation import LayerQuantiser
     from mcsharp_sdk.runtime.layout import PackedLayout
-
-QUANTIZED_WEIGHTS = "quantized_weights"
 
 
 class GPTQQuantize(Modifier):

@@ -19,7 +19,7 @@ from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import MATRICES, Matrix
 from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.ranks import divide
-from mcsharp_sdk.models.stream import StreamedLayer
+from mcsharp_sdk.models.streamed_layer import StreamedLayer
 from mcsharp_sdk.models.topology import router_weight
 from mcsharp_sdk.modifiers.expert_buckets import ExpertBuckets
 from mcsharp_sdk.modifiers.expert_chunks import expert_chunks

@@ -13,7 +13,7 @@ from mcsharp_sdk.models.expert_weights import ExpertWeights
 from mcsharp_sdk.models.experts import MATRICES, Matrix, fused_weight
 from mcsharp_sdk.models.shards import TensorSlice
 from mcsharp_sdk.models.source import SourceModel
-from mcsharp_sdk.models.stream import StreamedLayer
+from mcsharp_sdk.models.streamed_layer import StreamedLayer
 from mcsharp_sdk.models.topology import router_weight
 from mcsharp_sdk.quantization.grid import REMOVED, PackedWeight, dequantise, unpack_weight
 from mcsharp_sdk.quantization.rotation import expert_signs, turned_back

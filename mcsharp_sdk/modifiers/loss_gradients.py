@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.embedding import TOKENS_PER_BATCH, embed, layers_answered, model_inputs
-from mcsharp_sdk.models.stream import LayerInputs
+from mcsharp_sdk.models.streamed_layer import LayerInputs
 
 if TYPE_CHECKING:
     from mcsharp_sdk.data.calibration_set import CalibrationSet

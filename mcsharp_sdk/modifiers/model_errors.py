@@ -21,7 +21,7 @@ from mcsharp_sdk.models.embedding import embed
 from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.expert_weights import LoadedExperts
 from mcsharp_sdk.models.experts import MATRICES, fused_weight
-from mcsharp_sdk.models.stream import LayerInputs, StreamedLayer
+from mcsharp_sdk.models.streamed_layer import LayerInputs, StreamedLayer
 from mcsharp_sdk.quantization.grid import REMOVED
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mcsharp_sdk.models.expert_runs import PIECE_TOKENS, ExpertRuns
 from mcsharp_sdk.models.experts import Matrix, weigh
-from mcsharp_sdk.models.stream import LayerInputs, StreamedLayer
+from mcsharp_sdk.models.stream import advance
+from mcsharp_sdk.models.streamed_layer import LayerInputs, StreamedLayer
 from mcsharp_sdk.quantization.propagation import accumulate_cross
 
 
@@ -94,7 +95,7 @@ class OriginalLayer:
                 self.hidden = runs.routed.hidden
                 runs.run(runs.experts)
                 original.expert_outputs = runs.finish()
-            original.advance()
+            advance(original)
 
     def experts(self, runs: ExpertRuns) -> OriginalExperts:
         """What the original's experts get, beside those of ``runs``."""

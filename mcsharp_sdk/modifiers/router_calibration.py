@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mcsharp_sdk.artifacts import TokenProtectionRule
+from mcsharp_sdk.artifacts import (
+    CALIBRATED_ROUTERS,
+    QUANTIZED_WEIGHTS,
+    TOP_ANY_ROUTER,
+    TokenProtectionRule,
+)
 from mcsharp_sdk.errors import Problem
 from mcsharp_sdk.modifiers.base import Modifier
-from mcsharp_sdk.modifiers.gptq_quantize import QUANTIZED_WEIGHTS
-from mcsharp_sdk.modifiers.top_any_router import TOP_ANY_ROUTER
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
     from mcsharp_sdk.models.router_settings import RouterSettings
-
-CALIBRATED_ROUTERS = "calibrated_routers"
 
 
 class RouterCalibration(Modifier):

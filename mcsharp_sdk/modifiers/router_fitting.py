@@ -13,7 +13,8 @@ from mcsharp_sdk.errors import RunError
 from mcsharp_sdk.models.capture import routed_inputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.routing import Router, Routing, route, router_logits
-from mcsharp_sdk.models.stream import LayerInputs, StreamedLayer
+from mcsharp_sdk.models.stream import advance
+from mcsharp_sdk.models.streamed_layer import LayerInputs, StreamedLayer
 from mcsharp_sdk.models.topology import router_weight
 from mcsharp_sdk.modifiers.original_model import copied_inputs
 from mcsharp_sdk.quantization.router_fit import divergence, fit_router
@@ -68,7 +69,7 @@ class RouterFitting:
             target = _target(layer.source.router(layer.moe), runs.routed.router_hidden)
             runs.run(runs.experts)
             original.expert_outputs = runs.finish()
-        original.advance()
+        advance(original)
         return target
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mcsharp_sdk.artifacts import WHOLE_MODEL, TopAnyTraining, TrainingCurve
+from mcsharp_sdk.artifacts import TOP_ANY_ROUTER, WHOLE_MODEL, TopAnyTraining, TrainingCurve
 from mcsharp_sdk.errors import Problem
 from mcsharp_sdk.modifiers.base import Modifier
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from mcsharp_sdk.engine.run_directory import LayerStore
     from mcsharp_sdk.models.topology import MoeBlock
 
-TOP_ANY_ROUTER = "top_any_router"
 TRAINING_FILE = "training.safetensors"
 """State of a training that is under way, in the folder of the finished networks."""
 

@@ -64,3 +64,12 @@ def open_recipe(
         return Recipe.from_file(path, overrides, environ)
     near = suggestion(name, recipes, otherwise="the package has ")
     raise InputError(f"there is no recipe file '{path}' here{near}")
+
+
+def as_recipe(recipe: Recipe | str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe itself, or that in a file or of a name."""
+    if not isinstance(recipe, Recipe):
+        return open_recipe(recipe, overrides)
+    if overrides:
+        raise InputError("overrides go with a recipe file or name, not with a Recipe")
+    return recipe

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mcsharp_sdk import __version__
+from mcsharp_sdk._version import __version__
 from mcsharp_sdk.artifact_file import read_json_object, write_text_atomically
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
 from mcsharp_sdk.evaluation.saved import EVALUATION_FILE, SavedEvaluation, read_evaluations

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jinja2 import DictLoader, Environment, StrictUndefined
 
-from mcsharp_sdk import __version__
+from mcsharp_sdk._version import __version__
 from mcsharp_sdk.artifact_file import write_text_atomically
 from mcsharp_sdk.report.elements import Page, Section, Table, Tile, bytes_text, percent_text
 from mcsharp_sdk.report.measured import coverage_section, experts_section

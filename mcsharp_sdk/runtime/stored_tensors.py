@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.errors import InputError, InputProblems, Problem
-from mcsharp_sdk.models.config_file import check_layer_count
+from mcsharp_sdk.errors import InputProblems, Problem
 from mcsharp_sdk.models.safetensors_file import TensorInfo, read_header
-from mcsharp_sdk.models.shards import Checkpoint
 
 MOST_SHOWN = 12
 """Most misfits that an error names."""
@@ -26,37 +24,8 @@ PACKED_DTYPES = (torch.uint8, torch.float16)
 """Dtypes that are never converted when a model is loaded: those of codes and of scales."""
 
 
-def check_compressed(directory: Path) -> None:
-    """Check that the files of a compressed model hold what its config says.
-
-    The module tree is built without weights, as for loading.
-
-    Raises
-    ------
-    InputError
-        If the folder is no compressed model, config.json or a header is damaged, or they disagree;
-        every problem names its file and tensor.
-    """
-    # Not above: transformers imports the plug-in, and that this module, before it is complete.
-    from mcsharp_sdk.models.architecture import empty_model, read_config, stored_dtype
-    from mcsharp_sdk.runtime.hf_quantizer import pack_modules
-    from mcsharp_sdk.runtime.layout import PackedLayout
-
-    config = read_config(directory)
-    settings = getattr(config, "quantization_config", None)
-    if not isinstance(settings, dict):
-        raise InputError(f"{directory} is no compressed model: see its config.json")
-    layout = PackedLayout.from_dict(settings)
-    checkpoint = Checkpoint.open(directory)
-    check_layer_count(config, len(checkpoint.tensors), directory)
-    model = empty_model(config, stored_dtype(config))
-    with torch.device("meta"):
-        pack_modules(model, layout)
-    check_tensors(model, checkpoint.tensors, str(directory))
-
-
 def check_files(model: Any, files: Sequence[str | Path]) -> None:
-    """As ``check_compressed``, of a packed model that transformers is about to load.
+    """Check the files of a packed model that transformers is about to load, from their headers.
 
     Raises
     ------

@@ -52,8 +52,8 @@ def test_a_compressed_model_shows_its_widths(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from mcsharp_sdk.models.source import SourceModel
-    from mcsharp_sdk.runtime.hf_quantizer import pack_modules
     from mcsharp_sdk.runtime.layout import PackedLayout
+    from mcsharp_sdk.runtime.packed_model import pack_modules
 
     save_tiny_model(tmp_path / "original", "mixtral")
     layout = PackedLayout(16, {0: (1, 2, 3, 2), 1: (3, 3, 2, 2), 2: (2,) * 4}, {})
@@ -95,8 +95,8 @@ def packed(tmp_path: Path) -> Path:
     import torch
 
     from mcsharp_sdk.models.source import SourceModel
-    from mcsharp_sdk.runtime.hf_quantizer import pack_modules
     from mcsharp_sdk.runtime.layout import PackedLayout
+    from mcsharp_sdk.runtime.packed_model import pack_modules
 
     save_tiny_model(tmp_path / "original", "mixtral", dtype=torch.bfloat16)
     layout = PackedLayout(32, dict.fromkeys(range(3), (1, 2, 3, 2)), {"self_attn.q_proj": 4})

@@ -12,8 +12,8 @@ from mcsharp_sdk.data import (
     DatasetSource,
     EmbeddedSource,
     TextSource,
-    data_fingerprint,
 )
+from mcsharp_sdk.data.fingerprint import data_fingerprint
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.recipe.paths import BASE
 

@@ -30,7 +30,8 @@ from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.directory import routers_of_directory
 from mcsharp_sdk.models.experts import MATRICES
 from mcsharp_sdk.models.source import SourceModel
-from mcsharp_sdk.models.stream import StreamedLayer, stream_layers
+from mcsharp_sdk.models.stream import stream_layers
+from mcsharp_sdk.models.streamed_layer import StreamedLayer
 from mcsharp_sdk.modifiers.expert_measurement import QUICK_SEARCH, ExpertMeasurement
 from mcsharp_sdk.quantization.grid import PackedWeight, dequantise_packed
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn

@@ -18,7 +18,8 @@ from mcsharp_sdk.models.capture import linear_inputs, routed_inputs
 from mcsharp_sdk.models.expert_runs import run_experts
 from mcsharp_sdk.models.experts import MATRICES, is_experts
 from mcsharp_sdk.models.source import SourceModel
-from mcsharp_sdk.models.stream import StreamedLayer, stream_layers
+from mcsharp_sdk.models.stream import stream_layers
+from mcsharp_sdk.models.streamed_layer import StreamedLayer
 
 
 def _tokens(sequences: int = 5, length: int = 19) -> torch.Tensor:

@@ -267,3 +267,11 @@ def test_shapes_that_do_not_fit_the_widths_are_refused(mixtral: Path, tmp_path: 
         InputProblems, match=r"width_4\.gate_up_qweight: is \[1, 192, 32\], but \[2,"
     ):
         load(folder)
+
+
+@pytest.mark.parametrize("first", ["pruned_routing", "packed_model"])
+def test_any_module_can_be_imported_first(first: str) -> None:
+    # It imports transformers, which imports the plug-in while the module is not complete.
+    command = [sys.executable, "-c", f"import mcsharp_sdk.runtime.{first}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

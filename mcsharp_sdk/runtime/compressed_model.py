@@ -1,0 +1,77 @@
+"""What a loaded compressed model can do beyond its stock class."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mcsharp_sdk.checked_files import write_checksums
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.runtime.layout import WEIGHTS_NAME
+from mcsharp_sdk.runtime.pruned_routing import expert_pruning, set_expert_pruning
+from mcsharp_sdk.runtime.pruning_layout import PruningMode
+from mcsharp_sdk.runtime.saving import rename_weight_files
+
+
+class CompressedModelMixin:
+    """What a compressed model does differently from its stock class."""
+
+    @property
+    def expert_pruning(self) -> PruningMode:
+        """How it prunes its experts now: ``off``, ``rule``, ``learned`` or ``both``."""
+        return expert_pruning(self)
+
+    def set_expert_pruning(self, mode: str) -> None:
+        """Choose how it prunes its experts from now on; no weight is loaded again.
+
+        Parameters
+        ----------
+        mode : ``off``, ``rule``, ``learned`` or ``both``, as far as the model has data for it. See
+            :mod:`mcsharp_sdk.runtime.pruned_routing`.
+
+        Raises
+        ------
+        InputError
+            If the model has no data for this mode, or its attention implementation cannot tell
+            what the mode needs.
+        """
+        set_expert_pruning(self, mode)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save under the file names of compressed models, so that it can be loaded again.
+
+        Raises
+        ------
+        InputError
+            With ``push_to_hub=True``: save first, then upload the folder.
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise InputError("save the compressed model first, then upload its folder")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            super().save_pretrained(temporary, **kwargs)  # type: ignore[misc]
+            rename_weight_files(Path(temporary), WEIGHTS_NAME)
+            files = sorted(Path(temporary).iterdir())
+            for file in files:
+                shutil.move(file, folder / file.name)
+            write_checksums(folder, [file.name for file in files])
+
+
+_SAVABLE_CLASSES: dict[type, type] = {}
+
+
+def make_savable(model: Any) -> None:
+    """Give a loaded compressed model its own ``save_pretrained``; the class keeps its name."""
+    original = type(model)
+    if issubclass(original, CompressedModelMixin):
+        return
+    if original not in _SAVABLE_CLASSES:
+        names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+        _SAVABLE_CLASSES[original] = type(
+            original.__name__, (CompressedModelMixin, original), names
+        )
+    model.__class__ = _SAVABLE_CLASSES[original]
