@@ -77,28 +77,60 @@ class _Clipping:
         self.high = self.groups.amax(-1).clamp_(min=0)
 
     def range(self, strength: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and offset of the zero point, [R, G], from γ and β, [2, R, G]."""
+        """Scale and zero point as a code would be, [R, G], from γ and β, [2, R, G]."""
+        scale, offset = self.exact_range(strength)
+        limit = self.top * ZERO_STEP
+        steps = _through((offset / ZERO_STEP).round() * ZERO_STEP, offset)
+        return scale, steps.clamp(-limit, limit) + self.top / 2
+
+    def exact_range(self, strength: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and offset of the zero point from the middle, [R, G], not on any grid."""
         upper, lower = torch.sigmoid(strength)
         high, low = upper * self.high, lower * self.low
         scale = ((high - low) / self.top).clamp_min(1e-8)
         return scale, -low / scale - self.top / 2
 
-    def rounded(self, scale: Tensor, offset: Tensor) -> Tensor:
-        """The quantised matrix [R, K]; gradients pass through the roundings."""
-        limit = self.top * ZERO_STEP
-        steps = _through((offset / ZERO_STEP).round() * ZERO_STEP, offset)
-        zero = (steps.clamp(-limit, limit) + self.top / 2).unsqueeze(-1)
-        scale = scale.unsqueeze(-1)
-        exact = self.groups / scale + zero
-        codes = _through(exact.round(), exact).clamp(0, self.top)
-        return ((codes - zero) * scale).flatten(1)[:, : self.columns]
+    def rounded(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """What rounding changes, [R, G, g], and which codes are clipped: 1 or 0."""
+        scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
+        nearest = (self.groups / scale).add_(zero).round_()
+        codes = nearest.clamp(0, self.top)
+        clipped = nearest.ne_(codes)
+        return codes.sub_(zero).mul_(scale).sub_(self.groups), clipped
+
+    def slopes(
+        self, scale: Tensor, change: Tensor, clipped: Tensor, pull: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """How an error falls or rises with scale and zero point, [R, G].
+
+        Through the rounding a weight that is not clipped moves by change / scale with the scale,
+        and not at all with the zero point; one that is clipped by (weight + change) / scale, and by
+        minus the scale.
+
+        Parameters
+        ----------
+        change, clipped : as ``rounded`` gives them.
+        pull : how it does with each quantised weight, [R, G, g].
+        """
+        pulled = (pull * change).sum(-1)
+        pull = pull * clipped
+        return (pulled + (pull * self.groups).sum(-1)) / scale, -scale * pull.sum(-1)
+
+    def matrix(self, groups: Tensor) -> Tensor:
+        """[R, K] of what is cut into groups."""
+        return groups.flatten(1)[:, : self.columns]
+
+    def cut(self, matrix: Tensor) -> Tensor:
+        """[R, K] cut into groups, the last one filled up with zeros."""
+        missing = self.groups[0].numel() - self.columns
+        return F.pad(matrix, (0, missing)).view_as(self.groups)
 
     def codes(self, found: GroupGrid) -> Tensor:
         """uint8 [R, K] on a finished grid of [1, R·G]."""
         shape = (*self.low.shape, 1)
         scales, zeros = found.scales.view(shape), found.zeros.view(shape)
         codes = (self.groups / scales + zeros).round_().clamp_(0, self.top)
-        return codes.to(torch.uint8).flatten(1)[:, : self.columns].contiguous()
+        return self.matrix(codes.to(torch.uint8)).contiguous()
 
 
 def _quantise_one(
@@ -106,33 +138,45 @@ def _quantise_one(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [R, K], scales and zero-point codes [R, G] of one matrix."""
     clipping = _Clipping(weight, bits, group_size)
-    strength = _learned(clipping, weight, hessian)
-    scale, offset = clipping.range(strength)
+    strength = _learned(clipping, hessian)
+    scale, offset = clipping.exact_range(strength)
     found = grid_of(scale.reshape(1, 1, -1), offset.reshape(1, 1, -1), clipping.top)
     scales = found.scales.view(scale.shape).to(torch.float16)
     return clipping.codes(found), scales, found.zero_codes(bits).view(scale.shape)
 
 
-def _learned(clipping: _Clipping, weight: Tensor, hessian: Tensor) -> Tensor:
+def _learned(clipping: _Clipping, hessian: Tensor) -> Tensor:
     """γ and β, [2, R, G], of the step with the least error of each row."""
     curvature = hessian / hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    with torch.enable_grad():
-        like = clipping.low
-        strength = like.new_full((2, *like.shape), START).requires_grad_()
-        best = strength.detach().clone()
-        least = like.new_full((len(weight),), torch.inf)
-        optimiser = torch.optim.Adam([strength], lr=RATE)
-        for _ in range(STEPS):
-            change = clipping.rounded(*clipping.range(strength)) - weight
-            errors = ((change @ curvature) * change).sum(-1)
-            better = errors.detach() < least
-            best = torch.where(better.view(1, -1, 1), strength.detach(), best)
-            least = torch.minimum(errors.detach(), least)
-            optimiser.zero_grad()
-            # Rows do not touch each other, and Adam does not see their scale.
-            errors.sum().backward()
-            optimiser.step()
+    like = clipping.low
+    strength = like.new_full((2, *like.shape), START).requires_grad_()
+    best = strength.detach().clone()
+    least = like.new_full((len(like),), torch.inf)
+    optimiser = torch.optim.Adam([strength], lr=RATE)
+    for _ in range(STEPS):
+        with torch.enable_grad():
+            scale, zero = clipping.range(strength)
+        with torch.no_grad():
+            errors, slopes = _errors(clipping, scale, zero, curvature)
+        better = errors < least
+        best = torch.where(better.view(1, -1, 1), strength.detach(), best)
+        least = torch.minimum(errors, least)
+        optimiser.zero_grad()
+        # Rows do not touch each other, and Adam does not see their scale.
+        torch.autograd.backward((scale, zero), slopes)
+        optimiser.step()
     return best
+
+
+def _errors(
+    clipping: _Clipping, scale: Tensor, zero: Tensor, curvature: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Error of each row, ΔW H ΔWᵀ, and its slopes with scales and zero points."""
+    change, clipped = clipping.rounded(scale, zero)
+    rows = clipping.matrix(change)
+    pull = rows @ curvature
+    errors = (pull * rows).sum(-1)
+    return errors, clipping.slopes(scale, change, clipped, clipping.cut(pull.mul_(2)))
 
 
 def _through(rounded: Tensor, exact: Tensor) -> Tensor:

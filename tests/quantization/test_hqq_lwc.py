@@ -9,7 +9,7 @@ from test_gptq import layer, output_error
 from mcsharp_sdk.quantization import GridSettings, dequantise, pack_weight, quantise_rtn
 from mcsharp_sdk.quantization.grid import QuantizedBatch, unpack_weight
 from mcsharp_sdk.quantization.hqq import NORM, _shrunk, quantise_hqq
-from mcsharp_sdk.quantization.lwc import quantise_lwc
+from mcsharp_sdk.quantization.lwc import _Clipping, _errors, quantise_lwc
 
 FULL_RANGE = GridSettings(group_size=64, clip_ratios=(1.0,), refinements=0)
 
@@ -51,6 +51,28 @@ def test_learned_clipping_is_better_than_the_range_it_starts_from(bits: int) -> 
     rounded = quantise_rtn(weights, [bits] * 2, FULL_RANGE)
     better = output_error(weights, found, hessians) / output_error(weights, rounded, hessians)
     assert (better < (0.9 if bits < 4 else 1.0)).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_slopes_of_learned_clipping_are_those_of_autograd(bits: int) -> None:
+    """Straight through the rounding, and not through the clipping; the last group is short."""
+    weights, hessians = (part[0] for part in layer(1, 6, 150))
+    clipping = _Clipping(weights, bits, 64)
+    strength = torch.linspace(-2, 4, 2 * clipping.low.numel()).view(2, *clipping.low.shape)
+    scale, zero = (part.detach().requires_grad_() for part in clipping.range(strength))
+    exact = clipping.groups / scale.unsqueeze(-1) + zero.unsqueeze(-1)
+    codes = (exact + (exact.round() - exact).detach()).clamp(0, clipping.top)
+    quantised = ((codes - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(1)[:, :150]
+    expected = ((quantised - weights) @ hessians * (quantised - weights)).sum(-1)
+    expected.sum().backward()
+    with torch.no_grad():
+        errors, slopes = _errors(clipping, scale, zero, hessians)
+    torch.testing.assert_close(errors, expected.detach(), rtol=1e-4, atol=1e-4)
+    for slope, of in zip(slopes, (scale, zero), strict=True):
+        assert of.grad is not None
+        assert of.grad.abs().max() > 0
+        close = 1e-4 * float(of.grad.abs().max())
+        torch.testing.assert_close(slope, of.grad, rtol=1e-3, atol=close)
 
 
 def test_learned_clipping_sees_which_inputs_matter() -> None:
