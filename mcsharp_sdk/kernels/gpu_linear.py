@@ -8,7 +8,6 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.kernels import chunked
 from mcsharp_sdk.kernels.case import Case
 from mcsharp_sdk.kernels.expert_layer import MatrixStack, expert_table
 from mcsharp_sdk.kernels.gpu_experts import GEMV_AT_ONCE, in_parts, takes_gemv, whole_words
@@ -69,8 +68,6 @@ def _run(
 ) -> Tensor:
     from mcsharp_sdk.kernels.triton_launch import gemm, gemv, sort_slots
 
-    if x.requires_grad and torch.is_grad_enabled():
-        return chunked.chunked(x, stack, slots, counts)
     matrices = len(stack.weight.scales)
     single = MatrixStack({stack.bits: stack.weight}, stack.group_size, stack.columns)
     table = _table(stack.bits, matrices, x.device)

@@ -38,7 +38,7 @@ class Kernel:
     refuses : why the kernel cannot do a case; empty if it can.
     run : x [N, K], stack, slots, counts -> [N, R] in x's dtype. The first ``counts[0]`` rows of x
         are multiplied by the matrix ``slots[0]`` of the stack, the next by ``slots[1]``, and so
-        on; counts are positive.
+        on; counts are positive, and no gradient is asked for.
     """
 
     refuses: Callable[[Case], str]
@@ -158,6 +158,8 @@ def packed_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
 def packed_linears(x: Tensor, stack: PackedStack, counts: Sequence[int]) -> Tensor:
     """The product of each matrix of a stack with its own rows of ``x``.
 
+    A gradient by ``x`` is that of the dequantised weights, which it keeps in memory.
+
     Parameters
     ----------
     x : [N, K] floating point; first the rows of the first matrix, then those of the second, ….
@@ -171,6 +173,9 @@ def packed_linears(x: Tensor, stack: PackedStack, counts: Sequence[int]) -> Tens
     used = [slot for slot, count in enumerate(counts) if count]
     if not used:
         return x.new_empty(0, stack.rows)
+    if x.requires_grad and torch.is_grad_enabled():
+        # The others write over what backward needs.
+        return chunked.chunked(x, stack, used, [counts[slot] for slot in used])
     chosen = {count: _choose(x, stack, count) for count in {counts[slot] for slot in used}}
     kernels = [chosen[counts[slot]] for slot in used]
     if len(set(kernels)) == 1:

@@ -233,6 +233,21 @@ def test_each_expert_gets_the_kernel_for_its_tokens(monkeypatch: pytest.MonkeyPa
         assert met == {"integer_dot": [0, 3], "dequantise": [1]}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [256, 16384])
+def test_the_gradient_is_that_of_the_dense_product(columns: int, dtype: torch.dtype) -> None:
+    stack, exact = random_stack(4, 160, columns, 3, 128)
+    counts = [3, 60, 0, 40]
+    x = torch.randn(sum(counts), columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+    by_output = torch.randn(sum(counts), 160, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x.requires_grad_()
+    packed_linears(x, stack, counts).backward(by_output)
+    assert x.grad is not None
+    expected = by_experts(by_output, exact.transpose(1, 2), [0, 1, 3], [3, 60, 40])
+    transposed = exact.transpose(1, 2).flatten(0, 1)
+    assert_close(x.grad, by_output, transposed, expected)
+
+
 # The choice
 
 
