@@ -5,14 +5,42 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
     from mcsharp_sdk.errors import Problem
     from mcsharp_sdk.modifiers.base import Modifier
+
+
+FILE_SUFFIXES = (
+    *(".html", ".jinja", ".json", ".md", ".model", ".safetensors", ".svg", ".txt"),
+    *(".yaml", "SHA256SUMS"),
+)
+"""How names of the files end that lie in an output beside folders."""
+
+
+def off(value: Any) -> Any:
+    """YAML reads a plain ``off`` as false."""
+    return "off" if value is False else value
+
+
+def _not_a_file(folder: str) -> str:
+    for suffix in FILE_SUFFIXES:
+        if folder.lower().endswith(suffix.lower()):
+            raise ValueError(
+                f"folder {folder!r} is named like a file: do not let it end in {suffix}"
+            )
+    return folder
+
+
+FolderName = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", description="Folder inside the output."),
+    AfterValidator(_not_a_file),
+]
 
 
 class Exporter(BaseModel, ABC):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import onnx
 from pydantic import BeforeValidator, Field
 
-from mcsharp_exporters.base import Exporter
+from mcsharp_exporters.base import Exporter, FolderName, off
 from mcsharp_exporters.external_data import ExternalData
 from mcsharp_exporters.genai_config import GENAI_CONFIG, adapt_tokenizer, genai_config
 from mcsharp_exporters.graph_nodes import IR_VERSION, OPSET
@@ -36,6 +36,7 @@ from mcsharp_exporters.onnx_manifest import (
 )
 from mcsharp_exporters.output_folder import check_free, folder_in_one_go, write_file
 from mcsharp_exporters.packed_product import BLOCK_SIZES
+from mcsharp_exporters.router_pruning import NEEDED_ARTIFACTS
 from mcsharp_exporters.safetensors_model import copy_files
 from mcsharp_sdk._version import __version__
 from mcsharp_sdk.artifacts import QUANTIZED_WEIGHTS
@@ -48,11 +49,6 @@ if TYPE_CHECKING:
 Track = Callable[[Iterable[int], str], Iterable[int]]
 
 NO_EXPERTS = "all experts of decoder layer {} are removed: a graph needs one in each"
-
-
-def _off(value: Any) -> Any:
-    """YAML reads a plain ``off`` as false."""
-    return "off" if value is False else value
 
 
 class OnnxModelExporter(Exporter):
@@ -69,13 +65,10 @@ class OnnxModelExporter(Exporter):
             "which is what makes them fast on a CPU. 0: they are not."
         ),
     ] = 4
-    folder: Annotated[
-        str,
-        Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", description="Folder inside the output."),
-    ] = "onnx_model"
+    folder: FolderName = "onnx_model"
     pruning: Annotated[
         GraphPruning,
-        BeforeValidator(_off),
+        BeforeValidator(off),
         Field(
             description="How experts are dropped; default is the mode in which the model is "
             "loaded, weights the rule of TokenProtection without protected tokens."
@@ -83,6 +76,9 @@ class OnnxModelExporter(Exporter):
     ] = "default"
 
     reads_routing: ClassVar[bool] = True
+
+    def needs(self) -> tuple[str, ...]:
+        return NEEDED_ARTIFACTS[self.pruning]
 
     def check_stages(self, stages: Sequence[Modifier]) -> list[Problem]:
         """Group sizes that onnxruntime lacks, and rules that a graph cannot know."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import onnx
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from mcsharp_exporters.base import Exporter
+from mcsharp_exporters.base import Exporter, FolderName, off
 from mcsharp_exporters.graph_nodes import IR_VERSION, OPSET, DtypeName
 from mcsharp_exporters.output_folder import check_free, folder_in_one_go, write_file
 from mcsharp_exporters.pruning_graph import LayerPruning
@@ -25,13 +25,14 @@ from mcsharp_exporters.router_graph import (
     router_graph,
 )
 from mcsharp_exporters.router_pruning import (
+    NEEDED_ARTIFACTS,
     NOT_IN_A_ROUTER,
     PruningChoice,
     RouterPruning,
     pruning_of_run,
 )
 from mcsharp_sdk._version import __version__
-from mcsharp_sdk.artifacts import TOP_ANY_ROUTER, TokenProtectionRule
+from mcsharp_sdk.artifacts import TOP_ANY_ROUTER
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
 from mcsharp_sdk.models.routing import Router
 from mcsharp_sdk.runtime.pruning_layout import DROP_INSIGNIFICANT, PruningMode
@@ -93,21 +94,6 @@ class RouterManifest(BaseModel):
         return self
 
 
-NEEDED_ARTIFACTS: Mapping[PruningChoice, tuple[str, ...]] = {
-    "default": (),
-    "off": (),
-    "rule": (TokenProtectionRule.NAME,),
-    "learned": (TOP_ANY_ROUTER,),
-    "both": (TokenProtectionRule.NAME, TOP_ANY_ROUTER),
-}
-"""How routers drop experts -> artifacts that it takes."""
-
-
-def _off(value: Any) -> Any:
-    """YAML reads a plain ``off`` as false."""
-    return "off" if value is False else value
-
-
 class OnnxRoutersExporter(Exporter):
     """Write every router as an ONNX graph, for serving systems that route outside of torch."""
 
@@ -115,13 +101,10 @@ class OnnxRoutersExporter(Exporter):
     dtype: Annotated[
         DtypeName, Field(description="Input and stored weights; the rest is computed in fp32.")
     ] = "fp32"
-    folder: Annotated[
-        str,
-        Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", description="Folder inside the output."),
-    ] = "onnx_routers"
+    folder: FolderName = "onnx_routers"
     pruning: Annotated[
         PruningChoice,
-        BeforeValidator(_off),
+        BeforeValidator(off),
         Field(
             description="How the routers drop experts, if earlier stages made what that needs; "
             "default is the mode in which the model is loaded."
@@ -135,7 +118,7 @@ class OnnxRoutersExporter(Exporter):
 
     def check_stages(self, stages: Sequence[Modifier]) -> list[Problem]:
         """Whether the rule that the routers will carry is one that a router can know."""
-        by_rule = self.pruning == "rule" or (
+        by_rule = self.pruning in ("rule", "both") or (
             self.pruning == "default" and not any(s.writes == TOP_ANY_ROUTER for s in stages)
         )
         drops_tokens = any(getattr(s, "metric", None) == DROP_INSIGNIFICANT for s in stages)

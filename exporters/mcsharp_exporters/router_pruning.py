@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from mcsharp_exporters.pruning_graph import LayerPruning
-from mcsharp_sdk.artifacts import TOP_ANY_ROUTER
+from mcsharp_sdk.artifacts import TOP_ANY_ROUTER, TokenProtectionRule
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.directory import CompressedFolder
 from mcsharp_sdk.runtime.layout import PackedLayout
@@ -26,11 +26,20 @@ if TYPE_CHECKING:
 
 PruningChoice = Literal["default", "off", "rule", "learned", "both"]
 
+NEEDED_ARTIFACTS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "off": (),
+    "weights": (TokenProtectionRule.NAME,),
+    "rule": (TokenProtectionRule.NAME,),
+    "learned": (TOP_ANY_ROUTER,),
+    "both": (TokenProtectionRule.NAME, TOP_ANY_ROUTER),
+}
+"""How exported routers or models drop experts -> artifacts that it takes."""
 
 NOT_IN_A_ROUTER = (
     f"the rule {DROP_INSIGNIFICANT!r} drops all experts of whole tokens by the attention that they "
     "receive, which no router knows: leave those tokens out before the routers run, and export "
-    "with pruning: off"
+    "with pruning: off, or learned if the model has networks"
 )
 
 

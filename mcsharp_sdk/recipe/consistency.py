@@ -61,6 +61,24 @@ def misfits(
             )
             for problem in exporter.check_stages(known)
         ]
+    return findings + _shared_folders(exports)
+
+
+def _shared_folders(exports: Sequence[Exporter | type[Exporter] | None]) -> list[Finding]:
+    """Exporters that write into the folder of an earlier one."""
+    takers: dict[str, str] = {}
+    findings = []
+    for index, exporter in enumerate(exports):
+        folder = getattr(exporter, "folder", None)
+        if not isinstance(exporter, Exporter) or not isinstance(folder, str):
+            continue
+        if folder in takers:
+            message = (
+                f"{takers[folder]} before it writes into '{folder}' too: give each a "
+                "'folder: NAME' of its own"
+            )
+            findings.append(Finding(("exports", index, "folder"), message))
+        takers[folder] = exporter.type
     return findings
 
 

@@ -23,7 +23,7 @@ from tiny_tokenizer import save_tiny_tokenizer
 
 import mcsharp_sdk
 from mcsharp_sdk.cli.main import run
-from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.errors import InputError, InputProblems
 from mcsharp_sdk.evaluation.cost import model_cost
 from mcsharp_sdk.runtime.pruned_routing import set_expert_pruning
 
@@ -200,6 +200,38 @@ def test_a_recipe_is_refused_before_it_runs() -> None:
         )
     assert "in groups of 16, 32, 64, 128, 256, not of 48" in str(error.value)
     assert "pruning: weights" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "pruning", "lacks"),
+    [
+        ("GPTQQuantize", "learned", ["top any router"]),
+        ("GPTQQuantize", "rule", ["token protection"]),
+        ("GPTQQuantize", "weights", ["token protection"]),
+        ("GPTQQuantize", "both", ["token protection", "top any router"]),
+        ("TopAnyRouter", "learned", []),
+        ("TopAnyRouter", "weights", ["token protection"]),
+        ("TokenProtection", "weights", []),
+    ],
+)
+def test_pruning_that_the_model_will_not_have_is_told_with_the_recipe(
+    stage: str, pruning: str, lacks: list[str]
+) -> None:
+    bits = {"bits": 2} if stage == "GPTQQuantize" else {}
+    recipe = {
+        "version": 1,
+        "calibration": {"source": "embedded"},
+        "stages": [{"type": stage, **bits}],
+        "exports": [{"type": "onnx_model", "pruning": pruning}],
+    }
+    if not lacks:
+        mcsharp_sdk.Recipe.from_dict(recipe)
+        return
+    with pytest.raises(InputProblems) as error:
+        mcsharp_sdk.Recipe.from_dict(recipe)
+    for problem, artifact in zip(error.value.problems, lacks, strict=True):
+        lack = f"exports[0]: onnx_model needs the {artifact} of an earlier stage"
+        assert str(problem).startswith(lack)
 
 
 def test_weights_that_do_not_fit_into_fp16_leave_nothing_behind(tmp_path: Path) -> None:

@@ -307,6 +307,11 @@ def test_the_exporter_takes_what_the_stages_of_the_run_made(tmp_path: Path) -> N
         ("{type: TokenProtection}", "both", "needs the top any router"),
         ("{type: TokenProtection, metric: drop_insignificant}", "rule", "which no router knows"),
         ("{type: TokenProtection, metric: drop_insignificant}", "default", "which no router knows"),
+        (
+            "{type: TokenProtection, metric: drop_insignificant}\n  - {type: TopAnyRouter}",
+            "both",
+            "which no router knows",
+        ),
     ],
 )
 def test_pruning_that_routers_will_not_have_is_told_with_the_recipe(
@@ -316,13 +321,14 @@ def test_pruning_that_routers_will_not_have_is_told_with_the_recipe(
         f"version: 1\ncalibration: {{source: embedded}}\nstages:\n  - {stage}\n"
         f"exports:\n  - {{type: onnx_routers, pruning: {pruning}}}\n"
     )
-    with pytest.raises(InputProblems, match=f"recipe.yaml:6: exports.*{expected}"):
+    with pytest.raises(InputProblems, match=rf"recipe.yaml:\d: exports.*{expected}"):
         Recipe.from_text(recipe)
 
 
 def test_tokens_may_be_dropped_where_the_routers_prune_otherwise() -> None:
     stages = [{"type": "TokenProtection", "metric": "drop_insignificant"}]
-    for more, pruning in (([], "off"), ([{"type": "TopAnyRouter"}], "default")):
+    networks = [{"type": "TopAnyRouter"}]
+    for more, pruning in (([], "off"), (networks, "default"), (networks, "learned")):
         Recipe.from_dict(
             {
                 "version": 1,

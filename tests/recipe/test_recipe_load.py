@@ -226,6 +226,28 @@ def test_an_exporter_needs_its_artifact() -> None:
     assert Recipe.from_text(f"{text}exports: []").exports == ()
 
 
+def test_two_exporters_do_not_share_a_folder() -> None:
+    exports = "exports:\n  - {type: onnx_model}\n  - {type: onnx_model, precision: fp16}\n"
+    quantise = "version: 1\nstages:\n  - {type: GPTQQuantize, bits: 2}\n"
+    text = f"{quantise}calibration: {{source: embedded}}\n{exports}"
+    (line,) = problems(text)
+    assert line.startswith("recipe.yaml:7: exports[1].folder: onnx_model before it writes into")
+    assert "give each a 'folder: NAME' of its own" in line
+    Recipe.from_text(text.replace("fp16", "fp16, folder: half"))
+    (line,) = problems(text.replace("fp16", "fp16, folder: onnx_routers") + ROUTERS)
+    assert line.startswith("recipe.yaml:8: exports[2].folder: onnx_model before it writes into")
+
+
+ROUTERS = "  - {type: onnx_routers}\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "recipe.yaml", "README.md", "SHA256SUMS"])
+def test_a_folder_is_not_named_like_a_file_of_the_output(name: str) -> None:
+    text = VALID.replace("{type: listing}", f"{{type: onnx_routers, folder: {name}}}")
+    (line,) = problems(text)
+    assert line.startswith(f"recipe.yaml:9: exports[0].folder: '{name}' is named like a file")
+
+
 def test_a_missing_calibration_is_told_at_the_stage_that_needs_it() -> None:
     (line,) = problems(VALID.replace("calibration: {", "#"))
     assert line.startswith("recipe.yaml:4: stages[0]: Measure needs calibration text")
