@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mcsharp_sdk.evaluation.stored import layer_of
 from mcsharp_sdk.models.experts import is_experts
+from mcsharp_sdk.models.topology import stays_as_it_is
 
 
 @dataclass
@@ -58,17 +59,20 @@ class ExpertActivity:
 def watch_experts(model: nn.Module) -> Iterator[ExpertActivity]:
     """Count what every experts module is called with, for as long as the context lasts.
 
+    Those that are never compressed, which only images go through, are not counted.
+
     A slot counts as dropped if it names no expert (index ``num_experts``) or one that is removed,
     or has weight 0.
 
     Parameters
     ----------
-    model : any model; without experts modules the result stays empty.
+    model : any model; the result stays empty without experts modules, and of families whose own
+        modules do not show which experts they use (original dbrx and llama4).
     """
     activity: dict[int, LayerActivity] = {}
     handles = []
     for name, module in model.named_modules():
-        if is_experts(module):
+        if is_experts(module) and not stays_as_it_is(name):
             experts = int(module.num_experts)  # type: ignore[arg-type]
             layer = activity[layer_of(name)] = LayerActivity(
                 torch.zeros(experts, dtype=torch.int64)

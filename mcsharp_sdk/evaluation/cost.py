@@ -18,7 +18,7 @@ from mcsharp_sdk.evaluation.stored import (
     read_layout,
 )
 from mcsharp_sdk.models.shards import Checkpoint
-from mcsharp_sdk.models.topology import TOP_K_SETTINGS
+from mcsharp_sdk.models.topology import NUM_EXPERTS_SETTING, TOP_K_SETTINGS
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,10 @@ def model_cost(directory: str | Path) -> ModelCost:
     config = read_config_json(directory)
     layout = read_layout(config, directory)
     checkpoint = Checkpoint.open(directory)
-    tensors = classify(checkpoint.tensors, layout, str(directory))
-    experts = expert_sizes(tensors, layout, lambda tensor: tensor.info.nbytes)
-    parameters = expert_sizes(tensors, layout, lambda tensor: tensor.parameters)
+    count = _num_experts(config)
+    tensors = classify(checkpoint.tensors, layout, str(directory), count)
+    experts = expert_sizes(tensors, layout, lambda tensor: tensor.info.nbytes, count)
+    parameters = expert_sizes(tensors, layout, lambda tensor: tensor.parameters, count)
     quantised = [tensor for tensor in tensors if tensor.quantised]
     gone = _removed_weights(parameters)
     return ModelCost(
@@ -204,9 +205,23 @@ def _always_read(tensors: Sequence[StoredTensor], size: Callable[[StoredTensor],
     return sum(read(tensor) for tensor in tensors if tensor.role not in ("experts", "vision"))
 
 
-def _top_k(config: Mapping[str, Any], directory: Path) -> int:
+def _places(config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The parts of a config that tell about experts."""
     text = config.get("text_config") or config.get("language_config") or config
-    places = (text, text.get("ffn_config") or {})
+    return (text, text.get("ffn_config") or {})
+
+
+def _num_experts(config: Mapping[str, Any]) -> int | None:
+    """Routed experts of a layer, where only the config tells it; None where shapes do."""
+    for value in (place.get(NUM_EXPERTS_SETTING) for place in _places(config)):
+        count = value[0] if isinstance(value, list) and value else value
+        if isinstance(count, int) and count > 0:
+            return count
+    return None
+
+
+def _top_k(config: Mapping[str, Any], directory: Path) -> int:
+    places = _places(config)
     for value in (place.get(name) for place in places for name in TOP_K_SETTINGS):
         if isinstance(value, int):
             return value

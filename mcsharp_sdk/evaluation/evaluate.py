@@ -56,7 +56,8 @@ class Evaluation:
         look inside: an ONNX model.
     activated_expert_ratio_per_layer : the same per decoder layer that has experts; then empty.
     activated_bytes_per_token : mean bytes of stored weights that a token of this text reads; then
-        None.
+        None. Original dbrx and llama4 do not show which experts they use: there it is with experts
+        used equally often.
     activated_parameters_per_token : mean number of those weights; then None.
     seconds : of the forward passes, loading excluded.
     device, dtype : where (of an ONNX model, by which provider) and in which dtype it was computed.
@@ -246,7 +247,8 @@ _COST_FIELDS = (
 
 
 def _activity_fields(activity: ExpertActivity, cost: ModelCost) -> dict[str, Any]:
-    used = {layer: seen.frequency for layer, seen in activity.layers.items()}
+    # None where nobody could watch: experts are then taken to be used equally often.
+    used = {layer: seen.frequency for layer, seen in activity.layers.items()} or None
     return {
         "activated_expert_ratio": activity.ratio,
         "activated_expert_ratio_per_layer": {k: s.ratio for k, s in activity.layers.items()},

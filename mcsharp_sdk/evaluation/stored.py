@@ -115,7 +115,10 @@ def read_layout(config: Mapping[str, Any], directory: Path) -> PackedLayout | No
 
 
 def classify(
-    tensors: Mapping[str, TensorInfo], layout: PackedLayout | None, subject: str
+    tensors: Mapping[str, TensorInfo],
+    layout: PackedLayout | None,
+    subject: str,
+    experts: int | None = None,
 ) -> list[StoredTensor]:
     """Role, weights and width of every tensor.
 
@@ -124,6 +127,8 @@ def classify(
     tensors : of the whole checkpoint.
     layout : how they are packed, if any are.
     subject : what to call the model in an error.
+    experts : routed experts of a layer, where the config says it; single experts beyond are those
+        of image tokens.
 
     Raises
     ------
@@ -131,11 +136,11 @@ def classify(
         If the layout and the stored tensors disagree.
     """
     if layout is None or not layout.packs:
-        return [_plain(name, info) for name, info in tensors.items()]
+        return [_plain(name, info, experts) for name, info in tensors.items()]
     if problems := [*_wrong_buckets(tensors, layout), *_missing_linears(tensors, layout)]:
         raise InputProblems(subject, problems)
     return [
-        _packed(name, info, layout) or replace(_plain(name, info), quantised=False)
+        _packed(name, info, layout) or replace(_plain(name, info, experts), quantised=False)
         for name, info in tensors.items()
     ]
 
@@ -144,17 +149,19 @@ def expert_sizes(
     tensors: Iterable[StoredTensor],
     layout: PackedLayout | None,
     size: Callable[[StoredTensor], int],
+    experts: int | None = None,
 ) -> dict[int, tuple[float, ...]]:
     """Decoder layer -> size of each routed expert, in order of expert; 0 of those removed.
 
-    ``size`` is what of a tensor is added up, e.g. its bytes; experts share a stack equally.
+    ``size`` is what of a tensor is added up, e.g. its bytes; experts share a stack equally, of
+    which there are as many as it has slices, or ``experts`` if that is less.
     """
     sizes: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for layer, bits in (layout.experts if layout else {}).items():
         sizes[layer].update(dict.fromkeys(range(len(bits)), 0.0))
     for tensor in tensors:
         if tensor.role == "experts":
-            owners = _owners(tensor, layout)
+            owners = _owners(tensor, layout, experts)
             for expert in owners:
                 sizes[tensor.layer][expert] += size(tensor) / len(owners)
     return {
@@ -163,8 +170,10 @@ def expert_sizes(
     }
 
 
-def _plain(name: str, info: TensorInfo) -> StoredTensor:
-    role = role_of(name)
+def _plain(name: str, info: TensorInfo, experts: int | None) -> StoredTensor:
+    single = _SINGLE_EXPERT.search(name)
+    beyond = single is not None and experts is not None and int(single[1]) >= experts
+    role = "vision" if beyond else role_of(name)
     scale = name.endswith("_scale_inv")  # of a checkpoint stored in fp8
     matrix = scale or (len(info.shape) >= 2 and not name.endswith("bias"))
     parameters = 0 if scale else info.numel
@@ -184,12 +193,15 @@ def _packed(name: str, info: TensorInfo, layout: PackedLayout) -> StoredTensor |
     return StoredTensor(name, role_of(name), info, weights, bits, quantised=True)
 
 
-def _owners(tensor: StoredTensor, layout: PackedLayout | None) -> Sequence[int]:
+def _owners(
+    tensor: StoredTensor, layout: PackedLayout | None, experts: int | None
+) -> Sequence[int]:
     """The experts that share a tensor equally."""
     if layout is not None and (bucket := _BUCKET.search(tensor.name)):
         return members(layout.experts[tensor.layer])[int(bucket["bits"])]
     single = _SINGLE_EXPERT.search(tensor.name)
-    return [int(single[1])] if single else range(tensor.info.shape[0])
+    slices = tensor.info.shape[0]  # of dbrx the rows of all experts
+    return [int(single[1])] if single else range(min(slices, experts or slices))
 
 
 def _wrong_buckets(tensors: Mapping[str, TensorInfo], layout: PackedLayout) -> Iterator[Problem]:

@@ -35,6 +35,10 @@ KEPT_EXPERTS: Mapping[str, str] = {
 }
 """End of an experts module's path -> which they are: they stay as they are."""
 
+NUM_EXPERTS_SETTING = "moe_num_experts"
+"""What families call the number of experts that store them so that shapes do not tell it (dbrx,
+ernie4_5_vl_moe)."""
+
 TOP_K_SETTINGS = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "num_experts_per_token")
 
 
@@ -141,6 +145,11 @@ def _kept(path: str, table: Mapping[str, str]) -> list[str]:
     return [end for end in table if f".{path}".endswith(f".{end}")]
 
 
+def stays_as_it_is(experts: str) -> bool:
+    """Whether the experts module at a path is never compressed, as said in ``KEPT_EXPERTS``."""
+    return bool(_kept(experts, KEPT_EXPERTS))
+
+
 def _kept_experts(layers: nn.ModuleList) -> tuple[str, ...]:
     paths = [name for name, module in layers.named_modules() if is_experts(module)]
     found = dict.fromkeys(end for path in paths for end in _kept(path, KEPT_EXPERTS))
@@ -156,7 +165,7 @@ def _moe_block(index: int, layer: nn.Module, config: Any) -> MoeBlock | None:
     found = [
         (name, module)
         for name, module in layer.named_modules()
-        if is_experts(module) and not _kept(name, KEPT_EXPERTS)
+        if is_experts(module) and not stays_as_it_is(name)
     ]
     if not found:
         return None

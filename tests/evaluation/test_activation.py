@@ -6,8 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_vision_models import vision_config
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from vision_runs import named_blocks
 
 from mcsharp_sdk.evaluation.activation import watch_experts
 
@@ -76,6 +84,22 @@ def test_counts_equal_what_the_routers_chose(family: str, tokens: Tensor) -> Non
         assert seen.frequency == pytest.approx(recount)
         assert seen.ratio == 1.0
         assert seen.tokens == 90
+
+
+@torch.no_grad()
+def test_experts_of_image_tokens_are_not_counted() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(
+        vision_config("ernie4_5_vl_moe"), experts_implementation="eager"
+    ).eval()
+    blocks = [block for name, block in named_blocks(model) if "text_moe" in name]
+    with watch_experts(model) as activity:
+        model(input_ids=torch.arange(100)[None])
+    assert set(activity.layers) == {block.layer for block in blocks} == {1, 2}
+    for block in blocks:
+        recount = torch.bincount(block.arguments[1].flatten(), minlength=4)
+        assert torch.equal(activity.layers[block.layer].activated, recount)
+        assert (activity.layers[block.layer].slots, int(recount.sum())) == (200, 200)
 
 
 @torch.no_grad()

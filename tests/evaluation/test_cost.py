@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from stock_models import StockBlock, stock_model, watched_blocks
 from tiny_models import PLAIN_FAMILIES, save_tiny_model
+from tiny_vision_models import save_tiny_vision_model
 from transformers import AutoModelForCausalLM
+from vision_runs import load, named_blocks
 
 from mcsharp_sdk.errors import InputError, InputProblems
 from mcsharp_sdk.evaluation.cost import ModelCost, model_cost
@@ -42,6 +45,32 @@ def test_an_uncompressed_model_is_counted_as_transformers_does(family: str, tmp_
     assert (cost.bits.nominal, cost.bits.stored) == (16, 16)
     assert cost.expert_bits is not None
     assert cost.expert_bits.weights == in_experts
+
+
+def check_experts(cost: ModelCost, blocks: Sequence[StockBlock]) -> None:
+    """Costs of float32 experts are those of the stock modules, which are alike."""
+    one = {b.layer: sum(p.numel() for p in b.experts.parameters()) // 4 for b in blocks}
+    assert cost.expert_bytes == {layer: (4 * size,) * 4 for layer, size in one.items()}
+    assert cost.expert_parameters == {layer: (size,) * 4 for layer, size in one.items()}
+    assert cost.roles["experts"].parameters == 4 * sum(one.values())
+    assert cost.expert_bits is not None
+    assert cost.expert_bits.weights == 4 * sum(one.values())
+
+
+@pytest.mark.parametrize("family", ["dbrx", "llama4"])
+def test_experts_that_are_stacked_otherwise_are_told_apart(family: str, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, family)
+    check_experts(model_cost(tmp_path), watched_blocks(stock_model(tmp_path)))
+
+
+def test_experts_of_image_tokens_are_no_routed_experts_of_text(tmp_path: Path) -> None:
+    save_tiny_vision_model(tmp_path, "ernie4_5_vl_moe")
+    model = load(tmp_path)
+    cost = model_cost(tmp_path)
+    check_experts(cost, [b for name, b in named_blocks(model) if "text_moe" in name])
+    seen = ("vision_moe.experts", "vision_tower", "resampler")
+    images = sum(p.numel() for n, p in model.named_parameters() if any(part in n for part in seen))
+    assert cost.roles["vision"].parameters == images
 
 
 def test_sizes_on_disk(tmp_path: Path) -> None:

@@ -11,12 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from stock_models import stock_model, watched_blocks
 from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
+from tiny_vision_models import save_tiny_vision_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from vision_runs import load as load_vision_model
+from vision_runs import named_blocks
 
 from mcsharp_sdk.errors import InputError, InputProblems
+from mcsharp_sdk.evaluation.cost import model_cost
 from mcsharp_sdk.evaluation.evaluate import EMBEDDED_TEXT, evaluate
 from mcsharp_sdk.evaluation.inspection import inspect_model
 from mcsharp_sdk.models.shards import Checkpoint, write_safetensors
@@ -138,6 +143,24 @@ def test_measured_bytes_follow_the_experts_used(compressed: tuple[Path, Any], te
     once -= stock.get_input_embeddings().weight.numel() - 64  # one row of the table is read
     result = evaluate(folder, text, window=100, device="cpu")
     assert result.activated_bytes_per_token == pytest.approx(4 * once + routed)
+
+
+@pytest.mark.parametrize("family", ["dbrx", "llama4", "ernie4_5_vl_moe"])
+def test_originals_whose_experts_lie_otherwise_read_their_share(
+    family: str, text: Path, tmp_path: Path
+) -> None:
+    if family == "ernie4_5_vl_moe":
+        model = load_vision_model(save_tiny_vision_model(tmp_path, family))
+        blocks = [block for name, block in named_blocks(model) if "text_moe" in name]
+    else:
+        blocks = watched_blocks(stock_model(save_tiny_model(tmp_path, family)))
+        save_tiny_tokenizer(tmp_path)
+    routed = sum(p.numel() for block in blocks for p in block.experts.parameters()) // 2
+    result = evaluate(tmp_path, text, window=64, max_tokens=64, device="cpu")
+    once = model_cost(tmp_path)
+    assert result.activated_expert_ratio == 1.0
+    assert result.activated_bytes_per_token == once.always_read_bytes + 4 * routed
+    assert result.activated_parameters_per_token == once.always_read_parameters + routed
 
 
 def test_max_tokens_and_the_default_window(original: Path, text: Path) -> None:
