@@ -38,6 +38,7 @@ def run_experts(
     *,
     dp4a: bool = False,
     tiling: Tiling | None = None,
+    of: tuple[int, int] | None = None,
 ) -> Tensor:
     """Weighted sum of the chosen experts.
 
@@ -49,14 +50,16 @@ def run_experts(
     dp4a : for few tokens, round the inputs of both matrices to 8 bits, 128 at a time.
     tiling : how to divide the work; by default what was measured to be fastest, or else the
         numbers that are built in.
+    of : tokens and slots that the way is chosen by, where rows are slots already; by default
+        those of ``chosen``.
 
     Returns
     -------
     [T, H] in hidden's dtype; summed in fp32, over a token's slots in their order.
     """
-    tokens, slots = chosen.shape
-    if not tokens or not slots:
+    if not chosen.numel():
         return torch.zeros_like(hidden)
+    tokens, slots = of or chosen.shape
     hidden, chosen, routing = hidden.contiguous(), chosen.contiguous(), routing.contiguous()
     if tiling is None and not dp4a:
         tiling = TILINGS.get(choose_tiling(case_of(layer, slots, hidden), tokens))
@@ -64,7 +67,7 @@ def run_experts(
     if tiling.gemv if tiling else tokens <= DECODE_TOKENS and layer_takes_gemv(layer):
         run = partial(_few_tokens, layer, dp4a=dp4a, step=size)
         return in_parts(run, GEMV_AT_ONCE, hidden, chosen, routing)
-    at_once = max(1, WORKSPACE_BYTES // workspace_bytes(layer, slots, hidden.dtype))
+    at_once = max(1, WORKSPACE_BYTES // workspace_bytes(layer, chosen.shape[1], hidden.dtype))
     return in_parts(partial(_many_tokens, layer, height=size), at_once, hidden, chosen, routing)
 
 

@@ -82,9 +82,15 @@ def _between(experts: Any, *, silu: bool, rotated: bool) -> PerSlot | None:
     return None if silu else partial(activate, experts)
 
 
-def _run(layer: ExpertLayer, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def _run(
+    layer: ExpertLayer,
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    of: tuple[int, int] | None = None,
+) -> Tensor:
     dp4a = os.environ.get(VARIABLE) == TRITON_DP4A
-    return run_experts(layer, hidden, index, weights, dp4a=dp4a)
+    return run_experts(layer, hidden, index, weights, dp4a=dp4a, of=of)
 
 
 def _run_without_removed(
@@ -111,7 +117,7 @@ def _run_by_slot(
         rows, factors = (rows * factors).to(hidden.dtype), torch.ones_like(factors)
     if rotated:
         rows = _turned(rows, slots[:, 0], layer.experts)
-    out = _run(layer, rows, slots, factors.float())
+    out = _run(layer, rows, slots, factors.float(), (index.shape[0], index.shape[1]))
     return out.view(*index.shape, -1).sum(1)
 
 

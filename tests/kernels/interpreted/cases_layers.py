@@ -89,6 +89,33 @@ def test_a_layer_runs_as_was_measured_on_this_machine(
     assert heights == [32]
 
 
+@pytest.mark.parametrize(("family", "rotated"), [("mixtral", True), ("llama4", False)])
+def test_a_row_per_slot_runs_as_was_measured_with_whole_tokens(
+    family: str, rotated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = packed_experts(family, rotated=rotated, removed=False).half()
+    buckets = [m for m in experts.children() if isinstance(m, ExpertBucket)]
+    monkeypatch.setattr(gpu_support, "serves", lambda x: True)
+    asked: list[tuple[int, int]] = []
+
+    def fastest(case: LayerCase, tokens: int) -> str:
+        asked.append((tokens, case.slots))
+        return ""
+
+    monkeypatch.setattr(crossovers, "fastest", fastest)
+    sorted_slots = []
+    sort_slots = triton_launch.sort_slots
+    monkeypatch.setattr(
+        triton_launch, "sort_slots", lambda *a: sorted_slots.append(len(a[0])) or sort_slots(*a)
+    )
+    for tokens in (3, 5):
+        hidden, chosen, routing = routed(tokens, buckets[0].columns["gate_up"])
+        chosen = chosen.where(chosen < len(BITS), experts.num_experts)
+        experts(hidden, chosen, routing.half())
+    assert asked == [(3, 2), (5, 2)]
+    assert sorted_slots == [10]  # 3 tokens are few, also with a row per slot
+
+
 def test_tokens_beyond_the_workspace_are_done_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _, _ = random_layer((2, 3, 1, 2), 32, 16, 32)
     hidden, chosen, routing = routed(8, 32)
