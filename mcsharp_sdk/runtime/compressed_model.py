@@ -6,7 +6,10 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
 
 from mcsharp_sdk.checked_files import write_checksums
 from mcsharp_sdk.errors import InputError
@@ -39,6 +42,27 @@ class CompressedModelMixin:
             what the mode needs.
         """
         set_expert_pruning(self, mode)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move it to a device, like any model; it keeps its dtypes.
+
+        Raises
+        ------
+        InputError
+            With a dtype, or a tensor to take one from.
+        """
+        if any(isinstance(given, torch.dtype | Tensor) for given in (*args, *kwargs.values())):
+            self._refuse_cast()
+        return super().to(*args, **kwargs)  # type: ignore[misc]
+
+    def _refuse_cast(self) -> NoReturn:
+        """Scales of packed weights are float16, networks of pruners float32, whatever computes."""
+        raise InputError(
+            "a compressed model cannot be cast as a whole, its packed weights have dtypes of their "
+            "own: load it with from_pretrained(..., dtype=...) instead"
+        )
+
+    half = float = bfloat16 = double = _refuse_cast
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save under the file names of compressed models, so that it can be loaded again.

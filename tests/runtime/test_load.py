@@ -226,6 +226,27 @@ def test_the_dtype_asked_for_is_that_of_the_outputs(mixtral: Path, dtype: torch.
     assert {s.dtype for s in scales} == {torch.float16}
 
 
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.to("cpu", dtype=torch.float32),
+        lambda model: model.to(torch.zeros(1)),
+        lambda model: model.bfloat16(),
+        lambda model: model.half(),
+        lambda model: model.double(),
+    ],
+)
+def test_a_loaded_model_is_moved_but_not_cast(mixtral: Path, cast: Any) -> None:
+    model = load(mixtral)
+    before = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"load it with from_pretrained\(..., dtype=...\) instead"):
+        cast(model)
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == before
+    assert model.to("cpu") is model
+    assert model.to(device=torch.device("meta"), dtype=None).device.type == "meta"
+
+
 def test_without_the_package_loading_is_an_error(mixtral: Path) -> None:
     program = (
         "from transformers import AutoModelForCausalLM as A; "
