@@ -17,7 +17,7 @@ from transformers.quantizers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mcsharp_sdk.models.config_file import MOST_LAYERS, check_layer_count
-from mcsharp_sdk.runtime.layout import FIELDS, INDEX_FILE, METHOD, PackedLayout
+from mcsharp_sdk.runtime.layout import INDEX_FILE, METHOD, PackedLayout, check_fields
 
 
 @register_quantization_config(METHOD)
@@ -25,9 +25,9 @@ class McSharpConfig(QuantizationConfigMixin):
     """``quantization_config`` of a compressed model; see :mod:`mcsharp_sdk.runtime.layout`."""
 
     def __init__(self, **settings: Any) -> None:
+        check_fields(settings)
+        self.__dict__.update(settings)
         self.quant_method: Any = METHOD
-        for name in FIELDS & settings.keys():
-            setattr(self, name, settings[name])
 
 
 @register_quantizer(METHOD)

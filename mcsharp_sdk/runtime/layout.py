@@ -95,6 +95,7 @@ class PackedLayout:
                 f"quantization_config has format_version {version!r}; this mcsharp_sdk reads "
                 f"version {FORMAT_VERSION}"
             )
+        check_fields(config)
         pruning = _read_pruning(config.get("pruning"))
         try:
             layout = cls(
@@ -117,6 +118,15 @@ class PackedLayout:
                 f"{sorted(widths)}; group sizes from 1 and widths of {list(WIDTHS)} are stored"
             )
         return layout
+
+
+def check_fields(config: Mapping[str, Any]) -> None:
+    """InputError if a ``quantization_config`` says more than is understood here."""
+    if unknown := sorted(map(str, config.keys() - FIELDS - {"quant_method"})):
+        raise InputError(
+            f"quantization_config has {', '.join(unknown)}, which this mcsharp_sdk does not know: "
+            "it may be misspelt, or a newer version wrote it"
+        )
 
 
 def _whole(value: Any) -> int:

@@ -50,6 +50,8 @@ def test_every_expert_is_in_the_bucket_of_its_width(bits: list[int]) -> None:
         ({"linears": {"self_attn.q_proj": 7}}, r"\[2, 7\]"),
         ({"linears": {"self_attn.q_proj": 0}}, r"\[0, 2\]"),
         ({"rotation": "random"}, "malformed.*rotation 'random'"),
+        ({"rotations": "hadamard"}, "has rotations, which this mcsharp_sdk does not know"),
+        ({"order": [0], "bias": 1}, "has bias, order, .* or a newer version wrote it"),
     ],
 )
 def test_a_malformed_layout_is_refused(change: dict[str, object], message: str) -> None:

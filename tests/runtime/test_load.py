@@ -265,6 +265,8 @@ def test_without_the_package_loading_is_an_error(mixtral: Path) -> None:
         (lambda q: q["experts"]["0"].append(2), "5 widths to the 4 experts"),
         (lambda q: q["linears"].update({"self_attn.x_proj": 4}), "x_proj"),
         (lambda q: q.update(format_version=9), "format_version 9"),
+        (lambda q: q.update(rotations="hadamard"), "has rotations, which this mcsharp_sdk does"),
+        (lambda q: q.update(to_dict="hadamard"), "has to_dict, which this mcsharp_sdk does not"),
     ],
 )
 def test_a_config_that_does_not_fit_the_model_is_refused(
