@@ -8,7 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from mcsharp_sdk.cli.evaluation_tables import show_comparison, show_evaluation, show_tasks
+from mcsharp_sdk.cli.evaluation_tables import (
+    note_results,
+    show_comparison,
+    show_evaluation,
+    show_tasks,
+)
 from mcsharp_sdk.cli.options import JsonOption, MaxTokensOption, TextOption, WindowOption
 from mcsharp_sdk.cli.output import console, print_json, print_note
 from mcsharp_sdk.errors import InputError
@@ -118,20 +123,28 @@ def _compare(
     settings: dict[str, Any],
     json: bool,
 ) -> None:
-    from mcsharp_sdk.evaluation.comparison import compare
+    from mcsharp_sdk.evaluation.comparison import Comparison, compare
 
-    result = compare(
-        directories, reference=reference, track=_progress, on_model=print_note, **settings
-    )
-    written = result.save() if save else []
-    for file in written:
-        _renew_page(file.parent)
+    finished: list[Comparison] = []
+
+    def keep(found: Comparison) -> None:
+        finished.append(found)
+        for file in found.save() if save else ():
+            _renew_page(file.parent)
+            print_note(f"kept in {file}")
+
+    told = {"track": _progress, "on_model": print_note, "on_result": keep}
+    try:
+        result = compare(directories, reference=reference, **told, **settings)
+    except BaseException:
+        if finished and not json:  # what is done should not be lost with what failed
+            models = [compared for found in finished for compared in found.models]
+            show_comparison(Comparison(models, finished[0].reference))
+        raise
     if json:
         print_json(result.to_json())
     else:
         show_comparison(result)
-    for file in written:
-        print_note(f"kept in {file}")
 
 
 def _renew_page(folder: Path) -> None:
@@ -152,7 +165,12 @@ def _tasks(
     from mcsharp_sdk.evaluation.tasks import evaluate_tasks
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    results = [evaluate_tasks(d, names, suite=suite, **settings) for d in directories]
+    results = []
+    for directory in directories:
+        print_note(str(directory))
+        results.append(
+            evaluate_tasks(directory, names, suite=suite, on_task=note_results, **settings)
+        )
     if json:
         documents = [result.to_json() for result in results]
         print_json(documents if len(documents) > 1 else documents[0])

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mcsharp_sdk.cli.output import print_table
+from mcsharp_sdk.cli.output import print_note, print_table
 
 if TYPE_CHECKING:
     from mcsharp_sdk.evaluation.comparison import Compared, Comparison
     from mcsharp_sdk.evaluation.evaluate import Evaluation
-    from mcsharp_sdk.evaluation.tasks import TaskEvaluation
+    from mcsharp_sdk.evaluation.tasks import TaskEvaluation, TaskResult
 
 
 def show_evaluation(result: Evaluation) -> None:
@@ -108,6 +108,16 @@ def show_tasks(results: Sequence[TaskEvaluation]) -> None:
 
 
 def _metric(result: TaskEvaluation, index: int) -> str:
-    found = result.results[index]
+    return _with_error(result.results[index])
+
+
+def _with_error(found: TaskResult) -> str:
     error = "" if found.stderr is None else f" ± {found.stderr:.4f}"
     return f"{found.value:.4f}{error}"
+
+
+def note_results(results: Sequence[TaskResult]) -> None:
+    """Tell metrics of a task that is done, while others run."""
+    for found in results:
+        shots = "" if found.num_fewshot is None else f", {found.num_fewshot} shots"
+        print_note(f"{found.task}{shots}: {found.metric} {_with_error(found)}")

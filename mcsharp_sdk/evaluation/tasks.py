@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ BOOTSTRAPS = 1000
 
 @dataclass(frozen=True)
 class TaskRun:
-    """Tasks that are run together; ``num_fewshot`` None leaves it to each task."""
+    """Tasks with as many examples in the prompt; ``num_fewshot`` None leaves it to each task."""
 
     tasks: tuple[str, ...]
     num_fewshot: int | None = None
@@ -118,6 +118,7 @@ def evaluate_tasks(
     dtype: str = "auto",
     pruning: str | None = None,
     download: bool = False,
+    on_task: Callable[[Sequence[TaskResult]], None] = lambda results: None,
 ) -> TaskEvaluation:
     """Run tasks with lm-eval's ``HFLM`` on a model that is loaded as :func:`evaluate` does.
 
@@ -133,6 +134,8 @@ def evaluate_tasks(
     device, dtype, pruning : as in :func:`evaluate`.
     download : let lm-eval fetch data of tasks. Otherwise it takes what lies in its cache, or in
         files that tasks name.
+    on_task : called with the results of each task as soon as it is done: what a later one fails at
+        does not cost them.
 
     Raises
     ------
@@ -155,11 +158,12 @@ def evaluate_tasks(
         language_model = harness.models.huggingface.HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size
         )
-        results = [
-            result
-            for run in runs
-            for result in _run(harness, language_model, manager, run, limit, batch_size)
-        ]
+        results: list[TaskResult] = []
+        wanted = [(name, run.num_fewshot) for run in runs for name in run.tasks]
+        for name, shots in wanted:
+            found = _run(harness, language_model, manager, name, shots, limit, batch_size)
+            on_task(found)
+            results += found
     return TaskEvaluation(
         str(directory), expert_pruning(model), results, harness.__version__, limit
     )
@@ -224,7 +228,7 @@ def _index(harness: Any, include: str | Path | None, names: Iterable[str]) -> An
 
 def _unknown(name: str, known: set[str]) -> str:
     near = difflib.get_close_matches(name, known, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     return (
         f"lm-eval knows no such task{hint} Give a folder with task files of your own as --include"
     )
@@ -258,12 +262,18 @@ def _network(allowed: bool) -> Iterator[None]:
 
 
 def _run(
-    harness: Any, model: Any, manager: Any, run: TaskRun, limit: int | None, batch_size: int
-) -> Iterator[TaskResult]:
+    harness: Any,
+    model: Any,
+    manager: Any,
+    task: str,
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+) -> list[TaskResult]:
     found = harness.simple_evaluate(
         model=model,
-        tasks=list(run.tasks),
-        num_fewshot=run.num_fewshot,
+        tasks=[task],
+        num_fewshot=num_fewshot,
         limit=limit,
         batch_size=batch_size,
         task_manager=manager,
@@ -271,11 +281,12 @@ def _run(
         bootstrap_iters=BOOTSTRAPS,
     )
     every = {**found["results"], **found.get("groups", {})}
-    named = [name for name in run.tasks if name in every]
+    results: list[TaskResult] = []
     # A tag has no row of its own: then the rows of all its tasks are told.
-    for name in every if len(named) < len(run.tasks) else named:
-        shots = found.get("n-shot", {}).get(name) if run.num_fewshot is None else run.num_fewshot
-        yield from _metrics(name, shots, every[name], found)
+    for name in [task] if task in every else every:
+        shots = found.get("n-shot", {}).get(name) if num_fewshot is None else num_fewshot
+        results += _metrics(name, shots, every[name], found)
+    return results
 
 
 def _metrics(

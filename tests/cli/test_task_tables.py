@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mcsharp_sdk.cli.evaluation_tables import show_tasks
+from mcsharp_sdk.cli.evaluation_tables import note_results, show_tasks
 from mcsharp_sdk.evaluation.tasks import TaskEvaluation, TaskResult
 
 
@@ -16,6 +16,12 @@ def evaluation(model: str, **values: float) -> TaskEvaluation:
     }
     results = [TaskResult(n, shots, "acc", v, 0.01, True, 100) for n, (v, shots) in rows.items()]
     return TaskEvaluation(model, "off", results, "0.4.13")
+
+
+def test_what_is_done_is_told_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    note_results(evaluation("one", piqa=0.5, arc=0.7, mmlu=0.25).results[:1])
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "piqa, 0 shots: acc 0.5000 ± 0.0100\n")
 
 
 def test_models_stand_side_by_side_and_shots_are_not_mixed(

@@ -16,7 +16,7 @@ from tiny_tokenizer import save_tiny_tokenizer
 
 from mcsharp_sdk import evaluate_tasks
 from mcsharp_sdk.errors import InputError, InputProblems
-from mcsharp_sdk.evaluation.tasks import SUITES
+from mcsharp_sdk.evaluation.tasks import SUITES, _unknown
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ROOT / "examples/tasks"
@@ -69,6 +69,48 @@ def test_the_example_task_on_a_compressed_model_is_scored_as_by_hand(model: Path
     assert found.means("acc") == {0: accuracy.value}
     assert found.pruning == "off"
     assert json.loads(json.dumps(found.to_json()))["results"][0]["value"] == accuracy.value
+
+
+@pytest.mark.usefixtures("_harness")
+def test_tasks_before_one_that_fails_are_told(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lm_eval
+
+    task = yaml.safe_load((TASKS / "python_words.yaml").read_text())
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**task, "task": name}))
+    evaluate_one = lm_eval.simple_evaluate
+
+    def fail(**settings: Any) -> Any:
+        if "second" in settings["tasks"]:
+            raise RuntimeError("no memory left")
+        return evaluate_one(**settings)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", fail)
+    told: list[tuple[str, str]] = []
+    with pytest.raises(RuntimeError, match="no memory left"):
+        evaluate_tasks(
+            model,
+            ["first", "second"],
+            include=tmp_path,
+            device="cpu",
+            limit=4,
+            on_task=lambda results: told.extend((r.task, r.metric) for r in results),
+        )
+    assert ("first", "acc") in told
+    assert {name for name, _ in told} == {"first"}
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        ({"hellaswag"}, "lm-eval knows no such task. Give a folder"),
+        ({"python_word"}, "lm-eval knows no such task; did you mean 'python_word'? Give a folder"),
+    ],
+)
+def test_an_unknown_task_is_told_in_sentences(known: set[str], message: str) -> None:
+    assert _unknown("python_words", known).startswith(message)
 
 
 @pytest.mark.slow
