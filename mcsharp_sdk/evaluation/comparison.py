@@ -86,6 +86,7 @@ def compare(
     pruning: str | None = None,
     track: Track = iter,
     on_model: Callable[[str], None] = lambda name: None,
+    on_result: Callable[[Comparison], None] = lambda found: None,
 ) -> Comparison:
     """Evaluate several models on the same text, one after the other.
 
@@ -101,11 +102,14 @@ def compare(
     reference : folder of the original; with it, KL divergence and top-1 agreement are measured.
     pruning : as in :func:`evaluate`, for all models but the original.
     on_model : called with the folder of the model that is next.
+    on_result : called with a comparison of each model alone as soon as it is measured, e.g. to save
+        it: what a later model fails at does not cost the earlier ones.
 
     Raises
     ------
     InputProblems
-        With everything that is wrong with any of the folders, before work begins.
+        With everything that is wrong with any of the folders, or if a model has another vocabulary
+        than the original, before work begins.
     InputError
         If there is no folder, the tokenizers differ, or the disk has no room for the original's
         outputs.
@@ -117,16 +121,34 @@ def compare(
     wanted += [] if reference is None else [(reference, None)]
     conditions = _prepare(wanted, text, settings)
     original = conditions.pop() if reference is not None else None
+    if original is not None:
+        _check_vocabularies(conditions, original)
     with TemporaryDirectory(prefix="mcsharp_reference_") as folder:
         known = None
         if original is not None:
             on_model(str(original.directory))
             known = Reference(original, Path(folder), track)
+        of_original = known.evaluation if known else None
         models = []
         for one in conditions:
             on_model(str(one.directory))
             models.append(_measure(one, known, track))
-    return Comparison(models, known.evaluation if known else None)
+            on_result(Comparison(models[-1:], of_original))
+    return Comparison(models, of_original)
+
+
+def _check_vocabularies(conditions: Sequence[Conditions], original: Conditions) -> None:
+    problems = [
+        Problem(
+            str(one.directory),
+            f"it predicts {one.vocabulary} words and {original.directory} "
+            f"{original.vocabulary}: their predictions do not compare, so leave the reference out",
+        )
+        for one in conditions
+        if one.vocabulary != original.vocabulary
+    ]
+    if problems:
+        raise InputProblems("the comparison", problems)
 
 
 def _measure(conditions: Conditions, reference: Reference | None, track: Track) -> Compared:

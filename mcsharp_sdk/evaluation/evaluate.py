@@ -154,6 +154,7 @@ class Conditions:
     ----------
     directory, cost : the model's folder, and what it costs.
     text, tokens : name of the text, and its tokens, (n,) int64.
+    vocabulary : how many words the model predicts.
     window : tokens per window.
     device, dtype : where and in which dtype to compute.
     pruning : as asked for; None for as the model was made.
@@ -163,6 +164,7 @@ class Conditions:
     cost: ModelCost
     text: str
     tokens: Tensor
+    vocabulary: int
     window: int
     device: str
     dtype: torch.dtype
@@ -186,7 +188,10 @@ def prepare(
     """Check everything that :func:`evaluate` takes, and read the text; no weight is loaded."""
     directory = Path(model_dir)
     if exported_manifest(directory, device, dtype, pruning) is not None:
-        raise InputError(f"{directory} is a model as ONNX: evaluate it by itself")
+        raise InputError(
+            f"{directory} is a model as ONNX, which is evaluated by itself: leave out --compare, "
+            "--reference and --save"
+        )
     config = read_config(directory)
     cost = model_cost(directory)
     check_pruning(pruning, directory)
@@ -195,8 +200,9 @@ def prepare(
     place = choose_device(device)
     computed_in = choose_dtype(dtype, config, place)
     name, pieces = _pieces(text)
-    tokens = _read_tokens(pieces, directory, max_tokens, text_config.vocab_size)
-    return Conditions(directory, cost, name, tokens, window, place, computed_in, pruning)
+    words = text_config.vocab_size
+    tokens = _read_tokens(pieces, directory, max_tokens, words)
+    return Conditions(directory, cost, name, tokens, words, window, place, computed_in, pruning)
 
 
 def measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from tiny_tokenizer import save_tiny_tokenizer
 from torch import Tensor
 
 from mcsharp_sdk import compare, evaluate
+from mcsharp_sdk.cli import main
 from mcsharp_sdk.errors import InputError, InputProblems
 from mcsharp_sdk.evaluation import reference as reference_module
-from mcsharp_sdk.evaluation.evaluate import prepare
+from mcsharp_sdk.evaluation.evaluate import Conditions, prepare
 from mcsharp_sdk.evaluation.perplexity import has_separate_head
 from mcsharp_sdk.evaluation.reference import Reference
 from mcsharp_sdk.evaluation.saved import EVALUATION_FILE, read_evaluations
@@ -151,6 +153,47 @@ def test_all_that_is_wrong_is_told_together(folder: Path) -> None:
     ]
     with pytest.raises(InputError, match="nothing to compare"):
         compare([])
+
+
+def test_models_before_one_that_fails_are_not_lost(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    models = [shutil.copytree(folder / name, tmp_path / name) for name in ("two", "pruned")]
+    (tmp_path / "two" / EVALUATION_FILE).unlink(missing_ok=True)
+    load_whole = Conditions.load
+
+    def fail(self: Conditions) -> Any:
+        if self.directory.name == "pruned":
+            raise RuntimeError("no memory left")
+        return load_whole(self)
+
+    monkeypatch.setattr(Conditions, "load", fail)
+    options = ["--text", folder / "text.txt", "--window", WINDOW, "--max-tokens", TOKENS]
+    options += ["--reference", folder / "original", "--save", "--device", "cpu"]
+    with pytest.raises(SystemExit) as end:
+        main.run([str(part) for part in ("evaluate", "--compare", *models, *options)])
+    assert end.value.code == 1
+    monkeypatch.undo()
+    (expected,) = compare(models[:1], reference=folder / "original", **settings(folder)).models
+    (kept,) = read_evaluations(tmp_path / "two")
+    assert kept["kl_divergence"] == expected.kl_divergence
+    assert kept["reference"]["perplexity"] > 1
+    shown = capsys.readouterr()
+    assert f"{expected.evaluation.perplexity:.4g}" in shown.out
+    assert "no memory left" in shown.err
+
+
+def test_models_of_other_vocabularies_have_no_distance(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_tokenizer(save_tiny_model(tmp_path, "mixtral", vocab_size=144))
+    assert len(compare([folder / "two", tmp_path], **settings(folder)).models) == 2
+    monkeypatch.setattr(Conditions, "load", lambda self: pytest.fail("loaded"))
+    with pytest.raises(InputProblems, match="predicts 144 words and .*original 128: their pred"):
+        compare([folder / "two", tmp_path], reference=folder / "original", **settings(folder))
 
 
 def test_models_with_other_tokenizers_are_refused(folder: Path, tmp_path: Path) -> None:
