@@ -119,7 +119,7 @@ def turn_inputs(model: Any, *, on: bool) -> None:
     """Have the experts' inputs turned, or not."""
     for module in model.modules():
         if isinstance(module, ExpertBucket):
-            module.rotated = on
+            module.rotated_of = EXPERTS if on else 0
 
 
 def seconds_per_token(model: Any, prompt: Tensor, tokens: int) -> float:

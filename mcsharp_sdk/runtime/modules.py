@@ -85,7 +85,8 @@ class ExpertBucket(nn.Module):
     ----------
     experts : which experts of the layer these are, ascending.
     shapes : matrix -> (rows, columns).
-    rotated : whether the inputs of both matrices are turned (``quantization.rotation``).
+    rotated_of : experts of the layer, if the inputs of both matrices are turned
+        (``quantization.rotation``), else 0. All buckets then share one table of signs.
     """
 
     def __init__(
@@ -94,15 +95,20 @@ class ExpertBucket(nn.Module):
         shapes: dict[Matrix, tuple[int, int]],
         bits: int,
         group: int,
-        rotated: bool = False,
+        rotated_of: int = 0,
     ) -> None:
         super().__init__()
         self.experts = tuple(experts)
         self.columns = {matrix: shape[1] for matrix, shape in shapes.items()}
-        self.bits, self.group_size, self.rotated = bits, group, rotated
+        self.bits, self.group_size, self.rotated_of = bits, group, rotated_of
         for matrix, (rows, columns) in shapes.items():
             packed = empty_packed(rows, columns, bits, group, len(self.experts))
             _register(self, packed, [tensor_name(matrix, part) for part in TENSORS])
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the inputs of both matrices are turned."""
+        return self.rotated_of > 0
 
     def stack(self, matrix: Matrix) -> PackedStack:
         """One matrix of all experts of this bucket."""
@@ -136,7 +142,7 @@ class ExpertBucket(nn.Module):
     def _turned(self, inputs: Tensor, counts: Sequence[int]) -> Tensor:
         if not self.rotated:
             return inputs
-        signs = expert_signs(self.experts[-1] + 1, inputs.shape[-1], inputs.device)
+        signs = expert_signs(self.rotated_of, inputs.shape[-1], inputs.device)
         own = [(e, count) for e, count in zip(self.experts, counts, strict=True) if count]
         if len(inputs) <= FEW_ROWS:
             return rotate(inputs, signs[[e for e, count in own for _ in range(count)]])
@@ -224,7 +230,7 @@ def pack_experts_module(
     for matrix in MATRICES:
         del experts._parameters[parameter_name(experts, matrix)]
     for width, chosen in members(bits).items():
-        bucket = ExpertBucket(chosen, shapes, width, group_size, rotated)
+        bucket = ExpertBucket(chosen, shapes, width, group_size, len(bits) if rotated else 0)
         experts.add_module(bucket_name(width), bucket)
     experts.removed = tuple(removed(bits))
     original = type(experts)

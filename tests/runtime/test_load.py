@@ -162,7 +162,10 @@ def test_rotated_experts_are_their_weights_turned_back(
     assert buckets
     assert all(bucket.rotated for bucket in buckets)
     stock = dequantised(compressed, tmp_path / "original")
+    expert_signs.cache_clear()
     torch.testing.assert_close(logits(compressed), logits(stock), rtol=1e-4, atol=1e-5)
+    shapes = {(b.rotated_of, columns) for b in buckets for columns in b.columns.values()}
+    assert expert_signs.cache_info().currsize == len(shapes) == 2  # one table a layer shape
     compressed.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again")), logits(compressed))
     monkeypatch.setattr(modules, "FEW_ROWS", 0)  # one expert after the other
