@@ -26,7 +26,7 @@ from mcsharp_sdk.engine.ranks import SharedRunDirectory, joined, own_device
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.engine.stage_store import StageStore
-from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.memory import peak_resident_bytes
 from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.source import SourceModel
@@ -290,5 +290,12 @@ def _export(context: RunContext, output: Path, overwrite: bool, watch: _Stopwatc
     with partial_output(output) as partial:
         for exporter in context.recipe.exports:
             with watch.measure(exporter.type):
-                exporter.run(context, partial)
+                try:
+                    exporter.run(context, partial)
+                except InputError as error:
+                    raise RunError(
+                        f"{exporter.type}: {error}. What the stages made is kept in "
+                        f"{context.directory.path}: take {exporter.type} out of 'exports' and run "
+                        "the same command"
+                    ) from error
         publish(partial, output, context.recipe, context.directory, overwrite=overwrite)

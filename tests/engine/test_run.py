@@ -240,6 +240,24 @@ def test_a_failed_export_leaves_the_old_output_in_place(
     assert not list(tmp_path.glob(".out.partial"))
 
 
+def test_what_an_exporter_refuses_does_not_cost_what_the_stages_made(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    widths = tmp_path / "bits.json"
+    removed = {"0": [2, 2, 2, 2], "1": [0, 0, 0, 0], "2": [2, 2, 2, 2]}
+    widths.write_text(json.dumps({"version": 1, "bits": removed}))
+    stages = [{"type": "GPTQQuantize", "bits": str(widths), "group_size": 16}]
+    exports = [{"type": "safetensors"}, {"type": "onnx_model"}]
+    message = r"all experts of decoder layer 1 .* kept in .*\.out\.run: take onnx_model out of 'exp"
+    with pytest.raises(RunError, match=message):
+        compress(recipe(text, stages, exports=exports), model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    done = compress(recipe(text, stages, exports=exports[:1]), model, tmp_path / "out")
+    assert list(done.seconds) == ["safetensors"]  # no stage ran again
+    mcsharp_sdk.verify(done.output)
+    assert not (tmp_path / ".out.run").exists()
+
+
 def test_everything_that_does_not_fit_the_model_is_told_at_once(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
