@@ -1,13 +1,14 @@
-"""Random packed experts and what they stand for, in float64."""
+"""Random packed experts and what they stand for, in float64; experts as they are stored."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack, PerSlot, expert_table
+from mcsharp_sdk.models.experts import MATRICES, Matrix
 from mcsharp_sdk.quantization.grid import (
     PackedWeight,
     QuantizedWeight,
@@ -15,6 +16,7 @@ from mcsharp_sdk.quantization.grid import (
     group_count,
     pack_weight,
 )
+from mcsharp_sdk.runtime.layout import TENSORS, bucket_name, members, tensor_name
 
 
 def random_stack(
@@ -72,3 +74,24 @@ def silu_layer(
 def relative_error(given: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
     return float((given.double() - expected).norm() / expected.norm())
+
+
+def expert_tensors(
+    path: str, bits: Sequence[int], packed: Mapping[Matrix, Sequence[PackedWeight]]
+) -> dict[str, Tensor]:
+    """Name -> tensor of one layer's experts, stacked into buckets.
+
+    Parameters
+    ----------
+    path : module path of the experts.
+    bits : width per expert.
+    packed : matrix -> one packed weight per expert; those of removed ones are not looked at.
+    """
+    return {
+        f"{path}.{bucket_name(width)}.{tensor_name(matrix, part)}": torch.stack(
+            [getattr(packed[matrix][e], part) for e in experts]
+        )
+        for width, experts in members(bits).items()
+        for matrix in MATRICES
+        for part in TENSORS
+    }

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from expert_stacks import expert_tensors
 from pruned_models import networks
 from tiny_models import tiny_config
 from torch import Tensor
@@ -20,7 +21,7 @@ from mcsharp_sdk.models.topology import read_topology
 from mcsharp_sdk.quantization.grid import pack_weight
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
-from mcsharp_sdk.runtime.layout import PackedLayout, expert_tensors, linear_tensors
+from mcsharp_sdk.runtime.layout import PackedLayout, linear_tensors
 from mcsharp_sdk.runtime.pruning_layout import LearnedPruning, PruningLayout, RulePruning
 
 GROUP, UNITS = 32, 6

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from expert_stacks import expert_tensors
 from tiny_models import tiny_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -20,7 +21,7 @@ from mcsharp_sdk.pruning import TopAnyNetwork
 from mcsharp_sdk.quantization.grid import pack_weight
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
-from mcsharp_sdk.runtime.layout import PackedLayout, expert_tensors
+from mcsharp_sdk.runtime.layout import PackedLayout
 from mcsharp_sdk.runtime.pruning_layout import LearnedPruning, PruningLayout, RulePruning
 
 GROUP, UNITS, WIDTH = 8, 6, 4

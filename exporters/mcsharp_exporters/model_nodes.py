@@ -136,11 +136,6 @@ class ModelNodes(GraphNodes):
         kind = torch.tensor(value, dtype=self.dtype.torch).numpy()
         return self.constant(kind)
 
-    def rows(self, value: str) -> str:
-        """All but the last dimension joined: (batch, sequence, n) to (tokens, n)."""
-        last = self.add("Shape", value, start=-1)
-        return self.add("Reshape", value, self.add("Concat", self.integers(-1), last, axis=0))
-
     def parts(self, value: str, *sizes: int) -> list[str]:
         """Cut the last axis into parts of these sizes."""
         return self.add_many("Split", [value, self.integers(*sizes)], len(sizes), axis=-1)

@@ -8,19 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from mcsharp_exporters.manifest_file import MANIFEST, read_manifest_of
 from mcsharp_exporters.model_nodes import AccuracyLevel, Precision
 from mcsharp_exporters.model_pruning import GraphPruning
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
 
-MANIFEST = "manifest.json"
 FORMAT = "mcsharp.onnx_model"
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
-
-_CHUNK = 2**22
 
 
 class FileEntry(BaseModel):
@@ -80,23 +78,8 @@ def is_exported_model(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> ModelManifest:
-    """Read and check ``manifest.json``; the files that it names are not opened.
-
-    Raises
-    ------
-    InputError
-        If it is missing, not JSON, of another version, or names files outside of the folder.
-    """
-    path = folder / MANIFEST
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not the manifest of an ONNX model: {error}") from error
-    try:
-        return ModelManifest.model_validate_json(text)
-    except ValidationError as error:
-        problems = [Problem(".".join(map(str, f["loc"])), f["msg"]) for f in error.errors()]
-        raise InputProblems(str(path), problems) from error
+    """The folder's manifest, checked; InputError as of :func:`read_manifest_of`."""
+    return read_manifest_of(ModelManifest, folder, "an ONNX model")
 
 
 def check_files(folder: Path, manifest: ModelManifest, *, hashes: bool) -> None:
@@ -142,8 +125,5 @@ def file_entry(path: Path) -> FileEntry:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

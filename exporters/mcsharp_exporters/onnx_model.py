@@ -14,6 +14,7 @@ from mcsharp_exporters.base import Exporter, FolderName, off
 from mcsharp_exporters.external_data import ExternalData
 from mcsharp_exporters.genai_config import GENAI_CONFIG, adapt_tokenizer, genai_config
 from mcsharp_exporters.graph_nodes import IR_VERSION, OPSET
+from mcsharp_exporters.manifest_file import MANIFEST
 from mcsharp_exporters.model_graph import (
     cache_shape,
     check_family,
@@ -27,7 +28,6 @@ from mcsharp_exporters.model_tensors import ModelTensors
 from mcsharp_exporters.onnx_manifest import (
     DATA,
     GRAPH,
-    MANIFEST,
     FileEntry,
     ModelManifest,
     file_entry,

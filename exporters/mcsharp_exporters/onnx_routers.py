@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import onnx
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from mcsharp_exporters.base import Exporter, FolderName, off
 from mcsharp_exporters.graph_nodes import IR_VERSION, OPSET, DtypeName
+from mcsharp_exporters.manifest_file import MANIFEST, read_manifest_of
 from mcsharp_exporters.output_folder import check_free, folder_in_one_go, write_file
 from mcsharp_exporters.pruning_graph import LayerPruning
 from mcsharp_exporters.router_graph import (
@@ -33,7 +34,7 @@ from mcsharp_exporters.router_pruning import (
 )
 from mcsharp_sdk._version import __version__
 from mcsharp_sdk.artifacts import TOP_ANY_ROUTER
-from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.errors import InputError, Problem
 from mcsharp_sdk.models.routing import Router
 from mcsharp_sdk.runtime.pruning_layout import DROP_INSIGNIFICANT, PruningMode
 
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
     from mcsharp_sdk.modifiers.base import Modifier
 
-MANIFEST_NAME = "manifest.json"
 FILE_PATTERN = r"^router_layer_[0-9]{5,9}\.onnx$"
 
 Shape = list[int | str]
@@ -179,30 +179,13 @@ def export_onnx_routers(
             ir_version=IR_VERSION,
             layers=[entries[layer] for layer in sorted(entries)],
         )
-        write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2).encode() + b"\n")
+        write_file(folder / MANIFEST, manifest.model_dump_json(indent=2).encode() + b"\n")
     return manifest.model_dump()
 
 
 def read_manifest(folder: str | Path) -> RouterManifest:
-    """Read and check ``manifest.json``; the files that it names are not opened.
-
-    Raises
-    ------
-    InputError
-        If it is missing, not JSON, of another version, or names files outside of the folder.
-    """
-    path = Path(folder) / MANIFEST_NAME
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not the manifest of ONNX routers: {error}") from error
-    try:
-        return RouterManifest.model_validate_json(text)
-    except ValidationError as error:
-        problems = [
-            Problem(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()
-        ]
-        raise InputProblems(str(path), problems) from error
+    """The folder's manifest, checked; InputError as of :func:`read_manifest_of`."""
+    return read_manifest_of(RouterManifest, Path(folder), "ONNX routers")
 
 
 def _write_router(
@@ -231,4 +214,4 @@ def _write_router(
 
 
 def _is_ours(name: str) -> bool:
-    return name == MANIFEST_NAME or re.match(FILE_PATTERN, name) is not None
+    return name == MANIFEST or re.match(FILE_PATTERN, name) is not None

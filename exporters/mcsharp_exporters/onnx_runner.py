@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from mcsharp_exporters.graph_nodes import DTYPES
+from mcsharp_exporters.manifest_file import MANIFEST
 from mcsharp_exporters.onnx_routers import (
-    MANIFEST_NAME,
     RouterFile,
     RouterManifest,
     read_manifest,
@@ -197,13 +197,13 @@ def _checked_bytes(folder: Path, entry: RouterFile) -> bytes:
     """A graph's bytes, read once, if they are those that the manifest promises."""
     path = folder / entry.file
     if not path.is_file():
-        raise InputError(f"{path}: missing, but {MANIFEST_NAME} names it")
+        raise InputError(f"{path}: missing, but {MANIFEST} names it")
     size = path.stat().st_size
     if size != entry.bytes:
-        raise InputError(f"{path}: has {size} bytes, {MANIFEST_NAME} says {entry.bytes}")
+        raise InputError(f"{path}: has {size} bytes, {MANIFEST} says {entry.bytes}")
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise InputError(f"{path}: its SHA-256 is not the one in {MANIFEST_NAME}")
+        raise InputError(f"{path}: its SHA-256 is not the one in {MANIFEST}")
     return data
 
 
@@ -221,8 +221,7 @@ def _check_graph(folder: Path, entry: RouterFile, manifest: RouterManifest, sess
     for name, value in wanted.items():
         if says.get(name) != str(value):
             raise InputError(
-                f"{folder / entry.file}: its {name} is {says.get(name)}, "
-                f"{MANIFEST_NAME} says {value}"
+                f"{folder / entry.file}: its {name} is {says.get(name)}, {MANIFEST} says {value}"
             )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.kernels import chunked, crossovers, dequantise, gpu_linear, integer_dot
 from mcsharp_sdk.kernels.case import BUILT_IN, MEASURED, Case, Choice
+from mcsharp_sdk.kernels.gpu_support import HALF_PRECISION
 from mcsharp_sdk.kernels.matrix import PackedMatrix, PackedStack
 from mcsharp_sdk.kernels.tilings import TILINGS
 
@@ -61,7 +62,6 @@ KERNELS: dict[str, Kernel] = {
 }
 """Name -> kernel."""
 
-HALF_PRECISION = (torch.bfloat16, torch.float16)
 EVERY_DTYPE = (*HALF_PRECISION, torch.float32, torch.float64)
 ANY_NUMBER = 2**62
 

@@ -20,6 +20,8 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
+from mcsharp_sdk.kernels.support import VNNI
+
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
 
@@ -35,7 +37,7 @@ def cpu_features() -> frozenset[str]:
 
 FEATURES = cpu_features()
 
-HAS_VNNI = {"avx512vnni", "avx512vl"} <= FEATURES or "avxvnni" in FEATURES
+HAS_VNNI = any(needed <= FEATURES for needed in VNNI)
 
 
 class Vector(types.Type):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.models.experts import MATRICES, Matrix
+from mcsharp_sdk.models.experts import Matrix
 from mcsharp_sdk.quantization.grid import REMOVED, WIDTHS, PackedWeight, group_count
 from mcsharp_sdk.quantization.packing import packed_bytes
 from mcsharp_sdk.runtime.pruning_layout import PruningLayout
@@ -174,27 +174,6 @@ def empty_packed(rows: int, columns: int, bits: int, group_size: int, *batch: in
         torch.empty(*batch, rows, groups, dtype=torch.float16),
         torch.empty(*batch, groups, packed_bytes(rows, bits), dtype=torch.uint8),
     )
-
-
-def expert_tensors(
-    path: str, bits: Sequence[int], packed: Mapping[Matrix, Sequence[PackedWeight]]
-) -> dict[str, Tensor]:
-    """Name -> tensor of one layer's experts, stacked into buckets.
-
-    Parameters
-    ----------
-    path : module path of the experts.
-    bits : width per expert.
-    packed : matrix -> one packed weight per expert; those of removed ones are not looked at.
-    """
-    return {
-        f"{path}.{bucket_name(width)}.{tensor_name(matrix, part)}": torch.stack(
-            [getattr(packed[matrix][e], part) for e in experts]
-        )
-        for width, experts in members(bits).items()
-        for matrix in MATRICES
-        for part in TENSORS
-    }
 
 
 def linear_tensors(path: str, packed: PackedWeight) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from expert_stacks import expert_tensors
 from stock_models import stock_model, watched_blocks
 from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
@@ -28,7 +29,7 @@ from mcsharp_sdk.models.shards import Checkpoint, write_safetensors
 from mcsharp_sdk.quantization.grid import pack_weight
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
-from mcsharp_sdk.runtime.layout import PackedLayout, expert_tensors
+from mcsharp_sdk.runtime.layout import PackedLayout
 
 TEXT = "".join(chr(33 + 7 * i * i % 89) for i in range(300))
 GROUP = 16
