@@ -133,7 +133,7 @@ def _compare(
             _renew_page(file.parent)
             print_note(f"kept in {file}")
 
-    told = {"track": _progress, "on_model": print_note, "on_result": keep}
+    told: dict[str, Any] = {"track": _progress, "on_model": print_note, "on_result": keep}
     try:
         result = compare(directories, reference=reference, **told, **settings)
     except BaseException:
