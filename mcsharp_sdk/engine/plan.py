@@ -20,6 +20,7 @@ from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
+from mcsharp_sdk.modifiers.token_protection import TokenProtection
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
 from mcsharp_sdk.recipe.document import Location
 from mcsharp_sdk.recipe.library import as_recipe
@@ -175,6 +176,13 @@ def _calibration_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit
             if isinstance(stage, ExpertStats) and stage.loss_tokens:
                 message = "gradients of the loss are measured on text alone: give 'loss_tokens: 0'"
                 yield ("stages", position, "loss_tokens"), message
+            ranks = isinstance(stage, TokenProtection) and stage.rule.importance is not None
+            if ranks and source.topology.kept_experts:
+                message = (
+                    "tokens of images go to other experts in this model, so importance within a "
+                    "sequence is not known: calibrate on text, or give 'metric: none'"
+                )
+                yield ("stages", position, "metric"), message
 
 
 def make_plan(
