@@ -258,6 +258,7 @@ def _solve(layers: Layers, settings: BitAllocation) -> dict[int, tuple[int, ...]
         cost,
         settings.widths,
         settings.budget_bits(len(cost)),
+        layers=[layer.num_experts for layer in layers],
         budget_rule=settings.budget,
         at_least=settings.required_widths(),
     )
