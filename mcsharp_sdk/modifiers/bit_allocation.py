@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from mcsharp_sdk.allocation.baselines import ALLOCATORS, AllocatorName, Need
+from mcsharp_sdk.allocation.baselines import ALLOCATORS, AllocatorName, Need, spread_evenly
 from mcsharp_sdk.allocation.significance import Exponents, Factors, allocation_cost
 from mcsharp_sdk.allocation.solver import BudgetRule, check_budget
 from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, LayerStatistics, check_layers
@@ -128,6 +128,15 @@ class BitAllocation(Modifier):
         if self.loss_weighting and self.budget_scope != "global":
             raise ValueError("loss_weighting compares layers, so it goes with budget_scope: global")
         needs = ALLOCATORS[self.allocator].needs
+        if self.loss_weighting and needs != "quant_error":
+            raise ValueError(
+                f"loss_weighting weighs quantisation errors, which {self.allocator} does not use"
+            )
+        if self.budget == "exact" and ALLOCATORS[self.allocator].whole_model:
+            raise ValueError(
+                f"{self.allocator} widens whole layers, which seldom use exactly the budget: give "
+                "'budget: at_most'"
+            )
         if self.budget_scope == "global" and needs == "quant_error" and self.gamma != 2:
             raise ValueError(
                 "gamma must be 2 with budget_scope: global, where errors of different layers "
@@ -166,16 +175,20 @@ class BitAllocation(Modifier):
         counts = [sum(experts.values())] if self.whole_model else experts.values()
         for count in sorted({n for n in counts if n}):
             try:
-                check_budget(
-                    count,
-                    self.widths,
-                    self.budget_bits(count),
-                    budget_rule=self.budget,
-                    at_least=self.required_widths(),
-                )
+                self._check_budget(count)
             except InputError as error:
                 problems.append(Problem("target_bits", f"{error}{self._remedy()}"))
         return [*problems, *self._check_factors(experts)]
+
+    def _check_budget(self, experts: int) -> None:
+        """InfeasibleBudget if so many experts cannot meet the budget."""
+        budget = self.budget_bits(experts)
+        if self.allocator == "uniform":  # knows two neighbouring widths, and looks at no costs
+            costs = np.zeros((experts, len(self.widths)))
+            spread_evenly(costs, self.widths, budget, budget_rule=self.budget)
+            return
+        required = self.required_widths()
+        check_budget(experts, self.widths, budget, budget_rule=self.budget, at_least=required)
 
     def _check_factors(self, experts: Mapping[int, int]) -> list[Problem]:
         if self.factors is None:
