@@ -201,18 +201,22 @@ def check_statistics(family: str, found: LayerStatistics, block: StockBlock) -> 
     before = block.experts(*block.arguments)
     assert found.drop_error is not None
     for expert in range(block.num_experts):
-        changed = (output_with_rounded(block, expert, 2) - before).norm()
+        changed = (output_with(block, expert, rounded) - before).norm()
         np.testing.assert_allclose(found.quant_error[2][expert], changed, rtol=1e-3)
-        lost = (block.output_without(expert) - before).norm()
+        lost = (output_with(block, expert, torch.zeros_like) - before).norm()
         np.testing.assert_allclose(found.drop_error[expert], lost, rtol=1e-3)
 
 
-def output_with_rounded(block: StockBlock, expert: int, width: int) -> Tensor:
-    """What the experts return to their last call, if this one's weights are rounded to nearest."""
+def rounded(weight: Tensor) -> Tensor:
+    return quantise_rtn(weight[None], [2], GRID).dequantise()[0]
+
+
+def output_with(block: StockBlock, expert: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """What the experts return to their last call, if the weights of this one are changed."""
     views = block.weights(expert)
     own = [torch.cat(parts).clone() for parts in views]
     for parts, weight in zip(views, own, strict=True):
-        set_weight(parts, quantise_rtn(weight[None], [width], GRID).dequantise()[0])
+        set_weight(parts, change(weight))
     output = block.experts(*block.arguments)
     for parts, weight in zip(views, own, strict=True):
         set_weight(parts, weight)
