@@ -122,19 +122,16 @@ def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) ->
 
 
 def _expert_hessians(layer: LayerSizes, tokens: int, most: int | None = None) -> float:
-    """Multiplications for the Hessians of a layer's experts, of ``most`` tokens each."""
-    routed: float = tokens * layer.top_k
-    if most is not None:
-        routed = min(routed, most * layer.experts)
-    # Half of a symmetric product is computed. Few tokens are completed by those of all experts.
-    missing = [
-        max(0, columns - routed // max(1, layer.experts)) for columns in layer.expert_columns
-    ]
-    more = layer.experts * min(tokens, OVERALL_TOKENS)
-    return sum(
-        (routed + (more if short else 0)) * columns**2 / 2
-        for columns, short in zip(layer.expert_columns, missing, strict=True)
-    )
+    """Multiplications for the Hessians of a layer's experts, ``most`` as of ``expert_hessians``."""
+    routed = tokens * layer.top_k // max(1, layer.experts)
+    found = 0.0
+    for columns in layer.expert_columns:
+        every = 1 if most is None else max(1, routed // max(most, columns))
+        # Few tokens are completed by those of all experts.
+        taken = routed // every + (min(tokens, OVERALL_TOKENS) if routed < columns else 0)
+        # Half of a symmetric product is computed.
+        found += layer.experts * taken * columns**2 / 2
+    return found
 
 
 def _linear_work(layer: LayerSizes, tokens: int) -> float:

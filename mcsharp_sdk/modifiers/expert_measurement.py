@@ -29,7 +29,8 @@ from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
 
 HESSIAN_TOKENS = 2048
-"""Most tokens per expert that Hessians are summed over: errors are compared, not stored."""
+"""Tokens per expert that suffice for Hessians of no more columns: errors are compared, not stored.
+"""
 
 QUICK_SEARCH: dict[str, Any] = {"clip_ratios": (1.0, 0.8, 0.65, 0.5, 0.38), "refinements": 1}
 """A coarser search for scales than weights that are kept get, for the same reason."""
