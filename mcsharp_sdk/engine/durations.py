@@ -6,7 +6,7 @@ What a stage does besides is left out, which for models of a few million weights
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
 from mcsharp_sdk.modifiers.router_calibration import RouterCalibration
 from mcsharp_sdk.modifiers.token_protection import TokenProtection
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
+from mcsharp_sdk.quantization import lwc
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.hessian import InverseFactor
 from mcsharp_sdk.quantization.search import GridSettings
@@ -84,11 +85,10 @@ def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) ->
     active = sum(layer.active_weights for layer in sizes.layers)
     forward = PASS * active * tokens / speeds.forward
     work, searching = 0.0, 0.0
-    gptq = isinstance(stage, _QUANTISING) and stage.quantizer == "gptq"
     if isinstance(stage, ExpertStats):
         widths = len(stage.bits)
         searching = widths * sizes.expert_weights / speeds.weights_quickly
-        if gptq:
+        if stage.quantizer == "gptq":
             work = sum(_expert_hessians(layer, tokens, HESSIAN_TOKENS) for layer in sizes.layers)
             work += sum(_expert_updates(layer, widths) for layer in sizes.layers)
         measured = min(tokens, stage.error_tokens)
@@ -98,19 +98,10 @@ def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) ->
     elif isinstance(stage, GPTQQuantize):
         linears = 0 if stage.other_bits is None else sizes.linear_weights
         searching = (sizes.expert_weights + linears) / speeds.weights
-        if gptq:
-            work = sum(_expert_hessians(layer, tokens) for layer in sizes.layers)
-            work += sum(_expert_updates(layer, 1) for layer in sizes.layers)
-        work += sum(_told_errors(layer) for layer in sizes.layers)
+        work = sum(_quantising_work(stage, layer, tokens) for layer in sizes.layers)
         if stage.propagates:
             # The original runs beside; its experts' first matrices on other tokens once more.
             forward += (PASS + 0.5) * active * tokens / speeds.forward
-            work += sum(_making_up(layer, tokens) for layer in sizes.layers)
-        if gptq and stage.refinements is not None:
-            rounds = 1 + 2 * stage.refinements  # scales, and then codes and scales in turn
-            work += (rounds + 1) * sum(_sweep(layer) for layer in sizes.layers)
-        if stage.other_bits is not None:
-            work += sum(_linear_work(layer, tokens) for layer in sizes.layers)
     elif isinstance(stage, TopAnyRouter):
         work = _training_work(stage, sizes, tokens)
     elif isinstance(stage, RouterCalibration):
@@ -119,6 +110,23 @@ def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) ->
     elif not isinstance(stage, TokenProtection):
         return 0.0
     return forward + work / speeds.exact + searching
+
+
+def _quantising_work(stage: GPTQQuantize, layer: LayerSizes, tokens: int) -> float:
+    """Multiplications for quantising a layer; every quantiser gets Hessians."""
+    work = _expert_hessians(layer, tokens) + _told_errors(layer)
+    if stage.quantizer == "gptq":
+        work += _expert_updates(layer, 1)
+        if stage.refinements is not None:
+            rounds = 1 + 2 * stage.refinements  # scales, and then codes and scales in turn
+            work += (rounds + 1) * _sweep(layer)
+    if stage.quantizer == "lwc":
+        work += lwc.STEPS * _sweep(layer)
+    if stage.propagates:
+        work += _making_up(layer, tokens)
+    if stage.other_bits is not None:
+        work += _linear_work(stage, layer, tokens)
+    return work
 
 
 def _expert_hessians(layer: LayerSizes, tokens: int, most: int | None = None) -> float:
@@ -134,15 +142,18 @@ def _expert_hessians(layer: LayerSizes, tokens: int, most: int | None = None) ->
     return found
 
 
-def _linear_work(layer: LayerSizes, tokens: int) -> float:
+def _linear_work(stage: GPTQQuantize, layer: LayerSizes, tokens: int) -> float:
     """Multiplications for a layer's other linears; those that share an input share a Hessian."""
     shared = set(zip(layer.linear_parts, layer.linear_columns, strict=True))
-    hessians = sum(tokens * columns**2 / 2 + columns**3 for _, columns in shared)
-    updates = sum(
-        rows * columns**2 / 2
-        for rows, columns in zip(layer.linear_rows, layer.linear_columns, strict=True)
-    )
-    return float(hessians + updates)
+    hessians = sum(tokens * columns**2 / 2 for _, columns in shared)
+    factors = sum(columns**3 for _, columns in shared) if stage.quantizer == "gptq" else 0
+    linears = zip(layer.linear_rows, layer.linear_columns, strict=True)
+    products = sum(rows * columns**2 for rows, columns in linears)
+    return float(hessians + factors + _PRODUCTS.get(stage.quantizer, 0) * products)
+
+
+_PRODUCTS: Mapping[str, float] = {"gptq": 0.5, "lwc": lwc.STEPS}
+"""Quantiser -> how often it multiplies weights, or as many numbers, with their Hessian."""
 
 
 def _expert_updates(layer: LayerSizes, widths: int) -> float:
