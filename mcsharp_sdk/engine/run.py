@@ -26,7 +26,7 @@ from mcsharp_sdk.engine.ranks import SharedRunDirectory, joined, own_device
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.engine.stage_store import StageStore
-from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.errors import Checks, InputError
 from mcsharp_sdk.models.memory import peak_resident_bytes
 from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.source import SourceModel
@@ -152,16 +152,18 @@ def _compress(
     output = Path(os.path.abspath(output))
     directory = run_dir if run_dir is not None else _default_directory(output, recipe)
     published = not overwrite and is_published(directory, output, recipe)
-    if recipe.exports:
-        check_output(output, model, directory, overwrite or published)
     source = SourceModel(model, device)
-    plan = make_plan(recipe, source, allowed, ranks.count)
-    if not published:
-        check_disk_space(plan, source, directory, output)
-    check_outer_weights(source)
-    calibration = read_calibration(recipe, source)
-    if calibration.groups:
-        calibration.share(ranks.rank, ranks.count)  # fewer sequences than processes are refused
+    checks = Checks()
+    if recipe.exports:
+        checks.result(lambda: check_output(output, model, directory, overwrite or published))
+    plan = checks.result(lambda: make_plan(recipe, source, allowed, ranks.count))
+    if plan is not None and not published:
+        checks.result(lambda: check_disk_space(plan, source, directory, output))
+    checks.result(lambda: check_outer_weights(source))
+    calibration = checks.result(lambda: _shared_calibration(recipe, source, ranks))
+    checks.raise_together("the run")
+    assert plan is not None
+    assert calibration is not None
     if on_plan is not None:
         on_plan(plan)
     ranks.wait()  # all have checked, so that none finds what another one has begun
@@ -180,6 +182,13 @@ def _compress(
     seconds, warnings = work.run(progress)
     result = output if recipe.exports else directory
     return Compression(result, seconds, warnings, plan, peak_resident_bytes())
+
+
+def _shared_calibration(recipe: Recipe, source: SourceModel, ranks: Ranks) -> CalibrationSet:
+    calibration = read_calibration(recipe, source)
+    if calibration.groups:
+        calibration.share(ranks.rank, ranks.count)  # fewer sequences than processes are refused
+    return calibration
 
 
 def _default_directory(output: Path, recipe: Recipe) -> Path:

@@ -210,6 +210,22 @@ def test_an_output_that_holds_the_model_is_refused(
         compress(recipe(text), model, Path("/"), overwrite=True)
 
 
+def test_what_is_wrong_with_output_text_and_recipe_is_told_together(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    wrong = {"source": "text", "path": str(text), "sequences": 4000, "length": 4096}
+    with pytest.raises(InputProblems) as caught:
+        compress(recipe(text, calibration=wrong), model, tmp_path / "out")
+    told = [problem.message for problem in caught.value.problems]
+    assert [("exists already" in m, "positions" in m, "4000" in m) for m in told] == [
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ]
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
 def test_without_exporters_the_run_directory_is_the_result(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
