@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -51,8 +52,9 @@ class Speeds:
     weights_quickly: float
 
     @classmethod
+    @cache
     def measure(cls, dtype: torch.dtype, group_size: int) -> Speeds:
-        """Of this machine as it is now, with whatever else runs on it."""
+        """Of this machine as it is now, with whatever else runs on it; measured once."""
         from mcsharp_sdk.modifiers.expert_measurement import QUICK_SEARCH
 
         forward = _multiplications_per_second(dtype)

@@ -221,7 +221,7 @@ def make_plan(
         moe_layers=len(blocks),
         experts=blocks[0].num_experts,
         top_k=blocks[0].top_k,
-        stages=_stage_plans(recipe, bits, seconds, memory.stages(spill=spill)),
+        stages=_stage_plans(recipe, seconds, memory.stages(spill=spill)),
         bytes_before=sizes.bytes,
         bytes_after=after,
         nominal_bits=nominal,
@@ -229,7 +229,7 @@ def make_plan(
         least_memory=memory.peak(spill=True),
         spill=spill,
         run_bytes=_run_bytes(recipe, sizes, after) + (processes * memory.movable if spill else 0),
-        output_bytes=after,
+        output_bytes=after * sum(exporter.writes_weights for exporter in recipe.exports),
     )
 
 
@@ -293,10 +293,10 @@ def _run_bytes(recipe: Recipe, sizes: ModelSizes, after: int) -> int:
 
 
 def _stage_plans(
-    recipe: Recipe, bits: float | None, seconds: Sequence[float], memory: Sequence[int]
+    recipe: Recipe, seconds: Sequence[float], memory: Sequence[int]
 ) -> list[StagePlan]:
     return [
-        StagePlan(stage.type, _summary(stage, bits), needed, peak)
+        StagePlan(stage.type, _summary(stage), needed, peak)
         for stage, needed, peak in zip(recipe.stages, seconds, memory, strict=True)
     ]
 
@@ -306,7 +306,7 @@ def _most_tokens(recipe: Recipe) -> int:
     return sum(source.sequences * source.length for source in recipe.sources)
 
 
-def _summary(stage: Any, bits: float | None) -> str:
+def _summary(stage: Any) -> str:
     """A line about a stage with the settings that matter most."""
     told: Mapping[str, Any] = {
         name: getattr(stage, name) for name in _TOLD if getattr(stage, name, None) is not None

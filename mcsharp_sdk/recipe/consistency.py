@@ -39,6 +39,8 @@ def misfits(
             findings += [Finding(location, chain.lacks(stage, a)) for a in chain.missing(stage)]
             if stage.needs_calibration() and not calibrated:
                 findings.append(Finding(location, _uncalibrated(stage)))
+            if stage.uses_calibration and stage.writes in chain.made:
+                findings.append(Finding(location, _made_twice(stage)))
             earlier = [s for s in stages[:index] if isinstance(s, Modifier)]
             findings += [
                 Finding((*location, problem.where), problem.message)
@@ -69,6 +71,12 @@ def _uncalibrated(stage: Modifier) -> str:
         f"{stage.type} needs calibration text: add 'calibration: {{source: text, path: FILE}}', "
         "or '{source: embedded}' for a first try"
     )
+
+
+def _made_twice(stage: Modifier) -> str:
+    # It would find the layers of the first one in the run directory, and take them for its own.
+    what = stage.writes.replace("_", " ")
+    return f"an earlier stage makes the {what} already: leave one of them out"
 
 
 @dataclass
