@@ -25,9 +25,10 @@ from mcsharp_sdk.quantization.grid import (
     check_widths,
     group_count,
     top_code,
+    zero_codes,
 )
 from mcsharp_sdk.quantization.hessian import InverseFactor
-from mcsharp_sdk.quantization.search import GridSettings, GroupGrid, fit_group
+from mcsharp_sdk.quantization.search import GridSettings, fit_group
 
 BLOCK = 128
 """Columns whose updates to all later columns are applied together."""
@@ -279,9 +280,9 @@ def _finish(
 ) -> QuantizedBatch:
     """Back to the experts' order and to rows first."""
     rank = torch.tensor(order).argsort().tolist()
-    zero_codes = torch.empty_like(state.zeros, dtype=torch.uint8)
+    zeros = torch.empty_like(state.zeros, dtype=torch.uint8)
     for expert, width in enumerate(state.widths):
-        zero_codes[expert] = GroupGrid(state.scales, state.zeros[expert]).zero_codes(width)
+        zeros[expert] = zero_codes(state.zeros[expert], width)
     codes = state.by_expert(state.codes)
     in_order = codes.new_empty(len(codes), codes.shape[2], codes.shape[1])
     for expert, place in enumerate(rank):
@@ -289,7 +290,7 @@ def _finish(
     return QuantizedBatch(
         in_order,
         state.scales[rank].transpose(1, 2).to(torch.float16).contiguous(),
-        zero_codes[rank].transpose(1, 2).contiguous(),
+        zeros[rank].transpose(1, 2).contiguous(),
         widths,
         group_size,
     )
