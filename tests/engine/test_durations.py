@@ -28,9 +28,18 @@ ENOUGH = COLUMNS[1]
 
 def sizes(**linears: Any) -> ModelSizes:
     """One layer, with every token at both experts."""
-    given = {"linear_columns": (), "linear_rows": (), "linear_parts": (), "linear_weights": 0}
+    given: dict[str, Any] = {
+        "linear_columns": (),
+        "linear_rows": (),
+        "linear_parts": (),
+        "linear_weights": 0,
+    }
     weights = EXPERTS * sum(r * c for r, c in zip(ROWS, COLUMNS, strict=True))
-    parts = {"expert_rows": ROWS, "expert_columns": COLUMNS, "expert_weights": weights}
+    parts: dict[str, Any] = {
+        "expert_rows": ROWS,
+        "expert_columns": COLUMNS,
+        "expert_weights": weights,
+    }
     layer = LayerSizes(0, 0, True, EXPERTS, EXPERTS, **parts, **{**given, **linears})
     return ModelSizes(0, 0, 0, torch.float32, 64, (layer,), 2)
 

@@ -375,14 +375,15 @@ def test_ranking_tokens_by_attention_is_refused_before_any_work_where_some_layer
     family: str, case: Callable[[str], Case]
 ) -> None:
     made = case(family)
-    for settings in ({}, {"metric": "drop_insignificant"}):
+    refused: list[dict[str, Any]] = [{}, {"metric": "drop_insignificant"}]
+    for settings in refused:
         recipe = made.recipe([{"type": "TokenProtection", **settings}], exports=[])
         if not FAMILIES[family].unranked:
             check_model(recipe, made.original)
             continue
         with pytest.raises(InputError, match=r"stages\[0\].metric: .* no softmax attention"):
             check_model(recipe, made.original)
-    for settings in ({"metric": "variance"}, {"metric": "none"}, {"protect_ratio": 0.0}):
+    for settings in [{"metric": "variance"}, {"metric": "none"}, {"protect_ratio": 0.0}]:
         recipe = made.recipe([{"type": "TokenProtection", **settings}], exports=[])
         check_model(recipe, made.original)
 
