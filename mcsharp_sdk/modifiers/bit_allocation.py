@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from mcsharp_sdk.allocation.baselines import ALLOCATORS, AllocatorName, Need, spread_evenly
-from mcsharp_sdk.allocation.significance import Exponents, Factors, allocation_cost
+from mcsharp_sdk.allocation.baselines import ALLOCATORS, AllocatorName, spread_evenly
+from mcsharp_sdk.allocation.significance import Exponents, allocation_cost
 from mcsharp_sdk.allocation.solver import BudgetRule, check_budget
 from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, LayerStatistics, check_layers
 from mcsharp_sdk.errors import InputError, Problem
 from mcsharp_sdk.modifiers.allocation_needs import unmeasured
 from mcsharp_sdk.modifiers.base import Modifier
+from mcsharp_sdk.modifiers.layer_factors import factors_of, layer_weights
 from mcsharp_sdk.recipe.paths import RecipePath
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ class BitAllocation(Modifier):
             try:
                 check_layers(statistics.experts(), experts)
                 for layer in statistics.layers:
-                    _factors(layer, self.widths, ALLOCATORS[self.allocator].needs)
+                    factors_of(layer, self.widths, ALLOCATORS[self.allocator].needs)
                 _layer_weights(statistics.layers, self)
             except InputError as error:
                 raise InputError(f"{self.factors}: {error}") from None
@@ -261,7 +262,7 @@ def _solve(layers: Layers, settings: BitAllocation) -> dict[int, tuple[int, ...]
     costs = []
     for layer, weight in zip(layers, _layer_weights(layers, settings), strict=True):
         rng = np.random.default_rng([settings.seed, layer.layer])
-        factors = _factors(layer, settings.widths, allocator.needs)
+        factors = factors_of(layer, settings.widths, allocator.needs)
         try:
             costs.append(weight * allocator.cost(factors, _exponents(settings), rng))
         except InputError as error:
@@ -292,7 +293,7 @@ def _objective(
         if not set(given) <= set(layer.errors):
             return None
         try:
-            cost = allocation_cost(_factors(layer, given, "quant_error"), _exponents(settings))
+            cost = allocation_cost(factors_of(layer, given, "quant_error"), _exponents(settings))
         except InputError:
             return None  # nothing to weigh the experts by: no cost, but the widths stand
         chosen = [row[given.index(w)] for row, w in zip(cost, bits[layer.layer], strict=True)]
@@ -300,41 +301,10 @@ def _objective(
     return objective
 
 
-def _factors(layer: LayerStatistics, widths: Sequence[int], need: Need | None) -> Factors:
-    """What an allocator needs of a layer; InputError if it was not measured."""
-    cosine = None
-    if need in ("predicted_block_cosine", "block_cosine"):
-        cosine = getattr(layer, need)
-        if cosine is None:
-            raise InputError(
-                f"layer {layer.layer}: no {need.replace('_', ' ')} was measured: "
-                "give ExpertStats 'block_scores: true'"
-            )
-    return Factors(
-        widths=tuple(widths),
-        activation_count=layer.activation_count,
-        routing_weight_sum=layer.routing_weight_sum,
-        quant_error=layer.errors_at(widths) if need == "quant_error" else None,
-        hessian_error=layer.hessian_errors_at(widths) if need == "hessian_error" else None,
-        block_cosine=cosine,
-    )
-
-
 def _layer_weights(layers: Layers, settings: BitAllocation) -> list[float]:
     """What the errors of each layer are multiplied by where layers share a budget."""
-    weighs = ALLOCATORS[settings.allocator].needs == "quant_error" and settings.whole_model
-    known = [layer.loss_sensitivity for layer in layers]
-    found = [value for value in known if value is not None]
-    if not weighs or settings.loss_weighting is False:
-        return [1.0] * len(layers)
-    if len(found) == len(layers):
-        return found
-    if settings.loss_weighting:
-        raise InputError(
-            f"layer {layers[known.index(None)].layer}: how much the loss feels errors was not "
-            "measured: give ExpertStats 'loss_tokens'"
-        )
-    return [1.0] * len(layers)
+    comparable = ALLOCATORS[settings.allocator].needs == "quant_error" and settings.whole_model
+    return layer_weights(layers, settings.loss_weighting if comparable else False)
 
 
 def _exponents(settings: BitAllocation) -> Exponents:
