@@ -76,6 +76,7 @@ class OnnxModelExporter(Exporter):
     ] = "default"
 
     reads_routing: ClassVar[bool] = True
+    writes_weights: ClassVar[bool] = True
 
     def needs(self) -> tuple[str, ...]:
         return NEEDED_ARTIFACTS[self.pruning]

@@ -103,11 +103,14 @@ def test_a_row_per_slot_runs_as_was_measured_with_whole_tokens(
         return ""
 
     monkeypatch.setattr(crossovers, "fastest", fastest)
-    sorted_slots = []
+    sorted_slots: list[int] = []
     sort_slots = triton_launch.sort_slots
-    monkeypatch.setattr(
-        triton_launch, "sort_slots", lambda *a: sorted_slots.append(len(a[0])) or sort_slots(*a)
-    )
+
+    def noted(chosen: torch.Tensor, experts: int, height: int | None = None) -> Any:
+        sorted_slots.append(len(chosen))
+        return sort_slots(chosen, experts, height)
+
+    monkeypatch.setattr(triton_launch, "sort_slots", noted)
     for tokens in (3, 5):
         hidden, chosen, routing = routed(tokens, buckets[0].columns["gate_up"])
         chosen = chosen.where(chosen < len(BITS), experts.num_experts)
