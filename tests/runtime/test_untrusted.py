@@ -20,6 +20,7 @@ from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 
 import mcsharp_sdk
+from mcsharp_sdk.checked_files import UNSUMMED_FILES
 from mcsharp_sdk.errors import InputError, InputProblems, McSharpError
 from mcsharp_sdk.evaluation.inspection import inspect_model
 from mcsharp_sdk.evaluation.loading import load_model
@@ -200,7 +201,7 @@ def test_an_index_that_points_outside_its_folder_is_refused_by_transformers_too(
 def test_an_exported_model_is_verified(compressed: Path) -> None:
     found = verify(compressed)
     assert found.compressed
-    files = {f.name for f in compressed.iterdir()} - {"README.md", "SHA256SUMS"}
+    files = {f.name for f in compressed.iterdir()} - {"SHA256SUMS", *UNSUMMED_FILES}
     assert found.checksums == len(files)
 
 
@@ -215,7 +216,7 @@ def test_a_flipped_bit_in_an_exported_model_is_found_and_named(
     folder: Path, compressed: Path, data: st.DataObject
 ) -> None:
     names = sorted(
-        f.name for f in compressed.iterdir() if f.name not in ("README.md", "SHA256SUMS")
+        f.name for f in compressed.iterdir() if f.name not in ("SHA256SUMS", *UNSUMMED_FILES)
     )
     name = data.draw(st.sampled_from(names))
     content = bytearray((compressed / name).read_bytes())
