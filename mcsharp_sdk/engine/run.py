@@ -37,6 +37,9 @@ from mcsharp_sdk.recipe.schema import Recipe
 
 logger = logging.getLogger("mcsharp_sdk")
 
+MOST_NAMED = 3
+"""Most tensors that a warning names."""
+
 
 @dataclass(frozen=True)
 class Compression:
@@ -221,7 +224,7 @@ class Work:
         ):
             if not self.overwrite and self._is_published(opened.path):
                 logger.info("%s was finished by an earlier run", self.output)
-                return {}, opened.report().warnings
+                return {}, _whole_report(opened, self.source).warnings
             context = RunContext(
                 self.source,
                 self.recipe,
@@ -267,7 +270,20 @@ def _run_stages(context: RunContext, watch: _Stopwatch, store: StageStore | None
             _run_stage(context, stage, name, watch)
         if store is not None:
             store.keep(key, directory, directory.finished()[name])
-    context.report = directory.report()
+    context.report = _whole_report(directory, context.model)
+
+
+def _whole_report(directory: RunDirectory, source: SourceModel) -> RunReport:
+    """What the finished stages left to be reported, and what of the model is in no result."""
+    report = directory.report()
+    if source.left_out:
+        first, rest = source.left_out[:MOST_NAMED], len(source.left_out) - MOST_NAMED
+        report.warn(
+            "these tensors are left out of the result, since transformers has no place for them in "
+            f"a model of type {source.config.model_type}: {', '.join(first)}"
+            + (f" and {rest} more" if rest > 0 else "")
+        )
+    return report
 
 
 def _run_stage(context: RunContext, stage: Modifier, name: str, watch: _Stopwatch) -> None:

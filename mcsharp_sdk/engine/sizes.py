@@ -54,18 +54,25 @@ class ModelSizes:
 
     Attributes
     ----------
-    bytes : of its weight files.
+    bytes : of all its tensors.
+    left_out_bytes : of those for which the architecture has no place; they are in no result.
     embedding_bytes : of the parts that are loaded to embed tokens.
     largest_tensor : bytes of the largest tensor outside of the decoder layers.
     """
 
     bytes: int
+    left_out_bytes: int
     embedding_bytes: int
     largest_tensor: int
     dtype: torch.dtype
     hidden_size: int
     layers: tuple[LayerSizes, ...]
     stored_bytes_per_weight: int
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the tensors that the architecture has a place for."""
+        return self.bytes - self.left_out_bytes
 
     @property
     def dtype_bytes(self) -> int:
@@ -98,6 +105,7 @@ def model_sizes(source: SourceModel) -> ModelSizes:
     layers = tuple(_layer_sizes(source, i) for i in range(source.topology.num_layers))
     return ModelSizes(
         bytes=source.checkpoint.nbytes,
+        left_out_bytes=sum(source.checkpoint.info(name).nbytes for name in source.left_out),
         embedding_bytes=_embedding_bytes(source),
         largest_tensor=_largest_outer_tensor(source),
         dtype=source.dtype,

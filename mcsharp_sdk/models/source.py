@@ -82,12 +82,17 @@ class SourceModel:
     @cached_property
     def memory_names(self) -> dict[str, str]:
         """Name on disk -> name in the module tree (for fused tensors, many to one)."""
-        return {name: memory for name, (memory, _) in self._renamed.items()}
+        return {name: memory for name, (memory, _) in self._placed.items()}
 
     @cached_property
     def verbatim(self) -> dict[str, str]:
         """Name in the module tree -> name on disk, of tensors that have the same data in both."""
-        return {memory: name for name, (memory, pattern) in self._renamed.items() if not pattern}
+        return {memory: name for name, (memory, pattern) in self._placed.items() if not pattern}
+
+    @cached_property
+    def left_out(self) -> tuple[str, ...]:
+        """Names on disk for which the architecture has no place, as of multi-token prediction."""
+        return tuple(name for name in self.renamed if name not in self._placed)
 
     @cached_property
     def _conversions(self) -> list[Any]:
@@ -98,22 +103,33 @@ class SourceModel:
     def _sources(self) -> dict[str, list[tuple[str, str | None]]]:
         """Name in the module tree -> names on disk that it is made of, each with its pattern."""
         found: dict[str, list[tuple[str, str | None]]] = {}
-        for disk, (memory, pattern) in self._renamed.items():
+        for disk, (memory, pattern) in self._placed.items():
             found.setdefault(memory, []).append((disk, pattern))
         return found
 
     @cached_property
-    def _renamed(self) -> dict[str, tuple[str, str | None]]:
-        """Name on disk -> name in the module tree, and what converts the data, if anything does."""
+    def renamed(self) -> dict[str, tuple[str, str | None]]:
+        """Name on disk -> name by transformers' rules, and what converts the data, if it is.
+
+        Those for which the module tree has no place are among them.
+        """
         mapping = self._conversions
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         tree = self.model.state_dict()
         prefix = self.model.base_model_prefix
-        return {
-            name: rename_source_key(name, renamings, converters, prefix, tree)
-            for name in self.checkpoint.names
-        }
+        found = {}
+        for name in self.checkpoint.names:
+            found[name] = rename_source_key(name, renamings, converters, prefix, tree)
+            if found[name][0] not in tree and name in tree:  # the loader then keeps the name
+                found[name] = rename_source_key(name, [], [], prefix, tree)
+        return found
+
+    @cached_property
+    def _placed(self) -> dict[str, tuple[str, str | None]]:
+        """What of ``renamed`` the module tree has, by the loader's own test."""
+        tree = self.model.state_dict().keys()
+        return {disk: found for disk, found in self.renamed.items() if found[0] in tree}
 
     @cached_property
     def _made_of(self) -> dict[str, tuple[str, ...]]:
