@@ -35,7 +35,8 @@ def check_config(path: Path) -> dict[str, Any]:
     for name, value in _settings(config):
         most = MOST_LAYERS if LAYER_COUNT.search(name) else MOST_OF_ANYTHING
         numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(n, int | float) and abs(n) > most for n in numbers):
+        # Only whole numbers are sizes; a float may be as large as it likes, even infinite.
+        if any(isinstance(n, int) and abs(n) > most for n in numbers):
             raise InputError(f"{file}: {name} is {value}: more than {most} cannot be")
     return config
 

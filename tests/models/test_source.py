@@ -61,3 +61,12 @@ def test_routers_are_read_one_at_a_time(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path, "deepseek_v3")
     layers = [router.layer for router in routers_of_directory(folder)]
     assert layers == [1, 2]
+
+
+def test_an_infinite_number_in_a_config_is_no_size(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path, "nemotron_h")
+    config = json.loads((folder / "config.json").read_text())
+    config["time_step_limit"] = [0.0, float("inf")]  # what NemotronH has if nothing is said
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "Infinity" in (folder / "config.json").read_text()
+    assert SourceModel(folder).topology.moe
