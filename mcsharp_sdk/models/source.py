@@ -271,7 +271,8 @@ class SourceModel:
     ) -> Iterator[tuple[str, Tensor]]:
         """Tensors whose names in the module tree start so, by these names, in the stored dtype.
 
-        Those that are not on disk since they are tied to others are left out.
+        What is float32 on disk stays so where the model computes in it. Tensors that are not on
+        disk since they are tied to others are left out.
         """
         left_out = {*but_not, *self.tied_names}
         self.load(*prefixes, but_not=but_not)
@@ -279,7 +280,8 @@ class SourceModel:
         for name, tensor in persistent.items():
             wanted = name.startswith(prefixes) and name not in left_out
             if wanted and not tensor.is_meta:
-                promoted = tensor.dtype == self.dtype
+                own = {self.checkpoint.info(n).dtype for n, _ in self._sources.get(name, ())}
+                promoted = tensor.dtype == self.dtype and own != {torch.float32}
                 yield name, tensor.detach().to(self.stored_dtype if promoted else tensor.dtype)
         self.free(*prefixes)
 

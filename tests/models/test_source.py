@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.directory import routers_of_directory
+from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.source import SourceModel
 
 
@@ -54,6 +56,17 @@ def test_float16_is_computed_in_float32_on_a_cpu_and_stored_as_it_was(tmp_path: 
     source = SourceModel(save_tiny_model(tmp_path, "mixtral", dtype=torch.float16))
     assert source.dtype == torch.float32
     stored = dict(source.stored_tensors("model.norm."))
+    assert {t.dtype for t in stored.values()} == {torch.float16}
+
+
+def test_what_is_float32_in_a_float16_checkpoint_stays_so(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path, "deepseek_v3", dtype=torch.float16)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    file = Checkpoint.open(folder).info(name).file
+    written = torch.linspace(1, 1.001, 8)
+    save_file({**load_file(file), name: written}, file, metadata={"format": "pt"})
+    stored = dict(SourceModel(folder).stored_tensors("model.layers.1."))
+    assert torch.equal(stored.pop(name), written)
     assert {t.dtype for t in stored.values()} == {torch.float16}
 
 
