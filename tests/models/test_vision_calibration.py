@@ -173,6 +173,7 @@ def test_a_text_model_refuses_images_before_any_work(tmp_path: Path) -> None:
         ({"image": "a\0b", "text": "x"}, "cannot be looked up|there is no image"),
         ({"image": "images/0.png"}, "field 'text' must be a text; there is 'image'"),
         ({"image": 3, "text": "x"}, "field 'image' must be a text"),
+        ({"image": "images/0.png", "text": "\ud83d"}, "field 'text' has half a character"),
         ([1], "is a JSON list"),
     ],
 )
