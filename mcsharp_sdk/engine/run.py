@@ -27,6 +27,7 @@ from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.engine.stage_store import StageStore
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.device import is_cpu
 from mcsharp_sdk.models.memory import peak_resident_bytes
 from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.source import SourceModel
@@ -182,7 +183,7 @@ def _compress(
 
 def _allowed(max_memory: str | int | None, device: str) -> int | None:
     allowed = read_bytes_of(max_memory)
-    if allowed is not None and device != "cpu":
+    if allowed is not None and not is_cpu(device):
         raise InputError(
             f"max_memory counts the memory of this process, and device {device} has its own: "
             "leave one of them out"

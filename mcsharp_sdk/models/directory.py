@@ -43,7 +43,7 @@ class CompressedFolder:
         config = read_config(path)
         if getattr(config, "quantization_config", None) is None:
             return None
-        model = empty_model(config, stored_dtype(config))
+        model = empty_model(config, stored_dtype(config, path))
         return cls(config, read_topology(model, config), Checkpoint.open(path))
 
     def module_tensors(self, layer: int, path: str) -> dict[str, torch.Tensor]:

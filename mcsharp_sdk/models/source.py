@@ -25,7 +25,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from mcsharp_sdk.errors import InputError, RunError
-from mcsharp_sdk.models.architecture import empty_model, read_config, stored_dtype
+from mcsharp_sdk.models.architecture import (
+    compute_dtype,
+    empty_model,
+    read_config,
+    stored_dtype,
+)
 from mcsharp_sdk.models.config_file import check_layer_count, quantisation_method
 from mcsharp_sdk.models.device import check_device
 from mcsharp_sdk.models.expert_reading import StackedExperts
@@ -53,8 +58,8 @@ class SourceModel:
     overlaps : whether experts are read, and results written, beside the computing.
     model : the causal language model on the meta device.
     topology : where its layers, routers, experts and linears are.
-    dtype : the dtype that it computes in: that of the checkpoint, but float32 for float16 on a
-        CPU, which has no float16 arithmetic to speak of.
+    stored_dtype : the dtype of its weights on disk.
+    dtype : the dtype that it computes in, see ``compute_dtype``.
     """
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
@@ -72,8 +77,8 @@ class SourceModel:
         self.checkpoint = Checkpoint.open(path)
         check_unquantised(self.checkpoint)
         check_layer_count(self.config, len(self.checkpoint.tensors), path)
-        self.stored_dtype = stored_dtype(self.config)
-        self.dtype = _compute_dtype(self.stored_dtype, device)
+        self.stored_dtype = stored_dtype(self.config, path)
+        self.dtype = compute_dtype(self.stored_dtype, device)
         self.model = empty_model(self.config, self.dtype)
         self.topology: Topology = read_topology(self.model, self.config)
         with _quiet_sequential_loading():
@@ -303,10 +308,6 @@ class SourceModel:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.model.named_parameters()
         yield from self.model.named_buffers()
-
-
-def _compute_dtype(stored: torch.dtype, device: str) -> torch.dtype:
-    return torch.float32 if stored == torch.float16 and device == "cpu" else stored
 
 
 @contextmanager

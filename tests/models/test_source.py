@@ -52,8 +52,11 @@ def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
         SourceModel(folder)
 
 
-def test_float16_is_computed_in_float32_on_a_cpu_and_stored_as_it_was(tmp_path: Path) -> None:
-    source = SourceModel(save_tiny_model(tmp_path, "mixtral", dtype=torch.float16))
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_float16_is_computed_in_float32_on_a_cpu_and_stored_as_it_was(
+    device: str, tmp_path: Path
+) -> None:
+    source = SourceModel(save_tiny_model(tmp_path, "mixtral", dtype=torch.float16), device)
     assert source.dtype == torch.float32
     stored = dict(source.stored_tensors("model.norm."))
     assert {t.dtype for t in stored.values()} == {torch.float16}
