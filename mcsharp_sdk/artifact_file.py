@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from mcsharp_sdk.errors import InputError
 
 FloatArray = NDArray[np.float64]
+LARGEST_FLOAT = sys.float_info.max
 VERSION = 1
 
 
@@ -142,6 +144,19 @@ def index(value: Any, what: str) -> int:
 
 def optional_index(content: Mapping[str, Any], name: str) -> int | None:
     return None if content.get(name) is None else index(content[name], name)
+
+
+def finite_number(
+    what: str, value: Any, least: float = -LARGEST_FLOAT, most: float = LARGEST_FLOAT
+) -> float:
+    """A number, and not below ``least`` or above ``most``."""
+    # By type, since true is a number to Python; compared as it is, since float(10**400) raises.
+    if type(value) in (int, float) and least <= value <= most:
+        return float(value)
+    wanted = f"a number from {least:g} to {most:g}"
+    if most == LARGEST_FLOAT:
+        wanted = "a finite number" + (f", {least:g} or more" if least > -LARGEST_FLOAT else "")
+    raise InputError(f"{what}: {value!r} must be {wanted}")
 
 
 def numbers(what: str, values: Any) -> FloatArray:

@@ -142,6 +142,14 @@ def change(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
         (change("layers", 0, "drop_error", to=[1.0]), "layer 0: drop_error: 1 values for 2"),
         (change("layers", 0, "tokens", to=1.5), "layer 0: tokens: 1.5 must be a whole number"),
         (
+            change("layers", 0, "block_cosine", to=10**400),
+            "layer 0: block_cosine: 10*0 must be a finite number",
+        ),
+        (
+            change("layers", 0, "loss_sensitivity", to=True),
+            "layer 0: loss_sensitivity: True must be a finite number",
+        ),
+        (
             lambda content: content["layers"][1].pop("activation_count"),
             "layer 2: activation_count is",
         ),
@@ -239,6 +247,21 @@ def test_wrong_maps_are_named(bits: Any, message: str, tmp_path: Path) -> None:
         BitMap.load(write(tmp_path, {"version": 1, "bits": bits}))
 
 
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"5": 1.0}, "objective: names layer 5; 'bits' has 0, 1"),
+        ({"0": "dear"}, "objective: layer 0: 'dear' must be a finite number"),
+        ({"0": 10**400}, "objective: layer 0: 10*0 must be a finite number"),
+        ({"x": 1.0}, "objective: layer: 'x' must be a whole number"),
+    ],
+)
+def test_wrong_costs_are_named(objective: Any, message: str, tmp_path: Path) -> None:
+    content = {"bits": [[2, 3], [2, 2]], "objective": objective}
+    with pytest.raises(InputError, match=message):
+        BitMap.load(write(tmp_path, content))
+
+
 def test_saving_replaces_a_file_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     BitMap({0: (1,)}).save(path)
@@ -275,9 +298,12 @@ def test_a_rule_written_by_hand_needs_little(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"thresholds": [0.5, 1.5]}, r"layer 1: thresholds: rank 2: 1\.5 must be a number from 0"),
+        (
+            {"thresholds": [0.5, 1.5]},
+            r"layer 1: thresholds: rank 2: 1\.5 must be a number from 0 to 1",
+        ),
         ({"thresholds": 0.5}, "layer 1: thresholds must be a list"),
-        ({"cost": -1}, "layer 1: cost: -1 must be a number of zero or more"),
+        ({"cost": -1}, "layer 1: cost: -1 must be a finite number, 0 or more"),
         ({"keep_ratio": "all"}, "layer 1: keep_ratio: 'all' must be a number"),
         ({"pruned": 1}, "layer 1: pruned must be true or false, not 1"),
         ({"layer": -1}, "layer: -1 must be a whole number"),
@@ -310,3 +336,25 @@ def test_a_training_survives_saving_and_is_checked(tmp_path: Path) -> None:
         TrainingCurve([1.0, 2.0], [1.0, 2.0], [1.0], [1.0, 2.0], [1.0, 2.0])
     with pytest.raises(InputError, match="error has a value that is not finite"):
         TrainingCurve([1.0], [float("nan")], [1.0], [1.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep_ratio": {"0": "most"}}, "keep_ratio: layer 0: 'most' must be a number"),
+        ({"keep_ratio": {"0": None}}, "keep_ratio: layer 0: None must be a number"),
+        ({"keep_ratio": {"0": [1]}}, r"keep_ratio: layer 0: \[1\] must be a number"),
+        ({"keep_ratio": {"0": 1.5}}, r"keep_ratio: layer 0: 1\.5 must be a number from 0 to 1"),
+        ({"loss": [1.0, [2.0]]}, "curves: 0: loss must be a list of numbers"),
+        ({"loss": [[1.0]]}, "curves: 0: loss must be a list of numbers"),
+        ({"loss": ["1"]}, "curves: 0: loss must be a list of numbers"),
+        ({"loss": [10**400]}, "curves: 0: loss must be a list of numbers"),
+        ({"loss": 1.0}, "curves: 0: loss must be a list of numbers"),
+    ],
+)
+def test_wrong_trainings_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    names = ("loss", "error", "keep_ratio", "temperature", "penalty")
+    curve = {**{name: [1.0] for name in names}, **{k: v for k, v in changes.items() if k == "loss"}}
+    ratios = changes.get("keep_ratio", {"0": 0.5})
+    with pytest.raises(InputError, match=message):
+        TopAnyTraining.load(write(tmp_path, {"curves": {"0": curve}, "keep_ratio": ratios}))
