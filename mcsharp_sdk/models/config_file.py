@@ -10,6 +10,9 @@ from typing import Any
 from mcsharp_sdk.artifact_file import read_json_object
 from mcsharp_sdk.errors import InputError
 
+METHOD = "mcsharp"
+"""``quant_method`` of the models that this package compressed."""
+
 MOST_LAYERS = 4096
 MOST_OF_ANYTHING = 1 << 40
 LAYER_COUNT = re.compile(r"(layers?|depths?|blocks)$")

@@ -50,6 +50,8 @@ def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="already quantised"):
         SourceModel(folder)
+    with pytest.raises(InputError, match="is quantised by 'gptq': give the original model, or one"):
+        list(routers_of_directory(folder))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:0"])
