@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from mcsharp_sdk.artifact_file import readable_json
+from mcsharp_sdk.artifact_file import readable_json, write_text_atomically
 from mcsharp_sdk.artifacts import (
     BitMap,
     ExpertStatistics,
@@ -24,6 +28,7 @@ from mcsharp_sdk.artifacts import (
     TrainingCurve,
 )
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.safetensors_file import write_safetensors
 
 
 def statistics_json() -> dict[str, Any]:
@@ -271,6 +276,47 @@ def test_saving_replaces_a_file_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     assert stat.S_IMODE(path.stat().st_mode) & 0o444
+
+
+def test_a_file_is_written_with_the_rights_that_new_files_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", None)  # it is the whole process's: threads share it
+        write_text_atomically(tmp_path / "new.txt", "ünï\n")
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new.txt").stat().st_mode) == 0o640
+    assert (tmp_path / "new.txt").read_bytes() == "ünï\n".encode()
+
+
+def test_threads_that_write_the_same_file_write_it_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new.safetensors"
+    first, second = {"a": torch.zeros(99)}, {"a": torch.ones(2)}
+
+    class Slow:
+        """A stored tensor; while it is read, another thread writes the file."""
+
+        dtype, shape = torch.float32, (99,)
+
+        def numel(self) -> int:
+            return 99
+
+        def element_size(self) -> int:
+            return 4
+
+        def read(self) -> torch.Tensor:
+            other = threading.Thread(target=write_safetensors, args=(path, second))
+            other.start()
+            other.join()
+            assert torch.equal(load_file(path)["a"], second["a"])
+            return first["a"]
+
+    write_safetensors(path, {"a": Slow()})
+    assert torch.equal(load_file(path)["a"], first["a"])
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def protection(**changes: Any) -> dict[str, Any]:
