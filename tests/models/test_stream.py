@@ -86,6 +86,19 @@ def test_adding_the_experts_behind_the_layer_gives_the_same_bits_as_running_it_a
     assert all(map(torch.equal, states(last=True), states(last=False)))
 
 
+@pytest.mark.parametrize("by_expert", [False, True])
+def test_only_layers_with_others_behind_them_are_run(by_expert: bool, tmp_path: Path) -> None:
+    source = SourceModel(save_tiny_model(tmp_path, "mixtral"))
+    run: set[int] = set()
+    for index in range(source.topology.num_layers):
+        source.layer(index).register_forward_hook(lambda *_, index=index: run.add(index))
+    calibration = CalibrationSet.of_tokens(_tokens())
+    for layer in stream_layers(source, calibration, by_expert=by_expert):
+        before = torch.cat(layer.inputs.hidden)
+    assert run == set(range(source.topology.num_layers - 1))
+    assert torch.equal(torch.cat(layer.inputs.hidden), before)
+
+
 @pytest.mark.parametrize(("family", "adds"), [("mixtral", True), ("qwen2_moe", False)])
 def test_a_layer_passes_its_batches_on_only_if_it_adds_its_experts_last(
     family: str, adds: bool, tmp_path: Path
