@@ -174,9 +174,14 @@ def main() -> None:
     add_arguments(parser)
     names = [*EXPERIMENTS, *PRUNINGS]
     parser.add_argument("--experiments", nargs="+", choices=names, default=names)
-    parser.add_argument("--bits", type=float, nargs="+", default=[2.5, 2.0, 1.5])
+    parser.add_argument(
+        "--bits",
+        type=float,
+        nargs="+",
+        default=[2.5, 2.0, 1.5],
+        help="of allocators; other experiments take the first, and quantisers have their own",
+    )
     arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
     runs = Runs.of(arguments)
     for name in arguments.experiments:
         print(f"\n{table(name, arguments.bits, arguments.seeds, runs)}\n", flush=True)

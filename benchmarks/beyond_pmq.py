@@ -113,7 +113,6 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[2.5, 2.0, 1.5])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["released", "best"])
     arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
     runs = Runs.of(arguments)
     texts = [text.stem for text in runs.evaluations]
     distances: dict[tuple[str, float, str], list[float]] = {}

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import mcsharp_sdk
+from mcsharp_sdk.artifact_file import write_text_atomically
 from mcsharp_sdk.artifacts import ExpertStatistics
+from mcsharp_sdk.checked_files import file_hash
 
 Stages = Sequence[Mapping[str, Any]]
 
@@ -69,9 +71,33 @@ class Runs:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Runs:
-        """As the command line says, see :func:`add_arguments`."""
-        names = cls.__dataclass_fields__
-        return cls(**{name: getattr(arguments, name) for name in names})
+        """As the command line says, see :func:`add_arguments`; the folder for results is made.
+
+        SystemExit if that has results of another model or other texts.
+        """
+        runs = cls(**{name: getattr(arguments, name) for name in cls.__dataclass_fields__})
+        runs.work.mkdir(parents=True, exist_ok=True)
+        if len({text.stem for text in runs.evaluations}) < len(runs.evaluations):
+            raise SystemExit("two texts have the same name: rename one, it names a column")
+        runs._check_folder()
+        return runs
+
+    def _check_folder(self) -> None:
+        weights = sorted(self.model.glob("*.safetensors"))
+        about = {
+            "model": [self.model.name, *([file.name, file.stat().st_size] for file in weights)],
+            self.calibration.name: file_hash(self.calibration),
+            **{text.name: file_hash(text) for text in self.evaluations},
+        }
+        kept = self.work / "inputs.json"
+        before = json.loads(kept.read_text()) if kept.exists() else {}
+        changed = [name for name in about.keys() & before.keys() if about[name] != before[name]]
+        if changed:
+            raise SystemExit(
+                f"{self.work} has results of another {' and '.join(sorted(changed))}: give another "
+                "--work"
+            )
+        write_text_atomically(kept, json.dumps({**before, **about}, indent=1))
 
     def measured(self, name: str, stages: Stages, seed: int) -> dict[str, Measured]:
         """Name of a text -> what the model that these stages make comes to on it."""
@@ -91,7 +117,7 @@ class Runs:
         if not file.exists():
             folder = self.work / f"{file.stem}.run"
             self._compress(recipe, self.work / f"{file.stem}.none", folder)
-            shutil.copyfile(folder / ExpertStatistics.FILE, file)
+            write_text_atomically(file, (folder / ExpertStatistics.FILE).read_text())
             shutil.rmtree(folder)
         return file
 
@@ -130,7 +156,7 @@ class Runs:
             ).to_json()
             for text in self.evaluations
         }
-        kept.write_text(json.dumps(evaluations, indent=1))
+        write_text_atomically(kept, json.dumps(evaluations, indent=1))
         for made in (self.work / kept.stem, self.work / f"{kept.stem}.run"):
             shutil.rmtree(made, ignore_errors=True)
         return evaluations

@@ -62,6 +62,18 @@ def _support(families: dict[str, Any]) -> Iterator[str]:
         yield "Refused before any work, in these words:"
         yield ""
         yield from (f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
+    yield from _unranked(families)
+
+
+def _unranked(families: dict[str, Any]) -> Iterator[str]:
+    reasons = dict.fromkeys(row.unranked for row in families.values() if row.unranked)
+    yield ""
+    yield "TokenProtection's metrics `attention`, the default, and `drop_insignificant` are refused"
+    yield "before any work in these families; the others work in all that can be pruned:"
+    yield ""
+    for reason in reasons:
+        names = ", ".join(f"`{name}`" for name, row in families.items() if row.unranked == reason)
+        yield f"- {names}: {reason}"
 
 
 def _kept() -> Iterator[str]:

@@ -15,8 +15,9 @@ from mcsharp_sdk.errors import InputError, Problem, RunError
 CHECKSUMS_FILE = "SHA256SUMS"
 """In the form of the program sha256sum, which can check it too."""
 
-EDITED_FILES = ("README.md",)
-"""Files that people are to edit: they get no checksum."""
+UNSUMMED_FILES = ("README.md", "mcsharp_report.html")
+"""Files without a checksum: one is there to be edited, the other is written anew after evaluating
+the model, from files that have one."""
 
 
 class DamagedFile(RunError):
@@ -65,7 +66,7 @@ def synced_hash(path: Path) -> str:
 
 
 def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Write ``SHA256SUMS`` of a folder's files, but not of those that people are to edit.
+    """Write ``SHA256SUMS`` of a folder's files, but not of those that are to change.
 
     The files are on disk before it.
 
@@ -76,9 +77,21 @@ def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
     if names is None:
         files = (file for file in folder.rglob("*") if file.is_file())
         names = (file.relative_to(folder).as_posix() for file in files)
-    chosen = sorted(set(names) - {CHECKSUMS_FILE, *EDITED_FILES})
+    chosen = sorted(set(names) - {CHECKSUMS_FILE, *UNSUMMED_FILES})
     lines = [f"{synced_hash(folder / name)}  {name}\n" for name in chosen]
     write_text_atomically(folder / CHECKSUMS_FILE, "".join(lines))
+
+
+def renew_checksums(folder: Path, part: Path) -> None:
+    """Bring a folder's ``SHA256SUMS`` up to date with a folder in it, if it names files of that."""
+    prefix = part.resolve().relative_to(folder.resolve()).as_posix() + "/"
+    sums = read_checksums(folder)
+    if any(name.startswith(prefix) for name in sums):
+        there = (
+            f"{prefix}{f.relative_to(part).as_posix()}" for f in part.rglob("*") if f.is_file()
+        )
+        others = (name for name in sums if not name.startswith(prefix))
+        write_checksums(folder, [*others, *there])
 
 
 def read_checksums(folder: Path) -> Mapping[str, str]:
@@ -105,6 +118,8 @@ def changed_files(folder: Path, sums: Mapping[str, str]) -> list[Problem]:
     """The files of ``sums`` that are gone or do not have their checksum."""
     problems = []
     for name, digest in sums.items():
+        if name in UNSUMMED_FILES:  # older versions gave the report one
+            continue
         file = folder / name
         if not file.is_file():
             problems.append(Problem(name, f"missing, but {CHECKSUMS_FILE} names it"))

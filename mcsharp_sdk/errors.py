@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 class McSharpError(Exception):
@@ -48,3 +51,29 @@ class InputProblems(InputError):
         count = len(self.problems)
         heading = f"{subject} has {count} problem{'s' if count != 1 else ''}:"
         super().__init__("\n".join([heading, *(f"  {p}" for p in self.problems)]))
+
+
+@dataclass
+class Checks:
+    """Checks that do not depend on each other, so that all that fail are told together."""
+
+    failed: list[InputError] = field(default_factory=list)
+
+    def result(self, check: Callable[[], Result]) -> Result | None:
+        """What a check returns; None if it fails."""
+        try:
+            return check()
+        except InputError as error:
+            self.failed.append(error)
+            return None
+
+    def raise_together(self, subject: str) -> None:
+        """Raise what failed: one error as it is, several as the problems of ``subject``."""
+        if len(self.failed) == 1:
+            raise self.failed[0]
+        if self.failed:
+            raise InputProblems(subject, [p for error in self.failed for p in _problems(error)])
+
+
+def _problems(error: InputError) -> Sequence[Problem]:
+    return error.problems if isinstance(error, InputProblems) else [Problem("", str(error))]

@@ -24,12 +24,14 @@ class Family:
     oddities : what its layout has that others do not, for the docs.
     model_type : as in config.json, if it is not the family's name.
     refuses : what does not hold -> words of the refusal, which gives the reason.
+    unranked : why attention does not tell how important tokens are, for the docs.
     """
 
     settings: Mapping[str, Any]
     oddities: str = ""
     model_type: str = ""
     refuses: Mapping[Capability, str] = field(default_factory=dict)
+    unranked: str = ""
 
 
 _COMMON: dict[str, Any] = {
@@ -68,6 +70,7 @@ _MLA: dict[str, Any] = {
 }
 _LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+_NO_SOFTMAX = "layers with experts that have no softmax attention"
 
 FAMILIES: dict[str, Family] = {
     "mixtral": Family({**_COMMON, **_LOCAL}),
@@ -79,6 +82,7 @@ FAMILIES: dict[str, Family] = {
             "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         },
         "lightning attention",
+        unranked=_NO_SOFTMAX,
     ),
     "minimax_m2": Family({**_COMMON, **_LOCAL}, "sigmoid router, its correction bias in the block"),
     "qwen2_moe": Family(
@@ -104,6 +108,7 @@ FAMILIES: dict[str, Family] = {
             "linear_num_value_heads": 4,
         },
         "gated delta nets with a convolution, gated shared expert",
+        unranked=_NO_SOFTMAX,
     ),
     "olmoe": Family({**_COMMON, **_MOE}),
     "deepseek_v2": Family(
@@ -127,6 +132,7 @@ FAMILIES: dict[str, Family] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
         "transposed and interleaved experts with biases, clamped activation, attention sinks",
+        unranked="attention sinks, with which transformers does not run SDPA",
     ),
     "phimoe": Family(
         {
@@ -177,6 +183,7 @@ FAMILIES: dict[str, Family] = {
             "mamba_dt_rank": 4,
         },
         "Mamba layers, dense layers in between",
+        unranked=_NO_SOFTMAX,
     ),
     "dots1": Family(
         {**_COMMON, **_GROUPED},
@@ -196,6 +203,7 @@ FAMILIES: dict[str, Family] = {
             "chunk_size": 16,
         },
         "a layer is Mamba-2, attention, MLP or experts; experts without gate in a latent space",
+        unranked=_NO_SOFTMAX,
     ),
     "dbrx": Family(
         {

@@ -63,18 +63,6 @@ class StockBlock:
     def num_experts(self) -> int:
         return int(self.experts.num_experts)  # type: ignore[arg-type]
 
-    def output_without(self, expert: int) -> Tensor:
-        """What the experts return to their last call, if this one counts for nothing.
-
-        The call itself is not noted.
-        """
-        if len(self.arguments) == 1:
-            routed = self.arguments[0].clone()
-            routed.view(self.num_experts, -1, routed.shape[-1])[expert] = 0
-            return self.experts.forward(routed)
-        hidden, index, weights = self.arguments
-        return self.experts.forward(hidden, index, weights.masked_fill(index == expert, 0.0))
-
     def weights(self, expert: int) -> tuple[list[Tensor], list[Tensor]]:
         """Views of an expert's first and second weights, each [outputs, inputs], in rows' order."""
         experts: Any = self.experts

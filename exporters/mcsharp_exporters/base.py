@@ -23,6 +23,7 @@ class Exporter(BaseModel, ABC):
     reads : names of the artifacts that the exporter needs from the stages.
     reads_any : names of artifacts of which it needs at least one; empty if it needs none.
     reads_routing : the exporter needs to know how the model's routers choose.
+    writes_weights : the exporter writes all weights of the model down.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,6 +33,7 @@ class Exporter(BaseModel, ABC):
     reads: ClassVar[tuple[str, ...]] = ()
     reads_any: ClassVar[tuple[str, ...]] = ()
     reads_routing: ClassVar[bool] = False
+    writes_weights: ClassVar[bool] = False
 
     def needs(self) -> tuple[str, ...]:
         """Artifacts needed with these settings; ``reads`` unless settings add to it."""

@@ -83,6 +83,7 @@ class OnnxModelExporter(Exporter):
     ] = "default"
 
     reads_routing: ClassVar[bool] = True
+    writes_weights: ClassVar[bool] = True
 
     def check_stages(self, stages: Sequence[Modifier]) -> list[Problem]:
         """Group sizes that onnxruntime lacks, and rules that a graph cannot know."""

@@ -51,6 +51,7 @@ class SafetensorsExporter(Exporter):
         float, Field(gt=0, description="Most gigabytes (10^9 bytes) in one weight file.")
     ] = 5.0
 
+    writes_weights: ClassVar[bool] = True
     reads_any: ClassVar[tuple[str, ...]] = (
         QUANTIZED_WEIGHTS,
         TokenProtectionRule.NAME,

@@ -46,7 +46,10 @@ CostRule = Callable[[Factors, Exponents, np.random.Generator], FloatArray]
 
 
 class Spending(Protocol):
-    """Turns (experts, widths) costs into one width per expert, within a budget."""
+    """Turns (experts, widths) costs into one width per expert, within a budget.
+
+    ``layers`` tells how many of the experts each layer has, in order; without it there is one.
+    """
 
     def __call__(
         self,
@@ -54,9 +57,23 @@ class Spending(Protocol):
         widths: Sequence[int],
         budget: int,
         *,
+        layers: Sequence[int] = (),
         budget_rule: BudgetRule = "at_most",
         at_least: Mapping[int, int] = NONE_REQUIRED,
     ) -> NDArray[np.int64]: ...
+
+
+def spend_best(
+    cost: NDArray[np.float64],
+    widths: Sequence[int],
+    budget: int,
+    *,
+    layers: Sequence[int] = (),
+    budget_rule: BudgetRule = "at_most",
+    at_least: Mapping[int, int] = NONE_REQUIRED,
+) -> NDArray[np.int64]:
+    """Least cost, wherever the experts stand."""
+    return solve_bit_allocation(cost, widths, budget, budget_rule=budget_rule, at_least=at_least)
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,7 @@ class Allocator:
 
     summary: str
     cost: CostRule
-    spend: Spending = solve_bit_allocation
+    spend: Spending = spend_best
     needs: Need | None = None
     keeps_required: bool = True
     whole_model: bool = False
@@ -130,6 +147,7 @@ def spread_evenly(
     widths: Sequence[int],
     budget: int,
     *,
+    layers: Sequence[int] = (),
     budget_rule: BudgetRule = "at_most",
     at_least: Mapping[int, int] = NONE_REQUIRED,
 ) -> NDArray[np.int64]:
@@ -163,14 +181,16 @@ def widen_whole_layers(
     widths: Sequence[int],
     budget: int,
     *,
+    layers: Sequence[int] = (),
     budget_rule: BudgetRule = "at_most",
     at_least: Mapping[int, int] = NONE_REQUIRED,
 ) -> NDArray[np.int64]:
     """The same width for all experts of a layer, the wider one where the cost is higher.
 
     With widths 2 and 4 and a budget of 2.5 bits, a quarter of the layers has 4 bits and the rest 2,
-    as in the papers. Layers are told apart by their cost, which is the same for all experts and
-    widths of a layer. Bits that do not suffice for a whole layer are left.
+    as in the papers. The cost is the same for all experts and widths of a layer; of equal layers
+    the first is widened first. Where bits do not suffice for a layer, they go to the next one that
+    they do suffice for.
 
     Raises
     ------
@@ -182,13 +202,12 @@ def widen_whole_layers(
     width = max(w for w in widths if w * experts <= most)
     wider = min((w for w in widths if w > width), default=width)
     given, left = np.full(experts, width, dtype=np.int64), most - width * experts
-    layers = np.split(np.arange(experts), np.flatnonzero(np.diff(cost[:, 0])) + 1)
-    for layer in sorted(layers, key=lambda found: -cost[found[0], 0]):
+    members = np.split(np.arange(experts), np.cumsum(layers)[:-1])
+    for layer in sorted(members, key=lambda found: -cost[found[0], 0]):
         price = (wider - width) * len(layer)
-        if price > left:
-            break
-        given[layer] = wider
-        left -= price
+        if price <= left:
+            given[layer] = wider
+            left -= price
     if budget_rule == "exact" and given.sum() != budget:
         raise InfeasibleBudget(
             f"whole layers of {width} or {wider} bits cannot use exactly {budget} bits; "
@@ -202,6 +221,7 @@ def spend_all(
     widths: Sequence[int],
     budget: int,
     *,
+    layers: Sequence[int] = (),
     budget_rule: BudgetRule = "at_most",
     at_least: Mapping[int, int] = NONE_REQUIRED,
 ) -> NDArray[np.int64]:

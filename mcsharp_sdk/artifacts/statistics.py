@@ -74,7 +74,8 @@ class LayerStatistics:
     quant_error : width -> (E,) float64, Frobenius norm of the change of the output when this one
         expert is quantised to that width.
     tokens : calibration tokens, or None where unknown.
-    drop_error : (E,) float64, the same norm when the expert is removed, or None.
+    drop_error : (E,) float64, the same norm when the expert is removed, which zeroes its weights
+        and leaves its biases; or None.
     sources : the counts and sums of each source; empty if there is only one.
     hessian_error : width -> (E,) float64, mean eigenvalue of the Hessian times the squared change
         of the weights at that width, summed over the expert's matrices (HAWQ-V2).

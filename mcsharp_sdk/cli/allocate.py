@@ -60,26 +60,14 @@ def allocate(
 
 def _settings(target_bits: float, overrides: list[str]) -> BitAllocation:
     """The stage's settings; InputProblems names everything that is wrong with the overrides."""
-    from pydantic import ValidationError
-
     from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
-    from mcsharp_sdk.recipe.document import Document, Finding
+    from mcsharp_sdk.recipe.document import Document
+    from mcsharp_sdk.recipe.load import checked_settings
     from mcsharp_sdk.recipe.overrides import apply_overrides
-    from mcsharp_sdk.recipe.wording import explain
 
     document = Document("", "mcsharp allocate", data={"target_bits": target_bits})
     apply_overrides(document, overrides)
-    for name, reason in _ELSEWHERE.items():
-        if name in document.data:
-            document.findings.append(Finding((name,), f"cannot be set here: {reason}"))
-    try:
-        settings = BitAllocation.model_validate(document.data)
-    except ValidationError as error:
-        found = explain(error, document.data, BitAllocation)
-        raise document.error([*document.findings, *found]) from None
-    if document.findings:
-        raise document.error(document.findings)
-    return settings
+    return checked_settings(document, BitAllocation, _ELSEWHERE)
 
 
 def _document(bit_map: BitMap, settings: BitAllocation) -> dict[str, Any]:

@@ -100,14 +100,18 @@ def _show(result: Compression) -> None:
 
     for warning in result.warnings:
         print_note(f"warning: {warning}")
-    cost, planned = model_cost(result.output), result.plan.peak_memory
     rows = [(stage, f"{seconds:.1f} s") for stage, seconds in result.seconds.items()]
+    rows.append(("weights before", decimal(result.plan.bytes_before)))
+    if (result.output / "config.json").is_file():
+        cost = model_cost(result.output)
+        rows += [
+            ("weights after", decimal(cost.weight_bytes)),
+            ("nominal bits", f"{cost.bits.nominal:.3f}"),
+            ("stored bits", f"{cost.bits.stored:.3f}"),
+        ]
+    planned = decimal(result.plan.peak_memory)
     rows += [
-        ("weights before", decimal(result.plan.bytes_before)),
-        ("weights after", decimal(cost.weight_bytes)),
-        ("nominal bits", f"{cost.bits.nominal:.3f}"),
-        ("stored bits", f"{cost.bits.stored:.3f}"),
-        ("peak memory", f"{decimal(result.peak_memory)}, planned {decimal(planned)}"),
+        ("peak memory", f"{decimal(result.peak_memory)}, planned {planned}"),
         ("written to", str(result.output)),
     ]
     if (result.output / PAGE_FILE).is_file():

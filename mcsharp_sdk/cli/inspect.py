@@ -52,6 +52,8 @@ def inspect(
     """Show layers, experts, router, bytes by role and bit widths; no weight is loaded."""
     from mcsharp_sdk.evaluation.inspection import inspect_model
 
+    if kernels and verify:
+        raise InputError("--verify does not go with --kernels: leave one of them out")
     if kernels:
         _kernels(directory, device or "auto", dtype or "auto", measure, json)
         return

@@ -29,6 +29,8 @@ def check_disk_space(plan: Plan, source: SourceModel, run_directory: Path, outpu
         "the run directory": (run_directory, plan.run_bytes - kept),
         "the result": (output, plan.output_bytes + _copied_bytes(source.path)),
     }
+    if not plan.output_bytes:
+        del needs["the result"]
     shared: dict[int, list[tuple[str, Path, int]]] = defaultdict(list)
     for what, (folder, size) in needs.items():
         place = _existing(folder)

@@ -6,8 +6,9 @@ What a stage does besides is left out, which for models of a few million weights
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -20,6 +21,7 @@ from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
 from mcsharp_sdk.modifiers.router_calibration import RouterCalibration
 from mcsharp_sdk.modifiers.token_protection import TokenProtection
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
+from mcsharp_sdk.quantization import lwc
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.hessian import InverseFactor
 from mcsharp_sdk.quantization.search import GridSettings
@@ -50,8 +52,9 @@ class Speeds:
     weights_quickly: float
 
     @classmethod
+    @cache
     def measure(cls, dtype: torch.dtype, group_size: int) -> Speeds:
-        """Of this machine as it is now, with whatever else runs on it."""
+        """Of this machine as it is now, with whatever else runs on it; measured once."""
         from mcsharp_sdk.modifiers.expert_measurement import QUICK_SEARCH
 
         forward = _multiplications_per_second(dtype)
@@ -84,11 +87,10 @@ def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) ->
     active = sum(layer.active_weights for layer in sizes.layers)
     forward = PASS * active * tokens / speeds.forward
     work, searching = 0.0, 0.0
-    gptq = isinstance(stage, _QUANTISING) and stage.quantizer == "gptq"
     if isinstance(stage, ExpertStats):
         widths = len(stage.bits)
         searching = widths * sizes.expert_weights / speeds.weights_quickly
-        if gptq:
+        if stage.quantizer == "gptq":
             work = sum(_expert_hessians(layer, tokens, HESSIAN_TOKENS) for layer in sizes.layers)
             work += sum(_expert_updates(layer, widths) for layer in sizes.layers)
         measured = min(tokens, stage.error_tokens)
@@ -98,19 +100,10 @@ def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) ->
     elif isinstance(stage, GPTQQuantize):
         linears = 0 if stage.other_bits is None else sizes.linear_weights
         searching = (sizes.expert_weights + linears) / speeds.weights
-        if gptq:
-            work = sum(_expert_hessians(layer, tokens) for layer in sizes.layers)
-            work += sum(_expert_updates(layer, 1) for layer in sizes.layers)
-        work += sum(_told_errors(layer) for layer in sizes.layers)
+        work = sum(_quantising_work(stage, layer, tokens) for layer in sizes.layers)
         if stage.propagates:
             # The original runs beside; its experts' first matrices on other tokens once more.
             forward += (PASS + 0.5) * active * tokens / speeds.forward
-            work += sum(_making_up(layer, tokens) for layer in sizes.layers)
-        if gptq and stage.refinements is not None:
-            rounds = 1 + 2 * stage.refinements  # scales, and then codes and scales in turn
-            work += (rounds + 1) * sum(_sweep(layer) for layer in sizes.layers)
-        if stage.other_bits is not None:
-            work += sum(_linear_work(layer, tokens) for layer in sizes.layers)
     elif isinstance(stage, TopAnyRouter):
         work = _training_work(stage, sizes, tokens)
     elif isinstance(stage, RouterCalibration):
@@ -121,31 +114,48 @@ def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) ->
     return forward + work / speeds.exact + searching
 
 
+def _quantising_work(stage: GPTQQuantize, layer: LayerSizes, tokens: int) -> float:
+    """Multiplications for quantising a layer; every quantiser gets Hessians."""
+    work = _expert_hessians(layer, tokens) + _told_errors(layer)
+    if stage.quantizer == "gptq":
+        work += _expert_updates(layer, 1)
+        if stage.refinements is not None:
+            rounds = 1 + 2 * stage.refinements  # scales, and then codes and scales in turn
+            work += (rounds + 1) * _sweep(layer)
+    if stage.quantizer == "lwc":
+        work += lwc.STEPS * _sweep(layer)
+    if stage.propagates:
+        work += _making_up(layer, tokens)
+    if stage.other_bits is not None:
+        work += _linear_work(stage, layer, tokens)
+    return work
+
+
 def _expert_hessians(layer: LayerSizes, tokens: int, most: int | None = None) -> float:
-    """Multiplications for the Hessians of a layer's experts, of ``most`` tokens each."""
-    routed: float = tokens * layer.top_k
-    if most is not None:
-        routed = min(routed, most * layer.experts)
-    # Half of a symmetric product is computed. Few tokens are completed by those of all experts.
-    missing = [
-        max(0, columns - routed // max(1, layer.experts)) for columns in layer.expert_columns
-    ]
-    more = layer.experts * min(tokens, OVERALL_TOKENS)
-    return sum(
-        (routed + (more if short else 0)) * columns**2 / 2
-        for columns, short in zip(layer.expert_columns, missing, strict=True)
-    )
+    """Multiplications for the Hessians of a layer's experts, ``most`` as of ``expert_hessians``."""
+    routed = tokens * layer.top_k // max(1, layer.experts)
+    found = 0.0
+    for columns in layer.expert_columns:
+        every = 1 if most is None else max(1, routed // max(most, columns))
+        # Few tokens are completed by those of all experts.
+        taken = routed // every + (min(tokens, OVERALL_TOKENS) if routed < columns else 0)
+        # Half of a symmetric product is computed.
+        found += layer.experts * taken * columns**2 / 2
+    return found
 
 
-def _linear_work(layer: LayerSizes, tokens: int) -> float:
+def _linear_work(stage: GPTQQuantize, layer: LayerSizes, tokens: int) -> float:
     """Multiplications for a layer's other linears; those that share an input share a Hessian."""
     shared = set(zip(layer.linear_parts, layer.linear_columns, strict=True))
-    hessians = sum(tokens * columns**2 / 2 + columns**3 for _, columns in shared)
-    updates = sum(
-        rows * columns**2 / 2
-        for rows, columns in zip(layer.linear_rows, layer.linear_columns, strict=True)
-    )
-    return float(hessians + updates)
+    hessians = sum(tokens * columns**2 / 2 for _, columns in shared)
+    factors = sum(columns**3 for _, columns in shared) if stage.quantizer == "gptq" else 0
+    linears = zip(layer.linear_rows, layer.linear_columns, strict=True)
+    products = sum(rows * columns**2 for rows, columns in linears)
+    return float(hessians + factors + _PRODUCTS.get(stage.quantizer, 0) * products)
+
+
+_PRODUCTS: Mapping[str, float] = {"gptq": 0.5, "lwc": lwc.STEPS}
+"""Quantiser -> how often it multiplies weights, or as many numbers, with their Hessian."""
 
 
 def _expert_updates(layer: LayerSizes, widths: int) -> float:

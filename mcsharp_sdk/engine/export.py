@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
-
+from mcsharp_sdk.checked_files import renew_checksums
 from mcsharp_sdk.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,7 +56,10 @@ def export(
         )
     folder = Path(model)
     target = folder / kind if output is None else Path(output)
-    return FOLDER_EXPORTS[kind](folder, target, overwrite, settings)
+    written = FOLDER_EXPORTS[kind](folder, target, overwrite, settings)
+    if target.resolve().is_relative_to(folder.resolve()):
+        renew_checksums(folder, target)
+    return written
 
 
 def _onnx_routers(
@@ -86,22 +88,12 @@ def _onnx_model(
 
 def _checked(exporter: type[AnyExporter], kind: str, settings: Mapping[str, Any]) -> AnyExporter:
     """An exporter with these settings; InputProblems names everything that is wrong with them."""
-    from mcsharp_sdk.recipe.document import Document, Finding
-    from mcsharp_sdk.recipe.wording import explain
+    from mcsharp_sdk.recipe.document import Document
+    from mcsharp_sdk.recipe.load import checked_settings
 
+    wrong = [name for name in _ELSEWHERE if name in settings]
     document = Document("", f"export of {kind}", data={**settings, "type": kind})
-    findings = [
-        Finding((name,), f"cannot be set here: {reason}")
-        for name, reason in _ELSEWHERE.items()
-        if name in settings
-    ]
-    try:
-        chosen = exporter.model_validate(document.data)
-    except ValidationError as error:
-        raise document.error([*findings, *explain(error, document.data, exporter)]) from None
-    if findings:
-        raise document.error(findings)
-    return chosen
+    return checked_settings(document, exporter, {name: _ELSEWHERE[name] for name in wrong})
 
 
 FOLDER_EXPORTS: dict[str, Callable[[Path, Path, bool, Mapping[str, Any]], dict[str, Any]]] = {

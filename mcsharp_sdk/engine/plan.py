@@ -20,6 +20,7 @@ from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
+from mcsharp_sdk.modifiers.token_protection import TokenProtection
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
 from mcsharp_sdk.recipe.document import Location
 from mcsharp_sdk.recipe.library import as_recipe
@@ -175,6 +176,13 @@ def _calibration_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit
             if isinstance(stage, ExpertStats) and stage.loss_tokens:
                 message = "gradients of the loss are measured on text alone: give 'loss_tokens: 0'"
                 yield ("stages", position, "loss_tokens"), message
+            ranks = isinstance(stage, TokenProtection) and stage.rule.importance is not None
+            if ranks and source.topology.kept_experts:
+                message = (
+                    "tokens of images go to other experts in this model, so importance within a "
+                    "sequence is not known: calibrate on text, or give 'metric: none'"
+                )
+                yield ("stages", position, "metric"), message
 
 
 def make_plan(
@@ -213,7 +221,7 @@ def make_plan(
         moe_layers=len(blocks),
         experts=blocks[0].num_experts,
         top_k=blocks[0].top_k,
-        stages=_stage_plans(recipe, bits, seconds, memory.stages(spill=spill)),
+        stages=_stage_plans(recipe, seconds, memory.stages(spill=spill)),
         bytes_before=sizes.bytes,
         bytes_after=after,
         nominal_bits=nominal,
@@ -221,7 +229,7 @@ def make_plan(
         least_memory=memory.peak(spill=True),
         spill=spill,
         run_bytes=_run_bytes(recipe, sizes, after) + (processes * memory.movable if spill else 0),
-        output_bytes=after,
+        output_bytes=after * sum(exporter.writes_weights for exporter in recipe.exports),
     )
 
 
@@ -285,10 +293,10 @@ def _run_bytes(recipe: Recipe, sizes: ModelSizes, after: int) -> int:
 
 
 def _stage_plans(
-    recipe: Recipe, bits: float | None, seconds: Sequence[float], memory: Sequence[int]
+    recipe: Recipe, seconds: Sequence[float], memory: Sequence[int]
 ) -> list[StagePlan]:
     return [
-        StagePlan(stage.type, _summary(stage, bits), needed, peak)
+        StagePlan(stage.type, _summary(stage), needed, peak)
         for stage, needed, peak in zip(recipe.stages, seconds, memory, strict=True)
     ]
 
@@ -298,7 +306,7 @@ def _most_tokens(recipe: Recipe) -> int:
     return sum(source.sequences * source.length for source in recipe.sources)
 
 
-def _summary(stage: Any, bits: float | None) -> str:
+def _summary(stage: Any) -> str:
     """A line about a stage with the settings that matter most."""
     told: Mapping[str, Any] = {
         name: getattr(stage, name) for name in _TOLD if getattr(stage, name, None) is not None

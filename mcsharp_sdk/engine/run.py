@@ -26,7 +26,7 @@ from mcsharp_sdk.engine.ranks import SharedRunDirectory, joined, own_device
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.engine.stage_store import StageStore
-from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.errors import Checks, InputError
 from mcsharp_sdk.models.device import is_cpu
 from mcsharp_sdk.models.memory import peak_resident_bytes
 from mcsharp_sdk.models.ranks import ALONE, Ranks
@@ -48,7 +48,7 @@ class Compression:
 
     Attributes
     ----------
-    output : the finished folder.
+    output : the finished folder; without exporters that is the run directory.
     seconds : per stage and exporter; a stage finished by an earlier run is absent.
     warnings : what was noticed on the way.
     plan : what was intended.
@@ -99,7 +99,8 @@ def compress(
     """Compress a model as a recipe says.
 
     The output folder appears when everything in it is finished. A run that was cut off continues
-    from the last finished layer if it is started again with the same arguments.
+    from the last finished layer if it is started again with the same arguments. The result of a
+    recipe without exporters is its run directory, which lies at ``output`` if no other is given.
 
     Parameters
     ----------
@@ -152,21 +153,26 @@ def _compress(
 ) -> Compression:
     """``compress`` with its arguments read, as one of several processes or alone."""
     allowed = _allowed(max_memory, device)
-    directory = run_dir if run_dir is not None else output.with_name(f".{output.name}.run")
+    output = Path(os.path.abspath(output))
+    directory = run_dir if run_dir is not None else _default_directory(output, recipe)
     published = not overwrite and is_published(directory, output, recipe)
-    check_output(output, directory, overwrite or published)
     source = SourceModel(model, device)
-    plan = make_plan(recipe, source, allowed, ranks.count)
-    if not published:
-        check_disk_space(plan, source, directory, output)
-    check_outer_weights(source)
-    calibration = read_calibration(recipe, source)
-    if calibration.groups:
-        calibration.share(ranks.rank, ranks.count)  # fewer sequences than processes are refused
+    checks = Checks()
+    if recipe.exports:
+        checks.result(lambda: check_output(output, model, directory, overwrite or published))
+    plan = checks.result(lambda: make_plan(recipe, source, allowed, ranks.count))
+    if plan is not None and not published:
+        checks.result(lambda: check_disk_space(plan, source, directory, output))
+    checks.result(lambda: check_outer_weights(source))
+    calibration = checks.result(lambda: _shared_calibration(recipe, source, ranks))
+    checks.raise_together("the run")
+    assert plan is not None
+    assert calibration is not None
     if on_plan is not None:
         on_plan(plan)
     ranks.wait()  # all have checked, so that none finds what another one has begun
-    opened = RunDirectory(directory, fingerprint(recipe, source), keep=run_dir is not None)
+    keep = run_dir is not None or not recipe.exports
+    opened = RunDirectory(directory, fingerprint(recipe, source), keep=keep)
     work = Work(
         source,
         recipe,
@@ -178,7 +184,22 @@ def _compress(
         ranks=ranks,
     )
     seconds, warnings = work.run(progress)
-    return Compression(output, seconds, warnings, plan, peak_resident_bytes())
+    result = output if recipe.exports else directory
+    return Compression(result, seconds, warnings, plan, peak_resident_bytes())
+
+
+def _shared_calibration(recipe: Recipe, source: SourceModel, ranks: Ranks) -> CalibrationSet:
+    calibration = read_calibration(recipe, source)
+    if calibration.groups:
+        calibration.share(ranks.rank, ranks.count)  # fewer sequences than processes are refused
+    return calibration
+
+
+def _default_directory(output: Path, recipe: Recipe) -> Path:
+    """A hidden folder beside the output, or the output where nothing else will be there."""
+    if not output.name:
+        raise InputError(f"{output} cannot be replaced: give a folder to make as --output")
+    return output.with_name(f".{output.name}.run") if recipe.exports else output
 
 
 def _allowed(max_memory: str | int | None, device: str) -> int | None:
@@ -236,7 +257,7 @@ class Work:
                 ranks=self.ranks,
             )
             _run_stages(context, watch, self.store)
-            if self.ranks.first:
+            if self.ranks.first and self.recipe.exports:
                 own = replace(context, directory=opened.own)
                 _export(own, self.output, self.overwrite, watch)
             self.ranks.wait()

@@ -138,6 +138,7 @@ class RunDirectory:
     def __enter__(self) -> Self:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._check_own()
             self._lock = lock(self.path / LOCK_FILE)
         except OSError as error:
             raise InputError(f"the run directory {self.path} cannot be used: {error}") from error
@@ -187,15 +188,25 @@ class RunDirectory:
             file.suffix in (".json", ".safetensors") for file in self.path.glob("*/*")
         ) or bool(self.finished())
 
+    def _check_own(self) -> None:
+        """Refuse a folder that is not a run's before anything is written to it."""
+        if (self.path / FINGERPRINT_FILE).exists():
+            return
+        begun = f".{FINGERPRINT_FILE}."  # by a run that was killed at once
+        strangers = [
+            file.name
+            for file in self.path.iterdir()
+            if file.name not in OWN_FILES and not file.name.startswith(begun)
+        ]
+        if strangers:
+            raise InputError(
+                f"{self.path} is no run directory: it has {min(strangers)}, but no "
+                f"{FINGERPRINT_FILE}; give another --run-dir, or empty the folder yourself"
+            )
+
     def _check_fingerprint(self) -> None:
         file = self.path / FINGERPRINT_FILE
         if not file.exists():
-            strangers = [f.name for f in self.path.iterdir() if not f.name.startswith(".")]
-            if set(strangers) - {LOCK_FILE, PUBLISHED_FILE}:
-                raise InputError(
-                    f"{self.path} is no run directory: it has {min(strangers)}, but no "
-                    f"{FINGERPRINT_FILE}; give another --run-dir, or empty the folder yourself"
-                )
             write_checked_json(file, self.fingerprint)
             return
         try:
@@ -257,11 +268,6 @@ class RunDirectory:
     def mark_published(self, what: Mapping[str, str]) -> None:
         """Record what is about to come to its place as the result of the run."""
         write_checked_json(self.path / PUBLISHED_FILE, dict(what))
-
-    def published(self) -> dict[str, str]:
-        """What ``mark_published`` kept; empty if nothing."""
-        file = self.path / PUBLISHED_FILE
-        return dict(read_checked_json(file)) if file.exists() else {}
 
     def files_written(self, artifact: str) -> tuple[str, ...]:
         """Files of the stage that has just run and writes ``artifact``, relative to the folder.

@@ -22,6 +22,7 @@ from mcsharp_sdk.engine.sweep_plan import EvaluationSettings, PlannedVariant, Sw
 from mcsharp_sdk.engine.variants import RecipeLike
 from mcsharp_sdk.errors import InputError, McSharpError
 from mcsharp_sdk.evaluation.evaluate import evaluate
+from mcsharp_sdk.models.weight_checks import check_outer_weights
 
 OnVariant = Callable[[str, int, int], None]
 
@@ -104,6 +105,7 @@ def sweep(
         raise InputError("a sweep runs in one process: start it without torchrun")
     settings = EvaluationSettings(None if text is None else Path(text), window, max_tokens)
     plan = plan_sweep(recipe, Path(model), vary, overrides, settings, device)
+    check_outer_weights(plan.source)
     folder = SweepFolder(Path(output), plan, keep_models)
     folder.check(overwrite)
     work = Path(run_dir) if run_dir is not None else folder.path / WORK_FOLDER

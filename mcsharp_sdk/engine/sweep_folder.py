@@ -128,8 +128,10 @@ class SweepFolder:
             if overwrite:
                 for name in (VARIANTS_FOLDER, WORK_FOLDER):
                     shutil.rmtree(self.path / name, ignore_errors=True)
-            yield
-        (self.path / LOCK_FILE).unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                (self.path / LOCK_FILE).unlink(missing_ok=True)
 
     def model(self, variant: PlannedVariant) -> Path:
         """Where the variant's model is kept."""

@@ -105,13 +105,14 @@ class ExpertRuns:
     def pieces(self, expert: int, matrix: Matrix, most: int | None = None) -> Iterator[Piece]:
         """The expert's tokens with the inputs of one of its matrices, some at a time.
 
-        Of more than ``most`` tokens only every second, third … is given.
+        Of twice as many as ``most`` tokens or more only every second, third … is given: at least
+        ``most`` of them.
 
         Those of ``down`` come from the ``gate_up`` that the expert has when they are first asked
         for; it must not change between that and :meth:`add_output`.
         """
         token, routing = self.tokens.of(expert)
-        every = 1 if most is None else max(1, -(-len(token) // most))
+        every = 1 if most is None else max(1, len(token) // most)
         for piece in self._all_pieces(expert, matrix, token, routing):
             yield piece if every == 1 else Piece(*(part[::every] for part in piece))
 

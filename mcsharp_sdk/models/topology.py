@@ -43,6 +43,8 @@ class MoeBlock:
     """Where one decoder layer keeps its mixture of experts (paths relative to the layer).
 
     ``weighs_input``: routing weights multiply an expert's input instead of its output.
+    ``attends``: the layer has softmax attention that SDPA runs, so that it can be told what
+    attention tokens receive.
     """
 
     layer: int
@@ -51,6 +53,7 @@ class MoeBlock:
     num_experts: int
     top_k: int
     weighs_input: bool = False
+    attends: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,10 @@ def read_topology(model: nn.Module, config: Any) -> Topology:
         of them or no router beside them.
     """
     layers_path, layers = _decoder_layers(model, config.model_type)
+    sdpa = _has_sdpa(model.get_submodule(layers_path.rpartition(".")[0]))
     moe, linears = {}, {}
     for index, layer in enumerate(layers):
-        block = _moe_block(index, layer, config)
+        block = _moe_block(index, layer, config, attends=sdpa and _attends(layer))
         if block is not None:
             moe[index] = block
         linears[index] = _other_linears(layer)
@@ -112,6 +116,18 @@ def why_not_prunable(blocks: Iterable[MoeBlock]) -> str | None:
             "other experts would not make up for a dropped one"
         )
     return None
+
+
+def why_not_ranked_by_attention(blocks: Iterable[MoeBlock]) -> str | None:
+    """Why tokens in front of such MoE blocks have no importance by attention; None if they do."""
+    silent = [str(block.layer) for block in blocks if not block.attends]
+    if not silent:
+        return None
+    layers = f"layer {silent[0]} has" if len(silent) == 1 else f"layers {', '.join(silent)} have"
+    return (
+        f"{layers} no softmax attention, run by SDPA, that could tell how important tokens are: "
+        "give 'metric: variance' or 'none'"
+    )
 
 
 def router_weight(router: nn.Module) -> str:
@@ -152,7 +168,7 @@ def _kept_linears(layers: nn.ModuleList) -> tuple[str, ...]:
     return tuple(dict.fromkeys(end for path in paths for end in _kept(path, KEPT_LINEARS)))
 
 
-def _moe_block(index: int, layer: nn.Module, config: Any) -> MoeBlock | None:
+def _moe_block(index: int, layer: nn.Module, config: Any, *, attends: bool) -> MoeBlock | None:
     found = [
         (name, module)
         for name, module in layer.named_modules()
@@ -179,7 +195,18 @@ def _moe_block(index: int, layer: nn.Module, config: Any) -> MoeBlock | None:
         num_experts=int(experts.num_experts),
         top_k=_top_k(block, router, config),
         weighs_input=getattr(experts, "weighs_input", False),
+        attends=attends,
     )
+
+
+def _has_sdpa(decoder: nn.Module) -> bool:
+    """Whether transformers runs the decoder's attention by SDPA."""
+    return bool(getattr(decoder, "_supports_sdpa", False))
+
+
+def _attends(layer: nn.Module) -> bool:
+    """Whether a decoder layer has softmax attention: linear attention has no ``is_causal``."""
+    return any(hasattr(m, "layer_idx") and hasattr(m, "is_causal") for m in layer.modules())
 
 
 def _top_k(block: nn.Module, router: str, config: Any) -> int:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from mcsharp_sdk.allocation.baselines import ALLOCATORS, AllocatorName, Need
-from mcsharp_sdk.allocation.significance import Exponents, Factors, allocation_cost
+from mcsharp_sdk.allocation.baselines import ALLOCATORS, AllocatorName, spread_evenly
+from mcsharp_sdk.allocation.significance import Exponents, allocation_cost
 from mcsharp_sdk.allocation.solver import BudgetRule, check_budget
 from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, LayerStatistics, check_layers
 from mcsharp_sdk.errors import InputError, Problem
 from mcsharp_sdk.modifiers.allocation_needs import unmeasured
 from mcsharp_sdk.modifiers.base import Modifier
+from mcsharp_sdk.modifiers.layer_factors import factors_of, layer_weights
 from mcsharp_sdk.recipe.paths import RecipePath
 
 if TYPE_CHECKING:
@@ -128,6 +129,15 @@ class BitAllocation(Modifier):
         if self.loss_weighting and self.budget_scope != "global":
             raise ValueError("loss_weighting compares layers, so it goes with budget_scope: global")
         needs = ALLOCATORS[self.allocator].needs
+        if self.loss_weighting and needs != "quant_error":
+            raise ValueError(
+                f"loss_weighting weighs quantisation errors, which {self.allocator} does not use"
+            )
+        if self.budget == "exact" and ALLOCATORS[self.allocator].whole_model:
+            raise ValueError(
+                f"{self.allocator} widens whole layers, which seldom use exactly the budget: give "
+                "'budget: at_most'"
+            )
         if self.budget_scope == "global" and needs == "quant_error" and self.gamma != 2:
             raise ValueError(
                 "gamma must be 2 with budget_scope: global, where errors of different layers "
@@ -166,16 +176,20 @@ class BitAllocation(Modifier):
         counts = [sum(experts.values())] if self.whole_model else experts.values()
         for count in sorted({n for n in counts if n}):
             try:
-                check_budget(
-                    count,
-                    self.widths,
-                    self.budget_bits(count),
-                    budget_rule=self.budget,
-                    at_least=self.required_widths(),
-                )
+                self._check_budget(count)
             except InputError as error:
                 problems.append(Problem("target_bits", f"{error}{self._remedy()}"))
         return [*problems, *self._check_factors(experts)]
+
+    def _check_budget(self, experts: int) -> None:
+        """InfeasibleBudget if so many experts cannot meet the budget."""
+        budget = self.budget_bits(experts)
+        if self.allocator == "uniform":  # knows two neighbouring widths, and looks at no costs
+            costs = np.zeros((experts, len(self.widths)))
+            spread_evenly(costs, self.widths, budget, budget_rule=self.budget)
+            return
+        required = self.required_widths()
+        check_budget(experts, self.widths, budget, budget_rule=self.budget, at_least=required)
 
     def _check_factors(self, experts: Mapping[int, int]) -> list[Problem]:
         if self.factors is None:
@@ -185,7 +199,7 @@ class BitAllocation(Modifier):
             try:
                 check_layers(statistics.experts(), experts)
                 for layer in statistics.layers:
-                    _factors(layer, self.widths, ALLOCATORS[self.allocator].needs)
+                    factors_of(layer, self.widths, ALLOCATORS[self.allocator].needs)
                 _layer_weights(statistics.layers, self)
             except InputError as error:
                 raise InputError(f"{self.factors}: {error}") from None
@@ -248,7 +262,7 @@ def _solve(layers: Layers, settings: BitAllocation) -> dict[int, tuple[int, ...]
     costs = []
     for layer, weight in zip(layers, _layer_weights(layers, settings), strict=True):
         rng = np.random.default_rng([settings.seed, layer.layer])
-        factors = _factors(layer, settings.widths, allocator.needs)
+        factors = factors_of(layer, settings.widths, allocator.needs)
         try:
             costs.append(weight * allocator.cost(factors, _exponents(settings), rng))
         except InputError as error:
@@ -258,6 +272,7 @@ def _solve(layers: Layers, settings: BitAllocation) -> dict[int, tuple[int, ...]
         cost,
         settings.widths,
         settings.budget_bits(len(cost)),
+        layers=[layer.num_experts for layer in layers],
         budget_rule=settings.budget,
         at_least=settings.required_widths(),
     )
@@ -278,7 +293,7 @@ def _objective(
         if not set(given) <= set(layer.errors):
             return None
         try:
-            cost = allocation_cost(_factors(layer, given, "quant_error"), _exponents(settings))
+            cost = allocation_cost(factors_of(layer, given, "quant_error"), _exponents(settings))
         except InputError:
             return None  # nothing to weigh the experts by: no cost, but the widths stand
         chosen = [row[given.index(w)] for row, w in zip(cost, bits[layer.layer], strict=True)]
@@ -286,41 +301,10 @@ def _objective(
     return objective
 
 
-def _factors(layer: LayerStatistics, widths: Sequence[int], need: Need | None) -> Factors:
-    """What an allocator needs of a layer; InputError if it was not measured."""
-    cosine = None
-    if need in ("predicted_block_cosine", "block_cosine"):
-        cosine = getattr(layer, need)
-        if cosine is None:
-            raise InputError(
-                f"layer {layer.layer}: no {need.replace('_', ' ')} was measured: "
-                "give ExpertStats 'block_scores: true'"
-            )
-    return Factors(
-        widths=tuple(widths),
-        activation_count=layer.activation_count,
-        routing_weight_sum=layer.routing_weight_sum,
-        quant_error=layer.errors_at(widths) if need == "quant_error" else None,
-        hessian_error=layer.hessian_errors_at(widths) if need == "hessian_error" else None,
-        block_cosine=cosine,
-    )
-
-
 def _layer_weights(layers: Layers, settings: BitAllocation) -> list[float]:
     """What the errors of each layer are multiplied by where layers share a budget."""
-    weighs = ALLOCATORS[settings.allocator].needs == "quant_error" and settings.whole_model
-    known = [layer.loss_sensitivity for layer in layers]
-    found = [value for value in known if value is not None]
-    if not weighs or settings.loss_weighting is False:
-        return [1.0] * len(layers)
-    if len(found) == len(layers):
-        return found
-    if settings.loss_weighting:
-        raise InputError(
-            f"layer {layers[known.index(None)].layer}: how much the loss feels errors was not "
-            "measured: give ExpertStats 'loss_tokens'"
-        )
-    return [1.0] * len(layers)
+    comparable = ALLOCATORS[settings.allocator].needs == "quant_error" and settings.whole_model
+    return layer_weights(layers, settings.loss_weighting if comparable else False)
 
 
 def _exponents(settings: BitAllocation) -> Exponents:

@@ -27,9 +27,10 @@ def expert_hessians(
     They are of the tokens routed to each. Experts with few are completed by tokens of the whole
     layer, and noted. Tokens that are weighed by their routing weight squared, v, count as
     (Σ v)²/Σ v² (Kish's effective sample size), and those that complete them get the expert's mean
-    v. Of more than ``most`` tokens, so many are taken.
+    v. Of many tokens at least ``most`` are taken, and never so few that they need completion.
     """
     _, columns = runs.weights.shape(matrix)
+    most = None if most is None else max(most, columns)
     hessians = torch.zeros(len(chunk), columns, columns, device=runs.routed.hidden.device)
     shared: Tensor | None = None
     counts = []

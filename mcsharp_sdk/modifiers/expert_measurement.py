@@ -13,7 +13,7 @@ from torch import Tensor
 from mcsharp_sdk.artifacts import LayerStatistics, SourceStatistics
 from mcsharp_sdk.models.capture import RoutedInputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
-from mcsharp_sdk.models.experts import Matrix, weigh
+from mcsharp_sdk.models.experts import Matrix, finish, weigh
 from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.routing import router_scores
 from mcsharp_sdk.models.streamed_layer import StreamedLayer
@@ -29,7 +29,8 @@ from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
 
 HESSIAN_TOKENS = 2048
-"""Most tokens per expert that Hessians are summed over: errors are compared, not stored."""
+"""Tokens per expert that suffice for Hessians of no more columns: errors are compared, not stored.
+"""
 
 QUICK_SEARCH: dict[str, Any] = {"clip_ratios": (1.0, 0.8, 0.65, 0.5, 0.38), "refinements": 1}
 """A coarser search for scales than weights that are kept get, for the same reason."""
@@ -87,7 +88,7 @@ class ExpertMeasurement:
         for chunk in expert_chunks(runs):
             samples = {expert: self._sample(runs, expert, gradients) for expert in chunk}
             for expert, sample in samples.items():
-                dropped[expert] = sample.norm_of(sample.output)
+                dropped[expert] = sample.norm_of(sample.output - _left(runs, expert, sample))
             for width, changes, moved in self._changes(runs, chunk, samples):
                 hessian_errors[width][chunk] = moved
                 if self.block_errors:
@@ -249,6 +250,14 @@ class _Sample:
         """Frobenius norm of the routing-weighted change, [n, hidden], over all its tokens."""
         weighted = change.float() * self.routing.float().unsqueeze(-1)
         return float(weighted.norm()) * self.sampled**0.5
+
+
+def _left(runs: ExpertRuns, expert: int, sample: _Sample) -> Tensor:
+    """What an expert gives when it is removed, [n, hidden]: its biases stay, of zeros for weights.
+
+    Those of its first matrix do not get through the second.
+    """
+    return finish(runs.weights.module, torch.zeros_like(sample.output), expert)
 
 
 def _loss_curvature(runs: ExpertRuns, expert: int, gradients: Tensor) -> dict[Matrix, float]:

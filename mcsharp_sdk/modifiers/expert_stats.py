@@ -50,7 +50,11 @@ class ExpertStats(Modifier):
     ] = 128
     error_tokens: Annotated[
         int,
-        Field(ge=1, description="Errors are measured on at most this many tokens of an expert."),
+        Field(
+            ge=1,
+            description="Errors are measured on at most this many tokens of an expert; with scope "
+            "model on the first sequences of so many tokens in all, whole ones and at least one.",
+        ),
     ] = 512
     hessian: Annotated[
         Literal["input_gram", "loss"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -181,7 +180,7 @@ class GPTQQuantize(Modifier):
                     self._restore(layer, layers, widths)
                 else:
                     tensors, notes = quantiser.quantise(layer, widths, original)
-                    writer.write(layer.index, tensors, asdict(notes))
+                    writer.write(layer.index, tensors, notes.to_json())
                     del tensors  # they go when they are written
         layers.write_summary(self._layout(context, bit_map).to_dict())
         self._report(context, layers)

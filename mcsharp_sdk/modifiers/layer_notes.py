@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from mcsharp_sdk.models.ranks import Ranks
 
@@ -32,6 +34,14 @@ class LayerNotes:
         """Count a matrix to its part of the layer."""
         self.squared_error[part] = self.squared_error.get(part, 0.0) + error
         self.squared_output[part] = self.squared_output.get(part, 0.0) + output
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; None for squares that are not known, as those of a Hessian with NaN."""
+        found = asdict(self)
+        for name in ("squared_error", "squared_output"):
+            squares = found[name].items()
+            found[name] = {part: v if math.isfinite(v) else None for part, v in squares}
+        return found
 
     def merge(self, ranks: Ranks) -> LayerNotes:
         """Those of all processes, in the order of the experts."""

@@ -36,9 +36,7 @@ from mcsharp_sdk.quantization.grid import (
     group_count,
     pack_weight,
 )
-from mcsharp_sdk.quantization.hessian import (
-    accumulate,
-)
+from mcsharp_sdk.quantization.hessian import accumulate
 from mcsharp_sdk.quantization.propagation import accumulate_cross
 from mcsharp_sdk.quantization.rotation import expert_signs, rotate_, rotate_both_, turned_back
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
@@ -108,38 +106,16 @@ class LayerQuantiser:
         notes: LayerNotes,
         original: OriginalLayer | None,
     ) -> Iterator[tuple[str, PackedWeight]]:
-        hessians: dict[tuple[str, ...], Tensor] = {}
-        crosses: dict[tuple[str, ...], Tensor] = {}
-
-        def collect(group: tuple[str, ...], inputs: Tensor) -> None:
-            columns = inputs.shape[-1]
-            if group not in hessians:
-                hessians[group] = torch.zeros(columns, columns, device=inputs.device)
-            accumulate(hessians[group], inputs)
-
-        def collect_both(group: tuple[str, ...], inputs: Tensor, wanted: Tensor) -> None:
-            collect(group, inputs)
-            if group not in crosses:
-                crosses[group] = torch.zeros_like(hessians[group])
-            accumulate_cross(crosses[group], wanted, inputs)
-
-        if original is None:
-            linear_inputs(layer, names, collect)
-        else:
-            paired_linear_inputs(layer, original.in_place, names, collect_both)
-        ranks = layer.inputs.ranks
-        tokens = ranks.total(sum(hidden.shape[:2].numel() for hidden in layer.inputs.hidden))
-        costs = [float(ranks.sum_(hessian).shape[-1]) ** 3 for hessian in hessians.values()]
-        owned = divide(costs, ranks.count)
-        groups, batches = list(hessians), {}
+        """Linears of one part of the layer, quantised on inputs as they are now, and put back."""
+        moments, ranks = _linear_moments(layer, names, original), layer.inputs.ranks
+        groups = list(moments)
+        owned = divide([float(m.hessians.shape[-1]) ** 3 for m in moments.values()], ranks.count)
+        batches = {}
         for position in owned[ranks.rank]:
             group = groups[position]
-            moments = Moments(hessians.pop(group).unsqueeze(0), [tokens])
-            if original is not None:
-                moments.cross = crosses.pop(group).unsqueeze(0)
             weights = _stacked(layer, group).unsqueeze(0)
             batches[position] = quantise_matrices(
-                self.settings, weights, moments, [bits], group[:1], notes
+                self.settings, weights, moments.pop(group), [bits], group[:1], notes
             )
         for position, group in enumerate(groups):
             linears: list[Any] = [layer.module.get_submodule(name) for name in group]
@@ -261,6 +237,37 @@ def _remove(runs: ExpertRuns, experts: Iterable[int]) -> None:
         for matrix in MATRICES:
             zeros = runs.routed.hidden.new_zeros(runs.weights.shape(matrix))
             runs.weights.replace(matrix, expert, zeros)
+
+
+def _linear_moments(
+    layer: StreamedLayer, names: Sequence[str], original: OriginalLayer | None
+) -> dict[tuple[str, ...], Moments]:
+    """Linears that share their input -> its moments over the tokens of all processes."""
+    found: dict[tuple[str, ...], Moments] = {}
+    ranks = layer.inputs.ranks
+    tokens = ranks.total(sum(hidden.shape[:2].numel() for hidden in layer.inputs.hidden))
+
+    def collect(group: tuple[str, ...], inputs: Tensor) -> None:
+        if group not in found:
+            columns = inputs.shape[-1]
+            hessians = torch.zeros(1, columns, columns, device=inputs.device)
+            found[group] = Moments(hessians, [tokens])
+        accumulate(found[group].hessians[0], inputs)
+
+    def collect_both(group: tuple[str, ...], inputs: Tensor, wanted: Tensor) -> None:
+        collect(group, inputs)
+        moments = found[group]
+        if moments.cross is None:
+            moments.cross = torch.zeros_like(moments.hessians)
+        accumulate_cross(moments.cross[0], wanted, inputs)
+
+    if original is None:
+        linear_inputs(layer, names, collect)
+    else:
+        paired_linear_inputs(layer, original.in_place, names, collect_both)
+    for moments in found.values():
+        ranks.sum_(moments.hessians)
+    return found
 
 
 def _stacked(layer: StreamedLayer, names: Sequence[str]) -> Tensor:

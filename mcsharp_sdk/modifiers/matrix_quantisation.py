@@ -124,11 +124,7 @@ def _quantised(
         weights = make_up(weights, moments.cross, factor, s.propagation)
         moments.cross = None
     batch = quantise_gptq(
-        weights,
-        factor,
-        bits,
-        s.grid,
-        compensate_within_block=s.compensate_within_block or min(bits) > 3,
+        weights, factor, bits, s.grid, compensate_within_block=s.compensate_within_block
     )
     if s.refinements is not None:
         _refine(weights, batch, hessians, factor, s.refinements)

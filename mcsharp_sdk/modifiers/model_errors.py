@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mcsharp_sdk.artifacts import LayerStatistics
@@ -63,11 +64,25 @@ def measure_model_errors(
                         output = _run_layers(context, probe, index, last)
                     errors[width][expert] = float((output - reference).float().norm())
             dropped = errors.pop(REMOVED)
+            _name_unreached(context, statistics, dropped, few.num_tokens)
             filled.append(replace(statistics, quant_error=errors, drop_error=dropped))
         inputs.advance(source.layer(index), index)
         probe.advance(source.layer(index), index)
     source.free(f"{source.topology.layers_path}.")
     return filled
+
+
+def _name_unreached(
+    context: RunContext, measured: LayerStatistics, dropped: NDArray[np.float64], tokens: int
+) -> None:
+    """Warn of experts that some tokens select, but none of those that errors are measured on."""
+    unreached = np.flatnonzero((dropped == 0) & (measured.activation_count > 0)).tolist()
+    if unreached:
+        context.report.warn(
+            f"layer {measured.layer}: all errors are 0 for experts that none of the first {tokens} "
+            f"tokens reach, on which errors at the model's output are measured: "
+            f"{', '.join(map(str, unreached))}; give ExpertStats more 'error_tokens'"
+        )
 
 
 def _run_layers(context: RunContext, like: LayerInputs, start: int, stop: int) -> Tensor:

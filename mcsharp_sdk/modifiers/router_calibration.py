@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -48,6 +48,18 @@ class RouterCalibration(Modifier):
     def why_not_shared(self) -> str | None:
         return "routers are fitted by one process, on tokens of all sequences: start one process"
 
+    def check_earlier(self, stages: Sequence[Modifier]) -> list[Problem]:
+        """Whether no stage has measured with the routers as they were."""
+        return [
+            Problem(
+                "",
+                f"{stage.type} would drop experts by what it measured with the routers as they "
+                f"were: put RouterCalibration in front of {stage.type}",
+            )
+            for stage in stages
+            if stage.writes in (TokenProtectionRule.NAME, TOP_ANY_ROUTER)
+        ]
+
     def check_routers(self, routers: Mapping[int, RouterSettings]) -> list[Problem]:
         """Whether probabilities over experts say how these routers choose."""
         mixing = [s.model_type for s in routers.values() if s.sparse_mixing is not None]
@@ -85,12 +97,6 @@ class RouterCalibration(Modifier):
             context.report.warn(
                 "fitting did not bring these layers' routers closer to the original's choices on "
                 f"tokens held out, so they stay as they are: {', '.join(kept)}"
-            )
-        pruned = context.layers(TOP_ANY_ROUTER).is_complete()
-        if pruned or context.directory.has(TokenProtectionRule):
-            context.report.warn(
-                "experts are dropped by what was measured with the routers as they were before "
-                "RouterCalibration: put it in front of TokenProtection and TopAnyRouter"
             )
         means = {
             name: sum(note[name] for note in notes.values()) / len(notes)

@@ -15,6 +15,7 @@ from mcsharp_sdk.modifiers.base import Modifier
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
     from mcsharp_sdk.models.topology import MoeBlock
+    from mcsharp_sdk.runtime.pruning_layout import RulePruning
 
 Metric = Literal["attention", "kurtosis", "variance", "mean", "none", "drop_insignificant"]
 
@@ -80,13 +81,24 @@ class TokenProtection(Modifier):
     uses_calibration: ClassVar[bool] = True
     shares_work: ClassVar[bool] = True
 
+    @property
+    def rule(self) -> RulePruning:
+        """What is known of the rule before thresholds are measured."""
+        from mcsharp_sdk.runtime.pruning_layout import RulePruning
+
+        return RulePruning(self.metric, self.protect_ratio, self.drop_ratio, {})
+
     def check_blocks(self, blocks: Mapping[int, MoeBlock]) -> list[Problem]:
-        """Whether there are experts to drop, and as many layers as are to prune."""
-        from mcsharp_sdk.models.topology import why_not_prunable
+        """Whether there are experts to drop, a metric's attention, and as many layers to prune."""
+        from mcsharp_sdk.models.topology import why_not_prunable, why_not_ranked_by_attention
+        from mcsharp_sdk.pruning.importance import ATTENTION
 
         problems = []
         if (obstacle := why_not_prunable(blocks.values())) is not None:
             problems.append(Problem("", obstacle))
+        elif self.rule.importance == ATTENTION:
+            obstacle = why_not_ranked_by_attention(blocks.values())
+            problems += [] if obstacle is None else [Problem("metric", obstacle)]
         if isinstance(self.layers, CheapestLayers) and self.layers.cheapest > len(blocks):
             problems.append(
                 Problem(
@@ -99,10 +111,8 @@ class TokenProtection(Modifier):
 
     def run(self, context: RunContext) -> None:
         from mcsharp_sdk.modifiers.protection_measurement import ProtectionMeasurement
-        from mcsharp_sdk.runtime.pruning_layout import RulePruning
 
-        rule = RulePruning(self.metric, self.protect_ratio, self.drop_ratio, {})
-        measurement = ProtectionMeasurement(rule, self.threshold, self.quantile)
+        measurement = ProtectionMeasurement(self.rule, self.threshold, self.quantile)
         layers = context.layers(self.writes)
         for layer in context.stream("measuring thresholds", quantised=True, by_expert=True):
             if layer.moe is None:

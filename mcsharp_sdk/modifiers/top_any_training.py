@@ -144,10 +144,6 @@ class Training:
             raise RunError(self._not_finite(self.curve.steps, math.nan))
         return self.curve
 
-    def forget(self) -> None:
-        """Remove the kept state: the result has been kept elsewhere."""
-        self._file.unlink(missing_ok=True)
-
     def _step(self, step: int, losses: Losses) -> None:
         temperature = temperature_at(self._settings, step)
         generator = torch.Generator().manual_seed(seeded(self._settings.seed, self._name, step))

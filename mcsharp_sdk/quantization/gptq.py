@@ -25,15 +25,19 @@ from mcsharp_sdk.quantization.grid import (
     check_widths,
     group_count,
     top_code,
+    zero_codes,
 )
 from mcsharp_sdk.quantization.hessian import InverseFactor
-from mcsharp_sdk.quantization.search import GridSettings, GroupGrid, fit_group
+from mcsharp_sdk.quantization.search import GridSettings, fit_group
 
 BLOCK = 128
 """Columns whose updates to all later columns are applied together."""
 
 COPIED_ROWS = 1024
 """Rows that are transposed at a time."""
+
+MOST_BLOCKWISE_BITS = 3
+"""Widest experts that can do without updates inside a block."""
 
 RUN = 16
 """Columns whose updates to the rest of their group are applied together."""
@@ -57,8 +61,8 @@ def quantise_gptq(
     grid : group size and search. Scale and zero point of a group are chosen on the compensated
         weights when its first column is reached, weighting column k by 1/U_kk², the cost of an
         error there once later columns have made up for it.
-    compensate_within_block : False leaves out the updates inside a block of 128 columns, as the
-        authors' released code does for 3 bits and less.
+    compensate_within_block : False leaves out the updates inside a block of 128 columns for the
+        experts of ``MOST_BLOCKWISE_BITS`` and less, as the authors' released code does.
 
     Returns
     -------
@@ -78,19 +82,21 @@ def quantise_gptq(
             f"{columns}], got {tuple(upper.shape)}"
         )
     order = sorted(range(experts), key=lambda expert: widths[expert])
-    state = _start(weights, upper, order, [widths[e] for e in order], grid)
+    blockwise = [not compensate_within_block and widths[e] <= MOST_BLOCKWISE_BITS for e in order]
+    state = _start(weights, upper, order, [widths[e] for e in order], blockwise, grid)
     for start, stop in _blocks(columns, grid.group_size):
-        _quantise_block(state, start, stop, compensate_within_block)
+        _quantise_block(state, start, stop)
     return _finish(state, order, widths, grid.group_size)
 
 
 @dataclass(frozen=True)
 class _State:
-    """Work in progress; experts sorted by width, B matrices (1 if U is shared, else E)."""
+    """Work in progress; experts sorted by width, B matrices (1 if they share U and its use)."""
 
     weights: Tensor  # fp32 [B, K, rows], updated in place
     upper: Tensor  # fp32 [B, K, K]: U, in another order
     matrices: list[int]  # places of the B matrices in ``upper``
+    blockwise: list[bool]  # of the B matrices: those without updates inside a block
     importance: Tensor  # fp32 [B, K]: 1/U_ii²
     codes: Tensor  # uint8 [B, K, rows]
     scales: Tensor  # fp32 [E, G, R]
@@ -106,6 +112,15 @@ class _State:
         rows = rows[self.matrices] if len(self.matrices) > 1 else rows
         return rows / rows.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
 
+    def inside(self, updates: Tensor) -> Tensor | None:
+        """Of the updates of a block, those inside it, [B, n, n]; None if there are to be none."""
+        if all(self.blockwise):
+            return None
+        updates = updates[..., : updates.shape[1]]
+        if not any(self.blockwise):
+            return updates
+        return updates.masked_fill(updates.new_tensor(self.blockwise).bool()[:, None, None], 0.0)
+
     def by_expert(self, columns: Tensor) -> Tensor:
         """View [B, c, rows] as [E, c, R]."""
         if len(columns) == len(self.widths):
@@ -118,11 +133,17 @@ class _State:
 
 
 def _start(
-    weights: Tensor, upper: Tensor, order: list[int], widths: list[int], grid: GridSettings
+    weights: Tensor,
+    upper: Tensor,
+    order: list[int],
+    widths: list[int],
+    blockwise: list[bool],
+    grid: GridSettings,
 ) -> _State:
     experts, rows, columns = weights.shape
-    shared = len(upper) == 1
-    matrices = 1 if shared else experts
+    shared = len(upper) == 1 and len(set(blockwise)) == 1
+    places = [0] * (1 if shared else experts) if len(upper) == 1 else order
+    matrices = len(places)
     transposed = weights.new_empty(
         matrices, columns, experts * rows // matrices, dtype=torch.float32
     )
@@ -135,14 +156,15 @@ def _start(
         ):
             into.copy_(some.float().T)
         magnitude[place] = torch.linalg.vector_norm(target, 1) / target.numel()
-    for place, matrix in enumerate([0] if shared else order):
+    for place, matrix in enumerate(places):
         torch.reciprocal(upper[matrix].diagonal().square(), out=importance[place])
     groups = group_count(columns, grid.group_size)
     top = transposed.new_tensor([top_code(width) for width in widths])
     return _State(
         weights=transposed,
         upper=upper,
-        matrices=[0] if shared else order,
+        matrices=places,
+        blockwise=blockwise[:matrices],
         importance=importance,
         codes=torch.empty_like(transposed, dtype=torch.uint8),
         scales=transposed.new_empty(experts, groups, rows),
@@ -163,10 +185,11 @@ def _blocks(columns: int, group_size: int) -> Iterator[tuple[int, int]]:
             yield piece, min(piece + BLOCK, stop)
 
 
-def _quantise_block(state: _State, start: int, stop: int, compensate: bool) -> None:
+def _quantise_block(state: _State, start: int, stop: int) -> None:
     """Quantise the columns ``start`` to ``stop`` and update all later ones."""
     weights, size = state.weights, state.grid.group_size
     updates = state.updates(start, stop)
+    inside = state.inside(updates)
     errors = torch.empty_like(weights[:, start:stop])
     at = start
     while at < stop:
@@ -177,12 +200,12 @@ def _quantise_block(state: _State, start: int, stop: int, compensate: bool) -> N
         zeros = state.by_matrix(state.zeros[:, at // size]).unsqueeze(1)
         exact = weights[:, at:end].mul_(scales.reciprocal()).add_(zeros)
         error = errors[:, at - start : end - start]
-        rows = updates[:, at - start : end - start]
-        within = rows[..., at - start : end - start] if compensate else None
+        rows = None if inside is None else inside[:, at - start : end - start]
+        within = None if rows is None else rows[..., at - start : end - start]
         state.codes[:, at:end] = walk_columns(exact, within, state.top, error)
         error *= scales
-        if compensate and end < stop:
-            _compensate(weights[:, end:stop], rows[..., end - start : stop - start], error)
+        if rows is not None and end < stop:
+            _compensate(weights[:, end:stop], rows[..., end - start :], error)
         at = end
     if stop < weights.shape[1]:
         _compensate(weights[:, stop:], updates[..., stop - start :], errors)
@@ -257,9 +280,9 @@ def _finish(
 ) -> QuantizedBatch:
     """Back to the experts' order and to rows first."""
     rank = torch.tensor(order).argsort().tolist()
-    zero_codes = torch.empty_like(state.zeros, dtype=torch.uint8)
+    zeros = torch.empty_like(state.zeros, dtype=torch.uint8)
     for expert, width in enumerate(state.widths):
-        zero_codes[expert] = GroupGrid(state.scales, state.zeros[expert]).zero_codes(width)
+        zeros[expert] = zero_codes(state.zeros[expert], width)
     codes = state.by_expert(state.codes)
     in_order = codes.new_empty(len(codes), codes.shape[2], codes.shape[1])
     for expert, place in enumerate(rank):
@@ -267,7 +290,7 @@ def _finish(
     return QuantizedBatch(
         in_order,
         state.scales[rank].transpose(1, 2).to(torch.float16).contiguous(),
-        zero_codes[rank].transpose(1, 2).contiguous(),
+        zeros[rank].transpose(1, 2).contiguous(),
         widths,
         group_size,
     )

@@ -46,6 +46,11 @@ def zero_points(zero_codes: Tensor, bits: int) -> Tensor:
     return zero_codes.float().mul_(ZERO_STEP).add_(top_code(bits) / 2)
 
 
+def zero_codes(zeros: Tensor, bits: int) -> Tensor:
+    """Codes, uint8, of zero points on the grid, in units of the scale; any shape."""
+    return ((zeros - top_code(bits) / 2) / ZERO_STEP).round().to(torch.uint8)
+
+
 @dataclass(frozen=True)
 class QuantizedWeight:
     """Weights at one bit width, not yet packed.
@@ -96,13 +101,6 @@ class QuantizedBatch:
             self.zeros[index],
             self.bits[index],
             self.group_size,
-        )
-
-    def of_width(self, bits: int) -> tuple[list[int], QuantizedWeight]:
-        """Indices (ascending) of the experts of one width, and their weights [n, R, K]."""
-        chosen = [e for e, width in enumerate(self.bits) if width == bits]
-        return chosen, QuantizedWeight(
-            self.codes[chosen], self.scales[chosen], self.zeros[chosen], bits, self.group_size
         )
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:

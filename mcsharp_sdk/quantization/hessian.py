@@ -267,9 +267,13 @@ def squared_output_error(weight: Tensor, quantised: Tensor, hessian: Tensor) -> 
     ----------
     weight, quantised : [R, K], of any float dtype; Δ is their difference.
     hessian : fp32 [K, K].
+
+    Returns
+    -------
+    Both, not negative; NaN for a Hessian that is not finite.
     """
     weight = weight.float()
     change = quantised.float() - weight
     squares = (((m @ hessian) * m).sum(dtype=torch.float64) for m in (change, weight))
-    error, output = (max(0.0, float(square)) for square in squares)
+    error, output = (float(square.clamp(min=0.0)) for square in squares)
     return error, output

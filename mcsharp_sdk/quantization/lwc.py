@@ -20,6 +20,7 @@ from mcsharp_sdk.quantization.grid import (
     check_widths,
     group_count,
     top_code,
+    zero_codes,
 )
 from mcsharp_sdk.quantization.search import GridSettings, GroupGrid, grid_of
 
@@ -142,7 +143,7 @@ def _quantise_one(
     scale, offset = clipping.exact_range(strength)
     found = grid_of(scale.reshape(1, 1, -1), offset.reshape(1, 1, -1), clipping.top)
     scales = found.scales.view(scale.shape).to(torch.float16)
-    return clipping.codes(found), scales, found.zero_codes(bits).view(scale.shape)
+    return clipping.codes(found), scales, zero_codes(found.zeros, bits).view(scale.shape)
 
 
 def _learned(clipping: _Clipping, hessian: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from mcsharp_sdk.quantization.grid import (
     check_widths,
     group_count,
     top_code,
+    zero_codes,
 )
 from mcsharp_sdk.quantization.search import GridSettings, GroupGrid, fit_group
 
@@ -71,5 +72,5 @@ def quantise_rtn(
             exact = transposed[0, part] / fitted.scales + fitted.zeros
             codes[expert, :, part] = exact.round_().clamp_(0, top_code(width)).T
             scales[expert, :, group] = fitted.scales[0]
-            zeros[expert, :, group] = fitted.zero_codes(width)[0]
+            zeros[expert, :, group] = zero_codes(fitted.zeros[0], width)
     return QuantizedBatch(codes, scales, zeros, widths, grid.group_size)

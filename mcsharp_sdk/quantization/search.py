@@ -62,10 +62,6 @@ class GroupGrid:
     scales: Tensor
     zeros: Tensor
 
-    def zero_codes(self, bits: int) -> Tensor:
-        """The zero points as codes, uint8 [n, R]."""
-        return ((self.zeros - top_code(bits) / 2) / ZERO_STEP).round().to(torch.uint8)
-
 
 def fit_group(
     weights: Tensor,

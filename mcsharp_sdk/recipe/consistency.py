@@ -9,8 +9,9 @@ from typing import Any, get_args
 
 from mcsharp_exporters.base import Exporter
 
+from mcsharp_sdk.errors import Problem
 from mcsharp_sdk.modifiers.base import Modifier
-from mcsharp_sdk.recipe.document import Finding
+from mcsharp_sdk.recipe.document import Finding, Location
 from mcsharp_sdk.recipe.registry import MODIFIERS
 
 
@@ -39,9 +40,11 @@ def misfits(
             findings += [Finding(location, chain.lacks(stage, a)) for a in chain.missing(stage)]
             if stage.needs_calibration() and not calibrated:
                 findings.append(Finding(location, _uncalibrated(stage)))
+            if stage.uses_calibration and stage.writes in chain.made:
+                findings.append(Finding(location, _made_twice(stage)))
             earlier = [s for s in stages[:index] if isinstance(s, Modifier)]
             findings += [
-                Finding((*location, problem.where), problem.message)
+                Finding(_place(location, problem), problem.message)
                 for problem in stage.check_earlier(earlier)
             ]
         chain.pass_stage(stage)
@@ -56,12 +59,15 @@ def misfits(
             )
         known = [stage for stage in stages if isinstance(stage, Modifier)]
         findings += [
-            Finding(
-                ("exports", index, *([problem.where] if problem.where else [])), problem.message
-            )
+            Finding(_place(("exports", index), problem), problem.message)
             for problem in exporter.check_stages(known)
         ]
     return findings
+
+
+def _place(part: Location, problem: Problem) -> Location:
+    """Of a problem of a part of the recipe: at its setting, if it is about one."""
+    return (*part, problem.where) if problem.where else part
 
 
 def _uncalibrated(stage: Modifier) -> str:
@@ -69,6 +75,12 @@ def _uncalibrated(stage: Modifier) -> str:
         f"{stage.type} needs calibration text: add 'calibration: {{source: text, path: FILE}}', "
         "or '{source: embedded}' for a first try"
     )
+
+
+def _made_twice(stage: Modifier) -> str:
+    # It would find the layers of the first one in the run directory, and take them for its own.
+    what = stage.writes.replace("_", " ")
+    return f"an earlier stage makes the {what} already: leave one of them out"
 
 
 @dataclass

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from mcsharp_sdk.recipe.elements import calibration_kinds
+from mcsharp_sdk.recipe.quality import Quality
 from mcsharp_sdk.recipe.registry import EXPORTERS, MODIFIERS
 from mcsharp_sdk.recipe.schema import Recipe
 
@@ -47,6 +48,7 @@ def json_schema() -> dict[str, Any]:
 def _properties() -> dict[str, Any]:
     shapes: dict[str, dict[str, Any]] = {
         "version": {"const": 1},
+        "quality": {"enum": list(get_args(Quality)), "default": "balanced"},
         "calibration": {
             "anyOf": [
                 _reference("calibration"),

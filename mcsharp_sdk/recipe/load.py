@@ -90,8 +90,35 @@ def checked(document: Document, base: Path, model: type[Model]) -> Model:
     return recipe
 
 
+def checked_settings(document: Document, model: type[Model], elsewhere: Mapping[str, str]) -> Model:
+    """The document's data as the settings of one stage or exporter.
+
+    Parameters
+    ----------
+    elsewhere : settings that are not to be given here -> why.
+
+    Raises
+    ------
+    InputProblems
+        With everything that is wrong.
+    """
+    for name, reason in elsewhere.items():
+        if name in document.data:
+            document.add((name,), f"cannot be set here: {reason}")
+    try:
+        settings = model.model_validate(document.data)
+    except ValidationError as error:
+        found = explain(error, document.data, model)
+        raise document.error([*document.findings, *found]) from None
+    if document.findings:
+        raise document.error(document.findings)
+    return settings
+
+
 _NO_RECIPE = "it is empty: a recipe has at least 'version: 1' and 'stages:' with one stage"
-_NO_MAPPING = "a recipe is a mapping with 'version', 'calibration', 'stages' and 'exports'"
+_NO_MAPPING = (
+    "a recipe is a mapping with 'version', 'quality', 'calibration', 'stages' and 'exports'"
+)
 
 
 def _without_echoes(own: list[Finding], found: list[Finding]) -> list[Finding]:

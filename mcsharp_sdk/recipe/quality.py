@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from pydantic import BaseModel
+
 Quality = Literal["fast", "balanced", "best"]
 
 DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -40,6 +42,9 @@ def with_quality(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _completed(stage: Any, defaults: Mapping[str, Mapping[str, Any]]) -> Any:
+    if isinstance(stage, BaseModel):
+        given = {"type": getattr(stage, "type", None), **stage.model_dump(exclude_unset=True)}
+        return type(stage).model_validate(_completed(given, defaults))
     if not isinstance(stage, Mapping) or stage.get("mode") in FOLLOWS_A_PAPER:
         return stage
     return {**defaults.get(str(stage.get("type")), {}), **stage}

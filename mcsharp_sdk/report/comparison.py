@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,11 +139,19 @@ def pareto_figures(runs: Sequence[Run]) -> Iterator[Figure]:
     """Each quality that all runs have against each cost that differs between them."""
     evaluations = [run.evaluation for run in runs]
     for quality, label in QUALITIES.items():
-        if any(evaluation.get(quality) is None for evaluation in evaluations):
+        if any(_quality(evaluation, quality) is None for evaluation in evaluations):
             continue
         varied = [axis for axis in COSTS if differs(evaluations, axis.key)]
         for axis in varied or COSTS[:1]:
             yield _pareto_figure(runs, quality, label, axis)
+
+
+def _quality(evaluation: SavedEvaluation, key: str) -> float | None:
+    """None if it was not measured. Every evaluation has a perplexity: null is an infinite one."""
+    value = evaluation.get(key)
+    if value is None:
+        return math.inf if key == "perplexity" else None
+    return float(value)
 
 
 def pareto_front(points: Mapping[str, Point]) -> list[str]:
@@ -161,8 +170,9 @@ def pareto_front(points: Mapping[str, Point]) -> list[str]:
 
 def _pareto_figure(runs: Sequence[Run], quality: str, label: str, axis: CostAxis) -> Figure:
     points = {
-        run.name: (axis.scale * float(run.evaluation[axis.key]), float(run.evaluation[quality]))
+        run.name: (axis.scale * float(run.evaluation[axis.key]), value)
         for run in runs
+        if (value := _quality(run.evaluation, quality)) is not None
     }
     front = pareto_front(points)
     series: dict[str, Sequence[Point]] = {FRONT: [points[name] for name in front]}
@@ -171,7 +181,7 @@ def _pareto_figure(runs: Sequence[Run], quality: str, label: str, axis: CostAxis
     if original is not None:
         costs = [x for x, _ in points.values()]
         series[ORIGINAL] = [(min(costs), original), (max(costs), original)]
-    values = [y for line in series.values() for _, y in line if y > 0]
+    values = [y for line in series.values() for _, y in line if 0 < y < math.inf]
     caption = f"Below and left is better. {FRONT.capitalize()}: {', '.join(front)}."
     svg = line_plot(
         series,

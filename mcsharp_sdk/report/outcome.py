@@ -152,9 +152,11 @@ def error_section(run: RunFolder) -> Iterator[Section]:
     series: dict[str, list[tuple[float, float]]] = {}
     for layer, notes in layers.items():
         for part, output in notes.get("squared_output", {}).items():
-            if output > 0:
-                error = math.sqrt(notes["squared_error"][part] / output)
-                series.setdefault(part, []).append((float(layer), error))
+            error = notes["squared_error"][part]
+            if error is None or output is None:
+                series.setdefault(part, []).append((float(layer), math.nan))
+            elif output > 0:
+                series.setdefault(part, []).append((float(layer), math.sqrt(error / output)))
     if not series:
         return
     svg = line_plot(

@@ -125,13 +125,25 @@ def test_block_scores_widen_the_layers_that_change_most(
     target: float, widths: tuple[int, ...], given: list[int]
 ) -> None:
     cost = by_layer(0.2, 0.9, 0.1, 0.5)[:, : len(widths)]
-    found = widen_whole_layers(cost, widths, int(target * 32)).reshape(4, 8)
+    found = widen_whole_layers(cost, widths, int(target * 32), layers=[8] * 4).reshape(4, 8)
     assert found.tolist() == [[width] * 8 for width in given]
+
+
+def test_block_scores_tell_layers_of_equal_score_apart() -> None:
+    cost = by_layer(0.5, 0.5, 0.1, 0.05)[:, :2]
+    found = widen_whole_layers(cost, (2, 4), 80, layers=[8] * 4).reshape(4, 8)
+    assert found.tolist() == [[width] * 8 for width in (4, 2, 2, 2)]
+
+
+def test_bits_that_a_layer_is_too_large_for_go_to_the_next_that_is_not() -> None:
+    cost = np.repeat([0.9, 0.1, 0.5, 0.2], [8, 2, 4, 4])[:, None] * np.ones(2)
+    found = widen_whole_layers(cost, (2, 4), 2 * 18 + 13, layers=[8, 2, 4, 4])
+    assert found.tolist() == [*[2] * 8, *[4] * 2, *[4] * 4, *[2] * 4]
 
 
 def test_block_scores_refuse_an_exact_budget_that_whole_layers_cannot_meet() -> None:
     with pytest.raises(InfeasibleBudget, match="whole layers of 2 or 3 bits"):
-        widen_whole_layers(by_layer(0.2, 0.9), (1, 2, 3), 36, budget_rule="exact")
+        widen_whole_layers(by_layer(0.2, 0.9), (1, 2, 3), 36, layers=[8, 8], budget_rule="exact")
 
 
 def test_hessian_and_block_score_costs_need_their_statistics() -> None:

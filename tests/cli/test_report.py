@@ -49,6 +49,25 @@ def test_what_evaluate_saves_appears_on_the_page_and_can_be_compared(
     assert "1 run compared" in (tmp_path / "runs.html").read_text()
 
 
+def test_a_model_stays_intact_when_it_is_evaluated_and_reported(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"version: 1\ncalibration: {{source: text, path: {model / 'text.txt'}, sequences: 4, "
+        "length: 16}\nstages:\n  - {type: TokenProtection}\nexports:\n  - {type: safetensors}\n"
+        "  - {type: onnx_routers}\n"
+    )
+    done = tmp_path / "done"
+    assert run("compress", recipe, "--model", model, "--output", done) == 0
+    options = ("--text", model / "text.txt", "--window", "32", "--device", "cpu", "--save")
+    assert run("evaluate", done, *options) == 0
+    assert run("report", done) == 0
+    assert run("inspect", done, "--verify") == 0
+    assert run("export", "onnx_routers", done, "--overwrite", "--dtype", "fp16") == 0
+    assert run("inspect", done, "--verify") == 0, capsys.readouterr().err
+
+
 def test_wrong_use_is_exit_code_two_and_one_message(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

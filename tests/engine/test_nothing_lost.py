@@ -332,12 +332,16 @@ def test_two_runs_into_one_output_do_not_disturb_each_other(
         assert (partial / "mine").read_text() == "precious"
 
 
-def test_a_folder_of_something_else_is_no_run_directory(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["chapter_1.tex", ".env"])
+def test_a_folder_of_something_else_is_no_run_directory(
+    base: Path, tmp_path: Path, name: str
+) -> None:
     (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter_1.tex").write_text("precious")
-    with pytest.raises(InputError, match=r"no run directory: it has chapter_1\.tex"):
+    (tmp_path / "thesis" / name).write_text("precious")
+    with pytest.raises(InputError, match=f"no run directory: it has {re.escape(name)}"):
         command(base, tmp_path / "out", run_dir=tmp_path / "thesis").run()
-    assert (tmp_path / "thesis" / "chapter_1.tex").read_text() == "precious"
+    assert (tmp_path / "thesis" / name).read_text() == "precious"
+    assert [file.name for file in (tmp_path / "thesis").iterdir()] == [name]
 
 
 # Bits that flip in the run directory

@@ -196,6 +196,52 @@ def test_a_folder_of_something_else_is_never_overwritten(
     assert (tmp_path / "thesis" / "chapter_1.tex").read_text() == "precious"
 
 
+@pytest.mark.parametrize("within", [".", "models/mixtral"])
+def test_an_output_that_holds_the_model_is_refused(
+    model: Path, text: Path, tmp_path: Path, within: str
+) -> None:
+    output = tmp_path / "out"
+    original = output / within
+    shutil.copytree(model, original)
+    (output / "mcsharp_report.json").write_text("{}")  # as if it were a result
+    before = weights(original)
+    with pytest.raises(InputError, match="which would be replaced"):
+        compress(recipe(text), original, output, overwrite=True)
+    assert weights(original) == before
+    with pytest.raises(InputError, match="cannot be replaced: give a folder"):
+        compress(recipe(text), model, Path("/"), overwrite=True)
+
+
+def test_what_is_wrong_with_output_text_and_recipe_is_told_together(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    wrong = {"source": "text", "path": str(text), "sequences": 4000, "length": 4096}
+    with pytest.raises(InputProblems) as caught:
+        compress(recipe(text, calibration=wrong), model, tmp_path / "out")
+    told = [problem.message for problem in caught.value.problems]
+    assert [("exists already" in m, "positions" in m, "4000" in m) for m in told] == [
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ]
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_without_exporters_the_run_directory_is_the_result(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    measuring = recipe(text, STAGES[:1], exports=[])
+    done = compress(measuring, model, tmp_path / "out")
+    assert done.output == tmp_path / "out"
+    assert ExpertStatistics.load(done.output / ExpertStatistics.FILE).layers
+    assert done.plan.output_bytes == 0
+    kept = compress(measuring, model, tmp_path / "no", run_dir=tmp_path / "run")
+    assert kept.output == tmp_path / "run"
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "run"]
+    assert not compress(measuring, model, tmp_path / "out").seconds  # it is there already
+
+
 def test_a_run_directory_within_the_output_is_refused(
     model: Path, text: Path, tmp_path: Path
 ) -> None:

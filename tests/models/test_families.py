@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 import mcsharp_sdk
 from mcsharp_sdk.artifacts import LayerStatistics
 from mcsharp_sdk.data.calibration_set import CalibrationSet
+from mcsharp_sdk.engine.plan import check_model
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.directory import routers_of_directory
 from mcsharp_sdk.models.experts import MATRICES
@@ -39,6 +40,8 @@ from mcsharp_sdk.quantization.search import GridSettings
 from mcsharp_sdk.recipe.schema import Recipe
 from mcsharp_sdk.runtime.modules import ExpertBucket, PackedLinear
 from mcsharp_sdk.runtime.pruned_routing import install_pruning
+from mcsharp_sdk.runtime.received_attention import NAME as RECEIVING
+from mcsharp_sdk.runtime.received_attention import AttentionTap, TokenBatch, attach_tap
 
 GROUP = 16
 GRID = GridSettings(group_size=GROUP, **QUICK_SEARCH)
@@ -198,18 +201,22 @@ def check_statistics(family: str, found: LayerStatistics, block: StockBlock) -> 
     before = block.experts(*block.arguments)
     assert found.drop_error is not None
     for expert in range(block.num_experts):
-        changed = (output_with_rounded(block, expert, 2) - before).norm()
+        changed = (output_with(block, expert, rounded) - before).norm()
         np.testing.assert_allclose(found.quant_error[2][expert], changed, rtol=1e-3)
-        lost = (block.output_without(expert) - before).norm()
+        lost = (output_with(block, expert, torch.zeros_like) - before).norm()
         np.testing.assert_allclose(found.drop_error[expert], lost, rtol=1e-3)
 
 
-def output_with_rounded(block: StockBlock, expert: int, width: int) -> Tensor:
-    """What the experts return to their last call, if this one's weights are rounded to nearest."""
+def rounded(weight: Tensor) -> Tensor:
+    return quantise_rtn(weight[None], [2], GRID).dequantise()[0]
+
+
+def output_with(block: StockBlock, expert: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """What the experts return to their last call, if the weights of this one are changed."""
     views = block.weights(expert)
     own = [torch.cat(parts).clone() for parts in views]
     for parts, weight in zip(views, own, strict=True):
-        set_weight(parts, quantise_rtn(weight[None], [width], GRID).dequantise()[0])
+        set_weight(parts, change(weight))
     output = block.experts(*block.arguments)
     for parts, weight in zip(views, own, strict=True):
         set_weight(parts, weight)
@@ -345,6 +352,38 @@ def test_what_a_family_cannot_do_is_refused_before_any_work(
     made = case(family)
     with pytest.raises(InputError, match=re.escape(FAMILIES[family].refuses[capability])):
         mcsharp_sdk.plan(made.recipe(**STAGES[capability]), made.original)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_attends_where_a_run_tells_what_attention_its_tokens_receive(
+    family: str, case: Callable[[str], Case]
+) -> None:
+    stock, found = stock_model(case(family).original), SourceModel(case(family).original).topology
+    taps = [AttentionTap(TokenBatch(), wanted=True) for _ in range(found.num_layers)]
+    for layer, tap in zip(stock.get_submodule(found.layers_path), taps, strict=True):
+        attach_tap(layer, tap)
+    if type(stock)._supports_sdpa:
+        stock.set_attn_implementation(RECEIVING)
+    logits(stock, tokens())
+    assert {layer: block.attends for layer, block in found.moe.items()} == {
+        layer: taps[layer].received is not None for layer in found.moe
+    }
+
+
+@pytest.mark.parametrize("family", those_with("prune"))
+def test_ranking_tokens_by_attention_is_refused_before_any_work_where_some_layer_has_none(
+    family: str, case: Callable[[str], Case]
+) -> None:
+    made = case(family)
+    refused: list[dict[str, Any]] = [{}, {"metric": "drop_insignificant"}]
+    taken: list[dict[str, Any]] = [{"metric": "variance"}, {"metric": "none"}, {"protect_ratio": 0}]
+    for settings in refused + taken:
+        recipe = made.recipe([{"type": "TokenProtection", **settings}], exports=[])
+        if settings in taken or not FAMILIES[family].unranked:
+            check_model(recipe, made.original)
+            continue
+        with pytest.raises(InputError, match=r"stages\[0\].metric: .* no softmax attention"):
+            check_model(recipe, made.original)
 
 
 def test_pruning_that_a_config_asks_of_such_a_family_is_refused(

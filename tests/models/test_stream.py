@@ -129,7 +129,7 @@ def test_an_experts_pieces_are_its_tokens_and_what_its_matrices_see(
             torch.testing.assert_close(torch.cat([p.inputs for p in pieces]), expected)
             torch.testing.assert_close(torch.cat([p.routing for p in pieces]), routing)
     few = sum(len(piece.token) for piece in runs.pieces(1, "down", most=10))
-    assert 1 <= few <= 10
+    assert min(10, len(tokens)) <= few < 20
 
 
 def test_only_one_layer_is_loaded_at_a_time(tmp_path: Path) -> None:

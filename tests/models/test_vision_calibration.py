@@ -161,6 +161,28 @@ def test_a_text_model_refuses_images_before_any_work(tmp_path: Path) -> None:
     assert "stages[0].loss_tokens: gradients of the loss are measured on text" in str(told.value)
 
 
+@pytest.mark.parametrize("family", ["ernie4_5_vl_moe", "qwen3_vl_moe"])
+def test_ranking_tokens_is_refused_where_those_of_images_go_to_other_experts(
+    family: str, tmp_path: Path
+) -> None:
+    folder = save_tiny_vision_model(tmp_path / "model", family)
+    images = [{"source": "image_text", "path": str(write_pairs(tmp_path / "data")), "length": 512}]
+
+    def check(calibration: Any, **settings: Any) -> None:
+        stages = [{"type": "TokenProtection", **settings}]
+        parts = {"version": 1, "calibration": calibration, "stages": stages, "exports": []}
+        check_model(Recipe.from_dict(parts), folder)
+
+    for settings in ({"metric": "none"}, {"protect_ratio": 0}):
+        check(images, **settings)
+    check({"source": "embedded", "length": 64})
+    if family == "qwen3_vl_moe":
+        check(images)
+    else:
+        with pytest.raises(InputError, match=r"stages\[0\].metric: tokens of images go to other"):
+            check(images)
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

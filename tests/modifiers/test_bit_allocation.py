@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from mcsharp_sdk.allocation.baselines import ALLOCATORS, AllocatorName
+from mcsharp_sdk.allocation.solver import InfeasibleBudget
 from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, LayerStatistics
 from mcsharp_sdk.engine.context import RunContext
 from mcsharp_sdk.engine.progress import ProgressBars
@@ -77,6 +80,10 @@ def test_a_mode_sets_defaults_and_what_is_given_wins(mode: str, expected: tuple[
         ({"target_bits": 2, "at_least": {4: 1}}, "at_least names width 4"),
         ({"target_bits": 2, "budget_scope": "global", "mode": "released"}, "gamma must be 2"),
         ({"target_bits": 2, "loss_weighting": True}, "goes with budget_scope: global"),
+        (
+            {"target_bits": 2, "mode": "paper", "allocator": "block_score_predictor"},
+            "block_score_predictor widens whole layers, .*: give 'budget: at_most'",
+        ),
         ({"target_bits": 2, "widths": []}, "widths"),
         ({"target_bits": 2, "alpha": -1}, "alpha"),
         ({"target_bits": float("nan")}, "target_bits"),
@@ -87,6 +94,50 @@ def test_a_mode_sets_defaults_and_what_is_given_wins(mode: str, expected: tuple[
 def test_impossible_settings_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         BitAllocation.model_validate(given)
+
+
+@pytest.mark.parametrize("allocator", [n for n, a in ALLOCATORS.items() if n != "pmq"])
+def test_loss_weighting_is_refused_where_no_quantisation_errors_are_used(
+    allocator: AllocatorName,
+) -> None:
+    given: dict[str, Any] = {"target_bits": 2, "allocator": allocator, "budget_scope": "global"}
+    if allocator == "f_norm":
+        assert BitAllocation(**given, loss_weighting=True).loss_weighting
+        return
+    with pytest.raises(ValidationError, match=f"quantisation errors, which {allocator} does not"):
+        BitAllocation(**given, loss_weighting=True)
+    assert BitAllocation(**given, loss_weighting=False).loss_weighting is False
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize(
+    ("allocator", "rule"),
+    [
+        *[("pmq", "exact"), ("random", "exact"), ("uniform", "exact"), ("uniform", "at_most")],
+        ("block_score_oracle", "at_most"),
+    ],
+)
+def test_a_budget_is_refused_before_work_just_where_it_cannot_be_met(
+    allocator: str, rule: str, scope: str
+) -> None:
+    """The check, which knows how many experts there are, against the allocation itself."""
+    told = measured(5, 5, widths=(1, 3, 4))
+    layers = tuple(replace(layer, block_cosine=0.1 * layer.layer) for layer in told.layers)
+    given = {"widths": (1, 3, 4), "budget": rule, "allocator": allocator, "budget_scope": scope}
+    for bits in range(5, 17):
+        target = {"target_bits": bits / 5, "at_least": {}}
+        settings = BitAllocation.model_validate({**given, **target})
+        problems = settings.check_experts({0: 5, 1: 5})
+        with pytest.raises(InfeasibleBudget) if problems else nullcontext():
+            allocate(replace(told, layers=layers), settings)
+
+
+def test_uniform_refuses_an_exact_budget_between_its_two_widths() -> None:
+    given: dict[str, Any] = {"target_bits": 17 / 8, "allocator": "uniform", "widths": (1, 3, 4)}
+    (problem,) = BitAllocation(**given, budget="exact").check_experts({0: 8})
+    assert problem.where == "target_bits"
+    assert "8 experts of 1 or 3 bits cannot use exactly 17 bits" in problem.message
+    assert BitAllocation(**given).check_experts({0: 8}) == []
 
 
 def test_the_default_required_widths_are_those_that_are_candidates() -> None:

@@ -35,6 +35,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure(model: Path, text: Path, work: Path, **settings: Any) -> ExpertStatistics:
+    run(model, text, work, **settings)
+    return ExpertStatistics.load(work / "run" / ExpertStatistics.FILE)
+
+
+def run(model: Path, text: Path, work: Path, **settings: Any) -> Any:
     calibration = {"source": "text", "path": str(text), "sequences": 6, "length": 32}
     stage = {"type": "ExpertStats", "group_size": GROUP, **settings}
     recipe = Recipe.from_dict(
@@ -45,8 +50,7 @@ def measure(model: Path, text: Path, work: Path, **settings: Any) -> ExpertStati
             "exports": [],
         }
     )
-    mcsharp_sdk.compress(recipe, model, work / "out", run_dir=work / "run", progress=False)
-    return ExpertStatistics.load(work / "run" / ExpertStatistics.FILE)
+    return mcsharp_sdk.compress(recipe, model, work / "out", run_dir=work / "run", progress=False)
 
 
 def tokens_of(text: Path) -> torch.Tensor:
@@ -169,6 +173,28 @@ def test_model_errors_equal_a_plain_computation_on_the_full_model(
             assert found.drop_error is not None
             assert found.quant_error[2][expert] == pytest.approx(change, rel=1e-3)
             assert found.drop_error[expert] == pytest.approx(drop, rel=1e-3)
+
+
+def test_experts_that_no_token_reaches_on_which_model_errors_are_measured_are_named(
+    text: Path, tmp_path: Path
+) -> None:
+    folder = save_tiny_model(tmp_path / "model", "mixtral", num_local_experts=24)
+    save_tiny_tokenizer(folder)
+    done = run(folder, text, tmp_path, mode="paper", bits=[2], error_tokens=32)
+    calls = block_calls(full_model(folder), text)
+    named = [warning for warning in done.warnings if "all errors are 0 for experts" in warning]
+    expected = []
+    for layer, (_, chosen, _) in calls.items():
+        few, all_of_them = (set(c.flatten().tolist()) for c in (chosen[:32], chosen))
+        unreached = ", ".join(map(str, sorted(all_of_them - few)))
+        expected.append(
+            (f"layer {layer}: ", "none of the first 32 tokens reach", f": {unreached};")
+        )
+        assert unreached
+    assert len(named) == len(expected)
+    for warning, words in zip(named, expected, strict=True):
+        assert all(word in warning for word in words)
+    assert "'error_tokens'" in named[0]
 
 
 @torch.no_grad()

@@ -14,6 +14,9 @@ from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 from torch import Tensor
 
+from mcsharp_sdk.engine.layer_store import LayerStore
+from mcsharp_sdk.modifiers.layer_notes import LayerNotes
+
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -49,3 +52,14 @@ def test_the_first_layers_attention_has_the_error_that_its_outputs_have(tmp_path
     told = notes["squared_error"]["self_attn"] / notes["squared_output"]["self_attn"]
     assert math.sqrt(told) == pytest.approx(math.sqrt(error / output), rel=0.01)
     assert notes["squared_error"]["experts"] > 0
+
+
+def test_errors_that_are_not_known_are_kept_as_such(tmp_path: Path) -> None:
+    notes = LayerNotes()
+    notes.add_error("experts", math.nan, math.nan)
+    notes.add_error("experts", 1.0, 2.0)
+    notes.add_error("self_attn", 1.0, 2.0)
+    store = LayerStore(tmp_path)
+    store.write(0, {}, notes.to_json())
+    assert store.notes(0)["squared_error"] == {"experts": None, "self_attn": 1.0}
+    assert store.notes(0)["squared_output"] == {"experts": None, "self_attn": 2.0}

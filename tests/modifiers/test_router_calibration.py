@@ -219,12 +219,17 @@ def test_it_needs_quantised_weights(text: Path) -> None:
         pruning_recipe(text, CALIBRATE, exports=[])
 
 
-def test_pruning_that_was_measured_before_it_is_named(
-    models: dict[str, Path], text: Path, tmp_path: Path
+@pytest.mark.parametrize("stage", ["TokenProtection", "TopAnyRouter"])
+def test_it_is_refused_behind_what_measures_with_the_routers_as_they_were(
+    stage: str, text: Path
 ) -> None:
-    protection = {"type": "TokenProtection", "metric": "none"}
-    done = run(models["mixtral"], pruning_recipe(text, COARSE, protection, CALIBRATE), tmp_path)
-    assert any("put it in front of TokenProtection" in warning for warning in done.warnings)
+    refusal = rf"stages\[2\]: .*put RouterCalibration in front of {stage}"
+    with pytest.raises(InputProblems, match=refusal):
+        pruning_recipe(text, COARSE, {"type": stage}, CALIBRATE)
+    pruning_recipe(text, COARSE, CALIBRATE, {"type": stage})
+
+
+def test_it_is_planned(models: dict[str, Path], text: Path) -> None:
     assert (
         "RouterCalibration"
         in mcsharp_sdk.plan(pruning_recipe(text, COARSE, CALIBRATE), models["mixtral"])

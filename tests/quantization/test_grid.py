@@ -17,6 +17,7 @@ from mcsharp_sdk.quantization import (
     stored_bytes,
     unpack_weight,
 )
+from mcsharp_sdk.quantization.grid import zero_codes, zero_points
 
 
 def random_weight(
@@ -63,6 +64,12 @@ def test_packing_keeps_every_number(bits: int, rows: int, columns: int, group_si
     tensors = (packed.qweight, packed.scales, packed.zeros)
     stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert stored == 2 * stored_bytes(rows, columns, bits, group_size)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_codes_of_zero_points_are_those_that_they_come_from(bits: int) -> None:
+    codes = torch.arange(2**bits, dtype=torch.uint8)
+    assert torch.equal(zero_codes(zero_points(codes, bits), bits), codes)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -140,3 +142,12 @@ def test_squared_output_errors_are_those_of_the_outputs() -> None:
     factor = float(hessian.trace()) / float(inputs.square().sum())
     assert found == pytest.approx([factor * square for square in true], rel=1e-4)
     assert squared_output_error(weight, weight, hessian)[0] == 0
+
+
+def test_squared_output_errors_of_a_hessian_with_nan_are_not_known() -> None:
+    hessian = random_hessians(1, 6, 20)[0]
+    hessian[2, 3] = float("nan")
+    found = squared_output_error(torch.ones(2, 6), torch.zeros(2, 6), hessian)
+    assert all(math.isnan(square) for square in found)
+    # One with a negative eigenvalue stays below by rounding at most: squares are not negative.
+    assert squared_output_error(torch.ones(1, 2), torch.zeros(1, 2), -torch.eye(2)) == (0.0, 0.0)

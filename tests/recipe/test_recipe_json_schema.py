@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from mcsharp_sdk.recipe import json_schema
+from mcsharp_sdk.recipe.schema import Recipe
 
 
 def test_the_schema_names_all_stages_exporters_and_sources() -> None:
     schema = json_schema()
+    assert set(schema["properties"]) == set(Recipe.model_fields)
     definitions = schema["$defs"]
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     kinds = {

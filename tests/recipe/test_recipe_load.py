@@ -216,6 +216,12 @@ def test_a_stage_in_the_wrong_order_is_told_to_move() -> None:
     assert "move Measure before it" in line
 
 
+def test_a_stage_that_would_find_the_layers_of_another_is_refused() -> None:
+    text = VALID.replace("stages:\n", "stages:\n  - {type: Measure}\n", 1)
+    (line,) = problems(text)
+    assert "stages[1]: an earlier stage makes the measurement already" in line
+
+
 def test_an_exporter_needs_its_artifact() -> None:
     text = "version: 1\ncalibration: {source: embedded}\nstages:\n  - {type: Measure}\n"
     (line,) = problems(text + "exports:\n  - {type: listing}\n")

@@ -58,3 +58,10 @@ def test_an_override_wins_over_it() -> None:
 def test_an_unknown_quality_is_refused_by_name() -> None:
     with pytest.raises(InputProblems, match="quality"):
         recipe(quality="good")
+
+
+def test_stages_given_as_objects_get_it_too() -> None:
+    kinds = [MODIFIERS.load(stage["type"]) for stage in STAGES]
+    stages = [kind.model_validate(given) for kind, given in zip(kinds, STAGES, strict=True)]
+    found = Recipe(version=1, quality="best", calibration={"source": "embedded"}, stages=stages)  # type: ignore[arg-type]
+    assert found.stages == recipe(quality="best").stages

@@ -133,3 +133,14 @@ def test_folders_without_evaluation_are_named_together_with_the_command(tmp_path
         write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "page.html")
     assert [p.where for p in caught.value.problems] == [str(tmp_path / "a"), str(tmp_path / "b")]
     assert "mcsharp evaluate --compare" in str(caught.value)
+
+
+def test_an_infinite_perplexity_is_shown_and_no_reason_to_show_nothing(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    runs.append(model(tmp_path, "broken", evaluation(perplexity=None, stored_bits=1.0)))
+    page = read_page(write_comparison(runs, tmp_path / "page.html").read_text())
+    rows = table_rows(table_called(page, "perplexity against stored bits per quantised weight"))
+    assert rows[str(runs[-1])] == ["1", "infinite", "no"]
+    assert rows[str(runs[0])] == ["2", "12", "yes"]
+    assert write_comparison(runs, tmp_path / "front.svg").read_text().startswith("<svg ")

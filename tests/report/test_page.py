@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -159,6 +160,24 @@ def test_errors_and_bits_are_those_of_the_artifacts(done: Path, page: Element) -
     assert cells == [
         f"layer {n}, expert {e}: {w}" for n, row in bits.items() for e, w in enumerate(row)
     ]
+
+
+def test_an_error_that_is_not_known_is_a_dash(done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(done, folder)
+    report = json.loads((folder / "mcsharp_report.json").read_text())
+    layers = report["stages"]["GPTQQuantize"]["layers"]
+    layers["1"]["squared_error"]["experts"] = layers["1"]["squared_output"]["experts"] = None
+    (folder / "mcsharp_report.json").write_text(json.dumps(report))
+    page = read_page(write_report(folder).read_text())
+    rows = table_rows(table_called(page, "Relative output error"))
+    for layer, notes in layers.items():
+        squares = zip(
+            notes["squared_error"].values(), notes["squared_output"].values(), strict=True
+        )
+        expected = ["–" if of is None else cell_text(math.sqrt(e / of)) for e, of in squares]
+        assert rows[f"layer {layer}"] == expected
+        assert expected.count("–") == (layer == "1")
 
 
 def test_starved_experts_are_named(done: Path, page: Element) -> None:

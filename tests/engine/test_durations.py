@@ -1,0 +1,104 @@
+"""Planned work of stages, against multiplications that are counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mcsharp_sdk.engine import durations
+from mcsharp_sdk.engine.durations import Speeds, stage_seconds
+from mcsharp_sdk.engine.sizes import LayerSizes, ModelSizes
+from mcsharp_sdk.modifiers.base import Modifier
+from mcsharp_sdk.modifiers.expert_measurement import HESSIAN_TOKENS
+from mcsharp_sdk.modifiers.expert_stats import ExpertStats
+from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
+from mcsharp_sdk.quantization.hessian import GRAM_COLUMNS
+from mcsharp_sdk.quantization.lwc import quantise_lwc
+from mcsharp_sdk.quantization.search import GridSettings
+
+EXPERTS, ROWS, COLUMNS = 2, (48, 32), (2 * GRAM_COLUMNS, 3 * GRAM_COLUMNS)
+ENOUGH = COLUMNS[1]
+"""Tokens of the calibration from which on no Hessian is completed: each expert gets all."""
+
+
+def sizes(**linears: Any) -> ModelSizes:
+    """One layer, with every token at both experts."""
+    given: dict[str, Any] = {
+        "linear_columns": (),
+        "linear_rows": (),
+        "linear_parts": (),
+        "linear_weights": 0,
+    }
+    weights = EXPERTS * sum(r * c for r, c in zip(ROWS, COLUMNS, strict=True))
+    parts: dict[str, Any] = {
+        "expert_rows": ROWS,
+        "expert_columns": COLUMNS,
+        "expert_weights": weights,
+    }
+    layer = LayerSizes(0, 0, True, EXPERTS, EXPERTS, **parts, **{**given, **linears})
+    return ModelSizes(0, 0, 0, torch.float32, 64, (layer,), 2)
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Callable[..., float]:
+    """Planned multiplications in float32 of a stage."""
+    speeds = Speeds(math.inf, 1.0, math.inf, math.inf)
+    monkeypatch.setattr(durations.Speeds, "measure", lambda *_: speeds)
+
+    def of(stage: Modifier, tokens: int = ENOUGH, **linears: Any) -> float:
+        return stage_seconds([stage], sizes(**linears), tokens)[0]
+
+    return of
+
+
+def quantise(quantizer: str, **settings: Any) -> GPTQQuantize:
+    given = {"bits": 2, "quantizer": quantizer, "other_bits": None, **settings}
+    return GPTQQuantize.model_validate(given)
+
+
+def counted(tokens: int, columns: int) -> float:
+    """Multiplications of a Hessian: the products of its blocks on and above the diagonal."""
+    starts = range(0, columns, GRAM_COLUMNS)
+    return sum(tokens * GRAM_COLUMNS * (columns - start) for start in starts)
+
+
+@pytest.mark.parametrize("quantizer", ["gptq", "rtn", "hqq", "lwc"])
+def test_every_quantiser_is_planned_with_the_hessians_that_it_gets(
+    quantizer: str, work: Callable[..., float]
+) -> None:
+    stage = quantise(quantizer)
+    more = work(stage, 2 * ENOUGH) - work(stage)
+    expected = EXPERTS * sum(counted(ENOUGH, columns) for columns in COLUMNS)
+    assert expected / 1.6 < more <= expected
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_learned_clipping_is_planned_with_all_its_steps(
+    linear: bool, work: Callable[..., float]
+) -> None:
+    rows, columns = 24, 96
+    given: dict[str, Any] = {}
+    if linear:
+        given = {"linear_rows": (rows,), "linear_columns": (columns,), "linear_parts": ("a",)}
+    settings = {"other_bits": 4 if linear else None}
+    shapes = [*zip(ROWS, COLUMNS, strict=True)] * EXPERTS + ([(rows, columns)] if linear else [])
+    with FlopCounterMode(display=False) as counter:
+        for r, c in shapes:
+            quantise_lwc(torch.randn(1, r, c), torch.eye(c)[None], [2], GridSettings(group_size=32))
+    steps = work(quantise("lwc", **settings), **given) - work(quantise("rtn", **settings), **given)
+    assert steps == pytest.approx(counter.get_total_flops() / 2)
+
+
+@pytest.mark.parametrize("tokens", [600, 2047, 2048, 4095, 4096, 10000])
+def test_statistics_are_planned_with_the_tokens_that_their_hessians_take(
+    tokens: int, work: Callable[..., float]
+) -> None:
+    each = (work(ExpertStats()) - work(ExpertStats(), 0)) / ENOUGH  # all of ENOUGH are taken
+    taken = (work(ExpertStats(), tokens) - work(ExpertStats(), 0)) / each
+    assert min(tokens, HESSIAN_TOKENS) <= taken < 2 * HESSIAN_TOKENS
+    assert taken <= tokens
