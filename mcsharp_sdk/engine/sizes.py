@@ -55,19 +55,19 @@ class ModelSizes:
     Attributes
     ----------
     bytes : of all its tensors.
-    left_out_bytes : of those for which the architecture has no place; they are in no result.
     embedding_bytes : of the parts that are loaded to embed tokens.
     largest_tensor : bytes of the largest tensor outside of the decoder layers.
+    left_out_bytes : of tensors for which the architecture has no place; they are in no result.
     """
 
     bytes: int
-    left_out_bytes: int
     embedding_bytes: int
     largest_tensor: int
     dtype: torch.dtype
     hidden_size: int
     layers: tuple[LayerSizes, ...]
     stored_bytes_per_weight: int
+    left_out_bytes: int = 0
 
     @property
     def used_bytes(self) -> int:
@@ -105,13 +105,13 @@ def model_sizes(source: SourceModel) -> ModelSizes:
     layers = tuple(_layer_sizes(source, i) for i in range(source.topology.num_layers))
     return ModelSizes(
         bytes=source.checkpoint.nbytes,
-        left_out_bytes=sum(source.checkpoint.info(name).nbytes for name in source.left_out),
         embedding_bytes=_embedding_bytes(source),
         largest_tensor=_largest_outer_tensor(source),
         dtype=source.dtype,
         hidden_size=source.config.get_text_config().hidden_size,
         layers=layers,
         stored_bytes_per_weight=source.stored_dtype.itemsize,
+        left_out_bytes=sum(source.checkpoint.info(name).nbytes for name in source.left_out),
     )
 
 
