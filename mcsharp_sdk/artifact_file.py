@@ -6,11 +6,12 @@ import contextlib
 import json
 import os
 import re
-import tempfile
+import sys
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, BinaryIO, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from mcsharp_sdk.errors import InputError
 
 FloatArray = NDArray[np.float64]
+LARGEST_FLOAT = sys.float_info.max
 VERSION = 1
 
 
@@ -74,18 +76,29 @@ def readable_json(value: Any, indent: str = "") -> str:
 def write_text_atomically(path: Path, text: str) -> None:
     """Write ``text`` to ``path``: whoever looks sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of ``path`` when it is whole and on disk.
+
+    Until then it is a hidden file beside it, which an error removes. Each thread has its own.
+
+    Parameters
+    ----------
+    path : its folder exists.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
@@ -142,6 +155,19 @@ def index(value: Any, what: str) -> int:
 
 def optional_index(content: Mapping[str, Any], name: str) -> int | None:
     return None if content.get(name) is None else index(content[name], name)
+
+
+def finite_number(
+    what: str, value: Any, least: float = -LARGEST_FLOAT, most: float = LARGEST_FLOAT
+) -> float:
+    """A number, and not below ``least`` or above ``most``."""
+    # By type, since true is a number to Python; compared as it is, since float(10**400) raises.
+    if type(value) in (int, float) and least <= value <= most:
+        return float(value)
+    wanted = f"a number from {least:g} to {most:g}"
+    if most == LARGEST_FLOAT:
+        wanted = "a finite number" + (f", {least:g} or more" if least > -LARGEST_FLOAT else "")
+    raise InputError(f"{what}: {value!r} must be {wanted}")
 
 
 def numbers(what: str, values: Any) -> FloatArray:

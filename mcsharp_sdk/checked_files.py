@@ -53,14 +53,22 @@ def read_checked_json(path: Path) -> Any:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, which are on disk then."""
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def synced_hash(path: Path) -> str:
+    """sha256 of a file that was just written: its bytes are on disk then, whoever wrote them."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_hash(path)
 
 
 def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
     """Write ``SHA256SUMS`` of a folder's files, but not of those that are to change.
+
+    The files are on disk before it.
 
     Parameters
     ----------
@@ -70,7 +78,7 @@ def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
         files = (file for file in folder.rglob("*") if file.is_file())
         names = (file.relative_to(folder).as_posix() for file in files)
     chosen = sorted(set(names) - {CHECKSUMS_FILE, *UNSUMMED_FILES})
-    lines = [f"{file_hash(folder / name)}  {name}\n" for name in chosen]
+    lines = [f"{synced_hash(folder / name)}  {name}\n" for name in chosen]
     write_text_atomically(folder / CHECKSUMS_FILE, "".join(lines))
 
 

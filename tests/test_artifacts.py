@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from mcsharp_sdk.artifact_file import readable_json
+from mcsharp_sdk.artifact_file import readable_json, write_text_atomically
 from mcsharp_sdk.artifacts import (
     BitMap,
     ExpertStatistics,
@@ -24,6 +28,7 @@ from mcsharp_sdk.artifacts import (
     TrainingCurve,
 )
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.safetensors_file import write_safetensors
 
 
 def statistics_json() -> dict[str, Any]:
@@ -142,6 +147,14 @@ def change(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
         (change("layers", 0, "drop_error", to=[1.0]), "layer 0: drop_error: 1 values for 2"),
         (change("layers", 0, "tokens", to=1.5), "layer 0: tokens: 1.5 must be a whole number"),
         (
+            change("layers", 0, "block_cosine", to=10**400),
+            "layer 0: block_cosine: 10*0 must be a finite number",
+        ),
+        (
+            change("layers", 0, "loss_sensitivity", to=True),
+            "layer 0: loss_sensitivity: True must be a finite number",
+        ),
+        (
             lambda content: content["layers"][1].pop("activation_count"),
             "layer 2: activation_count is",
         ),
@@ -239,6 +252,21 @@ def test_wrong_maps_are_named(bits: Any, message: str, tmp_path: Path) -> None:
         BitMap.load(write(tmp_path, {"version": 1, "bits": bits}))
 
 
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"5": 1.0}, "objective: names layer 5; 'bits' has 0, 1"),
+        ({"0": "dear"}, "objective: layer 0: 'dear' must be a finite number"),
+        ({"0": 10**400}, "objective: layer 0: 10*0 must be a finite number"),
+        ({"x": 1.0}, "objective: layer: 'x' must be a whole number"),
+    ],
+)
+def test_wrong_costs_are_named(objective: Any, message: str, tmp_path: Path) -> None:
+    content = {"bits": [[2, 3], [2, 2]], "objective": objective}
+    with pytest.raises(InputError, match=message):
+        BitMap.load(write(tmp_path, content))
+
+
 def test_saving_replaces_a_file_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     BitMap({0: (1,)}).save(path)
@@ -248,6 +276,47 @@ def test_saving_replaces_a_file_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     assert stat.S_IMODE(path.stat().st_mode) & 0o444
+
+
+def test_a_file_is_written_with_the_rights_that_new_files_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", None)  # it is the whole process's: threads share it
+        write_text_atomically(tmp_path / "new.txt", "ünï\n")
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new.txt").stat().st_mode) == 0o640
+    assert (tmp_path / "new.txt").read_bytes() == "ünï\n".encode()
+
+
+def test_threads_that_write_the_same_file_write_it_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new.safetensors"
+    first, second = {"a": torch.zeros(99)}, {"a": torch.ones(2)}
+
+    class Slow:
+        """A stored tensor; while it is read, another thread writes the file."""
+
+        dtype, shape = torch.float32, (99,)
+
+        def numel(self) -> int:
+            return 99
+
+        def element_size(self) -> int:
+            return 4
+
+        def read(self) -> torch.Tensor:
+            other = threading.Thread(target=write_safetensors, args=(path, second))
+            other.start()
+            other.join()
+            assert torch.equal(load_file(path)["a"], second["a"])
+            return first["a"]
+
+    write_safetensors(path, {"a": Slow()})
+    assert torch.equal(load_file(path)["a"], first["a"])
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def protection(**changes: Any) -> dict[str, Any]:
@@ -275,9 +344,12 @@ def test_a_rule_written_by_hand_needs_little(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"thresholds": [0.5, 1.5]}, r"layer 1: thresholds: rank 2: 1\.5 must be a number from 0"),
+        (
+            {"thresholds": [0.5, 1.5]},
+            r"layer 1: thresholds: rank 2: 1\.5 must be a number from 0 to 1",
+        ),
         ({"thresholds": 0.5}, "layer 1: thresholds must be a list"),
-        ({"cost": -1}, "layer 1: cost: -1 must be a number of zero or more"),
+        ({"cost": -1}, "layer 1: cost: -1 must be a finite number, 0 or more"),
         ({"keep_ratio": "all"}, "layer 1: keep_ratio: 'all' must be a number"),
         ({"pruned": 1}, "layer 1: pruned must be true or false, not 1"),
         ({"layer": -1}, "layer: -1 must be a whole number"),
@@ -310,3 +382,25 @@ def test_a_training_survives_saving_and_is_checked(tmp_path: Path) -> None:
         TrainingCurve([1.0, 2.0], [1.0, 2.0], [1.0], [1.0, 2.0], [1.0, 2.0])
     with pytest.raises(InputError, match="error has a value that is not finite"):
         TrainingCurve([1.0], [float("nan")], [1.0], [1.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep_ratio": {"0": "most"}}, "keep_ratio: layer 0: 'most' must be a number"),
+        ({"keep_ratio": {"0": None}}, "keep_ratio: layer 0: None must be a number"),
+        ({"keep_ratio": {"0": [1]}}, r"keep_ratio: layer 0: \[1\] must be a number"),
+        ({"keep_ratio": {"0": 1.5}}, r"keep_ratio: layer 0: 1\.5 must be a number from 0 to 1"),
+        ({"loss": [1.0, [2.0]]}, "curves: 0: loss must be a list of numbers"),
+        ({"loss": [[1.0]]}, "curves: 0: loss must be a list of numbers"),
+        ({"loss": ["1"]}, "curves: 0: loss must be a list of numbers"),
+        ({"loss": [10**400]}, "curves: 0: loss must be a list of numbers"),
+        ({"loss": 1.0}, "curves: 0: loss must be a list of numbers"),
+    ],
+)
+def test_wrong_trainings_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    names = ("loss", "error", "keep_ratio", "temperature", "penalty")
+    curve = {**{name: [1.0] for name in names}, **{k: v for k, v in changes.items() if k == "loss"}}
+    ratios = changes.get("keep_ratio", {"0": 0.5})
+    with pytest.raises(InputError, match=message):
+        TopAnyTraining.load(write(tmp_path, {"curves": {"0": curve}, "keep_ratio": ratios}))

@@ -182,8 +182,13 @@ def _write_page(context: RunContext, output: Path) -> None:
 
 
 def _write_config(model: SourceModel, layout: PackedLayout, output: Path) -> None:
+    """The original's config with the layout, and with the dtype where it does not say any."""
+    from mcsharp_sdk.models.architecture import named_dtype, read_config
+
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = layout.to_dict()
+    if named_dtype(read_config(model.path)) is None:
+        config["dtype"] = str(model.stored_dtype).removeprefix("torch.")
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

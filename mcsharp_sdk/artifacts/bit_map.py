@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mcsharp_sdk.artifact_file import VERSION, Artifact, check_version, index, listed
+from mcsharp_sdk.artifact_file import VERSION, Artifact, check_version, finite_number, index, listed
 from mcsharp_sdk.errors import InputError
 
 WIDEST = 16
@@ -46,6 +45,11 @@ class BitMap(Artifact):
                         f"layer {layer}: expert {expert}: {width!r} is no width; "
                         f"it must be a whole number from 0 to {WIDEST}"
                     )
+        unknown = sorted(set(self.objective or ()) - set(self.bits))
+        if unknown:
+            raise InputError(
+                f"objective: names layer {listed(unknown)}; 'bits' has {listed(sorted(self.bits))}"
+            )
 
     @property
     def nominal_bits(self) -> float:
@@ -138,10 +142,10 @@ def _widths(layer: Any, values: Any) -> tuple[int, ...]:
 
 
 def _objective(values: Mapping[str, Any]) -> dict[int, float]:
-    for layer, value in values.items():
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise InputError(f"objective: layer {layer}: {value!r} is not a finite number")
-    return {index(layer, "objective: layer"): float(v) for layer, v in values.items()}
+    return {
+        index(layer, "objective: layer"): finite_number(f"objective: layer {layer}", value)
+        for layer, value in values.items()
+    }
 
 
 def _by_layer(values: Mapping[int, Any], convert: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from mcsharp_sdk.artifact_file import (
     Artifact,
     FloatArray,
     check_version,
+    finite_number,
     index,
     listed,
     numbers,
@@ -193,20 +193,16 @@ class LayerStatistics:
             tokens=None if tokens is None else index(tokens, f"{here}: tokens"),
             drop_error=None if drop is None else numbers(f"{here}: drop_error", drop),
             sources=_sources(here, content.get("sources", [])),
-            **{name: _number(here, name, content.get(name)) for name in _LAYER_NUMBERS},
+            **{
+                name: finite_number(f"{here}: {name}", content[name])
+                for name in _LAYER_NUMBERS
+                if content.get(name) is not None
+            },
         )
 
 
 _LAYER_NUMBERS = ("block_cosine", "predicted_block_cosine", "loss_sensitivity")
 """What is one number of a layer, where it was measured."""
-
-
-def _number(here: str, name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise InputError(f"{here}: {name}: {value!r} must be a finite number")
-    return float(value)
 
 
 @dataclass(frozen=True, eq=False)

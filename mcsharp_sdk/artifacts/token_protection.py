@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mcsharp_sdk.artifact_file import VERSION, Artifact, check_version, index
+from mcsharp_sdk.artifact_file import VERSION, Artifact, check_version, finite_number, index
 from mcsharp_sdk.errors import InputError
 
 
@@ -36,9 +35,9 @@ class LayerProtection:
     def __post_init__(self) -> None:
         here = f"layer {self.layer}"
         for rank, threshold in enumerate(self.thresholds, 1):
-            _check_number(f"{here}: thresholds: rank {rank}", threshold, 1.0)
-        _check_number(f"{here}: cost", self.cost)
-        _check_number(f"{here}: keep_ratio", self.keep_ratio, 1.0)
+            finite_number(f"{here}: thresholds: rank {rank}", threshold, 0, 1)
+        finite_number(f"{here}: cost", self.cost, 0)
+        finite_number(f"{here}: keep_ratio", self.keep_ratio, 0, 1)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -96,7 +95,7 @@ class TokenProtectionRule(Artifact):
         if twice:
             raise InputError(f"layer {twice[0]} stands there twice")
         for name in ("protect_ratio", "drop_ratio"):
-            _check_number(name, getattr(self, name), 1.0)
+            finite_number(name, getattr(self, name), 0, 1)
 
     def thresholds(self) -> dict[int, tuple[float, ...]]:
         """Decoder layer -> thresholds, for the layers that are pruned."""
@@ -126,9 +125,3 @@ class TokenProtectionRule(Artifact):
             drop_ratio=content.get("drop_ratio", 0.0),
             layers=tuple(LayerProtection.from_json(found) for found in layers),
         )
-
-
-def _check_number(what: str, value: Any, most: float = math.inf) -> None:
-    if type(value) not in (int, float) or not math.isfinite(value) or not 0 <= value <= most:
-        bound = f"from 0 to {most:g}" if math.isfinite(most) else "of zero or more, and finite"
-        raise InputError(f"{what}: {value!r} must be a number {bound}")

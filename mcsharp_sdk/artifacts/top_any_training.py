@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mcsharp_sdk.artifact_file import VERSION, Artifact, check_version, index
+from mcsharp_sdk.artifact_file import VERSION, Artifact, check_version, finite_number, index
 from mcsharp_sdk.errors import InputError
 
 WHOLE_MODEL = "model"
@@ -36,7 +36,10 @@ class TrainingCurve:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            values = np.asarray(getattr(self, field.name))
+            try:
+                values = np.asarray(getattr(self, field.name))
+            except ValueError:  # lists of several lengths within the list
+                raise InputError(f"{field.name} must be a list of numbers") from None
             if values.ndim != 1 or (values.size and values.dtype.kind not in "fi"):
                 raise InputError(f"{field.name} must be a list of numbers")
             if not np.isfinite(values.astype(np.float64)).all():
@@ -91,7 +94,12 @@ class TopAnyTraining(Artifact):
         return cls(
             scope=str(content.get("scope", "")),
             curves={str(name): _curve(name, values) for name, values in curves.items()},
-            keep_ratio={index(k, "keep_ratio: layer"): float(v) for k, v in ratios.items()},
+            keep_ratio={
+                index(layer, "keep_ratio: layer"): finite_number(
+                    f"keep_ratio: layer {layer}", ratio, 0, 1
+                )
+                for layer, ratio in ratios.items()
+            },
         )
 
 

@@ -110,7 +110,7 @@ class CalibrationSet:
         chosen: list[SampleGroup] = []
         for group in self.groups:
             fitting = tokens // group.tokens.shape[1]
-            if not fitting and chosen:
+            if fitting < 1 and chosen:  # below 0 behind a first one that was too long
                 break
             part = next(group.split(max(1, fitting)))
             chosen.append(part)

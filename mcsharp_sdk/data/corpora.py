@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mcsharp_sdk.data.calibration import Calibration, DatasetSource, ImageTextSource, TextSource
 from mcsharp_sdk.errors import InputError
@@ -19,6 +20,9 @@ from mcsharp_sdk.errors import InputError
 SEPARATOR = "\n\n"
 PIECE = 1 << 20
 """Characters of a plain text that are read at once."""
+
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
+"""A surrogate without its partner: JSON can write it as an escape, UTF-8 and tokenizers cannot."""
 
 INSTALL_DATASETS = "pip install 'mcsharp_sdk[datasets]'"
 
@@ -63,10 +67,13 @@ def text_pieces(path: Path, field: str = "text") -> Iterator[str]:
     InputError
         While reading; the message names the file, for JSON lines the line, and what to do.
     """
-    if not path.exists():
-        raise InputError(f"{path}: there is no such file")
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, a text file is needed")
+    try:
+        if not path.exists():
+            raise InputError(f"{path}: there is no such file")
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder, a text file is needed")
+    except OSError as error:  # of a folder on the way that may not be searched
+        raise _unreadable(path, error) from error
     read = _READERS.get(path.suffix.lower(), _plain)
     return _some(read(path, field), str(path))
 
@@ -77,7 +84,7 @@ def read_text(path: Path, field: str = "text") -> str:
 
 
 def _plain(path: Path, field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as file:
+    with _opened(path) as file:
         while piece := _decoded(path, lambda: file.read(PIECE)):
             yield piece
 
@@ -87,18 +94,25 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
 
 
 def _json_lines_rows(path: Path, field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as file:
+    with _opened(path) as file:
         number = 0
         while line := _decoded(path, file.readline):
             number += 1
             if line.strip():
-                yield _field_of(_json_object(line, f"{path}:{number}"), field, f"{path}:{number}")
+                yield _field_of(json_object(line, f"{path}:{number}"), field, f"{path}:{number}")
 
 
-def _json_object(line: str, where: str) -> dict[str, Any]:
+def json_object(line: str, where: str) -> dict[str, Any]:
+    """The object that a line of JSON lines holds.
+
+    Raises
+    ------
+    InputError
+        If it holds none; the message begins with ``where``.
+    """
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: is not JSON ({error}); each line must be one object") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: is a JSON {type(row).__name__}; each line must be one object")
@@ -188,7 +202,31 @@ def _text_of(value: Any, field: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise InputError(f"{where}: field '{field}' is a {type(value).__name__}, not text")
+    check_characters(value, field, where)
     return value
+
+
+def check_characters(text: str, field: str, where: str) -> None:
+    """InputError, beginning with ``where``, if a text has what no tokenizer can read."""
+    if found := HALF_A_CHARACTER.search(text):
+        raise InputError(
+            f"{where}: field '{field}' has half a character, \\u{ord(found[0]):04x}, at place "
+            f"{found.start()}: write the other half behind it, or take it out"
+        )
+
+
+def _opened(path: Path) -> TextIO:
+    """A file of UTF-8 text, with or without a byte order mark."""
+    try:
+        return path.open(encoding="utf-8-sig")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{path}: cannot be read: {error.strerror or error}; make it readable, or give another file"
+    )
 
 
 def _decoded(path: Path, read: Callable[[], str]) -> str:
@@ -200,7 +238,7 @@ def _decoded(path: Path, read: Callable[[], str]) -> str:
             f"{path}: is not UTF-8 text ({error.reason}); convert it first{_convert(path)}"
         ) from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise _unreadable(path, error) from error
     if "\0" in piece:
         raise InputError(f"{path}: is a binary file (has NUL bytes); give UTF-8 text")
     return piece

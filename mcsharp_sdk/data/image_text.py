@@ -6,7 +6,6 @@ link. The processor is the model's own, from its folder; no code of the model is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.data.calibration import ImageTextSource
+from mcsharp_sdk.data.corpora import check_characters, json_object
 from mcsharp_sdk.errors import InputError
 
 INSTALL_PILLOW = "pip install 'mcsharp_sdk[vision]'"
@@ -70,18 +70,8 @@ def _rows(settings: ImageTextSource) -> Iterator[tuple[str, str, str]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{path}:{number}"
-            row = _object(line, where)
+            row = json_object(line, where)
             yield _text(row, settings.image, where), _text(row, settings.text, where), where
-
-
-def _object(line: str, where: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: is not JSON ({error}); each line must be one object") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: is a JSON {type(row).__name__}; each line must be one object")
-    return row
 
 
 def _text(row: Mapping[str, Any], field: str, where: str) -> str:
@@ -89,6 +79,7 @@ def _text(row: Mapping[str, Any], field: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         there = ", ".join(repr(name) for name in row) or "no field at all"
         raise InputError(f"{where}: field '{field}' must be a text; there is {there}")
+    check_characters(value, field, where)
     return value
 
 

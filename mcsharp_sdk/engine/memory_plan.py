@@ -139,7 +139,7 @@ def _export_need(work: Work, *, packed: bool) -> Need:
     if packed:
         return Need(work.sizes.largest_tensor, 0)
     layer = max(layer.bytes for layer in work.sizes.layers)
-    waiting = min(SHARD_BYTES, work.sizes.bytes)
+    waiting = min(SHARD_BYTES, work.sizes.used_bytes)
     return Need(max(work.sizes.largest_tensor, int(LOADING_OVERHEAD * layer) + waiting), 0)
 
 
@@ -163,7 +163,7 @@ def _holds_model(stage: Modifier) -> bool:
 def _whole_model(work: Work) -> Need:
     """The whole model, in float32 where it is held on a CPU."""
     sizes = work.sizes
-    return Need(sizes.bytes * FLOAT // sizes.stored_bytes_per_weight, 2 * work.activations)
+    return Need(sizes.used_bytes * FLOAT // sizes.stored_bytes_per_weight, 2 * work.activations)
 
 
 def _gradient_needs(loss_tokens: int, work: Work) -> list[Need]:

@@ -267,10 +267,10 @@ def _after(recipe: Recipe, sizes: ModelSizes, bits: float | None) -> tuple[int, 
     )
     quantiser = _quantiser(recipe)
     if quantiser is None or bits is None:
-        return sizes.bytes + networks, None
+        return sizes.used_bytes + networks, None
     group, other = quantiser.group_size, quantiser.other_bits
     quantised = {bits: sizes.expert_weights}
-    kept = sizes.bytes - sizes.expert_bytes
+    kept = sizes.used_bytes - sizes.expert_bytes
     if other is not None:
         quantised[other] = quantised.get(other, 0) + sizes.linear_weights
         kept -= sizes.linear_bytes
@@ -282,7 +282,7 @@ def _after(recipe: Recipe, sizes: ModelSizes, bits: float | None) -> tuple[int, 
 
 def _run_bytes(recipe: Recipe, sizes: ModelSizes, after: int) -> int:
     """Bytes that stages leave in the run directory: what is packed, networks, and gradients."""
-    kept = sizes.bytes
+    kept = sizes.used_bytes
     quantiser = _quantiser(recipe)
     if quantiser is not None:
         kept -= sizes.expert_bytes + (0 if quantiser.other_bits is None else sizes.linear_bytes)

@@ -27,6 +27,7 @@ from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.engine.stage_store import StageStore
 from mcsharp_sdk.errors import Checks, InputError, RunError
+from mcsharp_sdk.models.device import is_cpu
 from mcsharp_sdk.models.memory import peak_resident_bytes
 from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.source import SourceModel
@@ -36,6 +37,9 @@ from mcsharp_sdk.recipe.library import as_recipe
 from mcsharp_sdk.recipe.schema import Recipe
 
 logger = logging.getLogger("mcsharp_sdk")
+
+MOST_NAMED = 3
+"""Most tensors that a warning names."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ def _default_directory(output: Path, recipe: Recipe) -> Path:
 
 def _allowed(max_memory: str | int | None, device: str) -> int | None:
     allowed = read_bytes_of(max_memory)
-    if allowed is not None and device != "cpu":
+    if allowed is not None and not is_cpu(device):
         raise InputError(
             f"max_memory counts the memory of this process, and device {device} has its own: "
             "leave one of them out"
@@ -242,7 +246,7 @@ class Work:
         ):
             if not self.overwrite and self._is_published(opened.path):
                 logger.info("%s was finished by an earlier run", self.output)
-                return {}, opened.report().warnings
+                return {}, _whole_report(opened, self.source).warnings
             context = RunContext(
                 self.source,
                 self.recipe,
@@ -288,7 +292,20 @@ def _run_stages(context: RunContext, watch: _Stopwatch, store: StageStore | None
             _run_stage(context, stage, name, watch)
         if store is not None:
             store.keep(key, directory, directory.finished()[name])
-    context.report = directory.report()
+    context.report = _whole_report(directory, context.model)
+
+
+def _whole_report(directory: RunDirectory, source: SourceModel) -> RunReport:
+    """What the finished stages left to be reported, and what of the model is in no result."""
+    report = directory.report()
+    if source.left_out:
+        first, rest = source.left_out[:MOST_NAMED], len(source.left_out) - MOST_NAMED
+        report.warn(
+            "these tensors are left out of the result, since transformers has no place for them in "
+            f"a model of type {source.config.model_type}: {', '.join(first)}"
+            + (f" and {rest} more" if rest > 0 else "")
+        )
+    return report
 
 
 def _run_stage(context: RunContext, stage: Modifier, name: str, watch: _Stopwatch) -> None:

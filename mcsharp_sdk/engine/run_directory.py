@@ -15,6 +15,7 @@ from mcsharp_sdk.checked_files import (
     DamagedFile,
     file_hash,
     read_checked_json,
+    synced_hash,
     write_checked_json,
 )
 from mcsharp_sdk.engine.layer_store import FINISHED_FILE, LayerStore
@@ -262,7 +263,7 @@ class RunDirectory:
 
     def checksums(self, files: Iterable[str]) -> dict[str, str]:
         """Those of ``files`` that have no checksum in themselves or their notes -> sha256."""
-        return {name: file_hash(self.path / name) for name in files if "/" not in name}
+        return {name: synced_hash(self.path / name) for name in files if "/" not in name}
 
     def mark_published(self, what: Mapping[str, str]) -> None:
         """Record what is about to come to its place as the result of the run."""

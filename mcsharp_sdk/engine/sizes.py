@@ -54,9 +54,10 @@ class ModelSizes:
 
     Attributes
     ----------
-    bytes : of its weight files.
+    bytes : of all its tensors.
     embedding_bytes : of the parts that are loaded to embed tokens.
     largest_tensor : bytes of the largest tensor outside of the decoder layers.
+    left_out_bytes : of tensors for which the architecture has no place; they are in no result.
     """
 
     bytes: int
@@ -66,6 +67,12 @@ class ModelSizes:
     hidden_size: int
     layers: tuple[LayerSizes, ...]
     stored_bytes_per_weight: int
+    left_out_bytes: int = 0
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the tensors that the architecture has a place for."""
+        return self.bytes - self.left_out_bytes
 
     @property
     def dtype_bytes(self) -> int:
@@ -104,6 +111,7 @@ def model_sizes(source: SourceModel) -> ModelSizes:
         hidden_size=source.config.get_text_config().hidden_size,
         layers=layers,
         stored_bytes_per_weight=source.stored_dtype.itemsize,
+        left_out_bytes=sum(source.checkpoint.info(name).nbytes for name in source.left_out),
     )
 
 

@@ -198,7 +198,7 @@ def prepare(
     text_config = config.get_text_config()
     window = _choose_window(window, getattr(text_config, "max_position_embeddings", None))
     place = choose_device(device)
-    computed_in = choose_dtype(dtype, config, place)
+    computed_in = choose_dtype(dtype, config, directory, place)
     name, pieces = _pieces(text)
     words = text_config.vocab_size
     tokens = _read_tokens(pieces, directory, max_tokens, words)

@@ -125,7 +125,7 @@ def products_of(model_dir: str | Path, device: str = "auto", dtype: str = "auto"
         raise InputError(f"{directory} has no packed matrices: it is not compressed")
     device = choose_device(device)
     kind = torch.device("cuda" if device == "auto" else device).type
-    chosen = choose_dtype(dtype, read_config(directory), kind)
+    chosen = choose_dtype(dtype, read_config(directory), directory, kind)
     matrices: Counter[tuple[str, Case]] = Counter()
     shapes: dict[str, Case] = {}
     for name, info in Checkpoint.open(directory).tensors.items():

@@ -13,7 +13,12 @@ from transformers.utils import logging as transformers_logging
 import mcsharp_sdk.runtime.hf_quantizer  # noqa: F401  (lets transformers load compressed models)
 from mcsharp_sdk.errors import InputError, McSharpError
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
-from mcsharp_sdk.models.architecture import auto_class, read_config, stored_dtype
+from mcsharp_sdk.models.architecture import (
+    auto_class,
+    compute_dtype,
+    read_config,
+    stored_dtype,
+)
 from mcsharp_sdk.models.config_file import quantisation_method
 from mcsharp_sdk.models.device import check_device
 from mcsharp_sdk.runtime.layout import METHOD
@@ -99,11 +104,10 @@ def choose_device(name: str) -> str:
     return name
 
 
-def choose_dtype(name: str, config: Any, device: str) -> torch.dtype:
-    """The dtype to compute in.
+def choose_dtype(name: str, config: Any, directory: Path, device: str) -> torch.dtype:
+    """The dtype to compute in; ``auto`` goes by the weights of the model in ``directory``.
 
-    ``auto`` is the checkpoint's own, but float32 for float16 on a CPU, which has no float16
-    arithmetic to speak of.
+    See :func:`mcsharp_sdk.models.architecture.compute_dtype`.
 
     Raises
     ------
@@ -111,8 +115,7 @@ def choose_dtype(name: str, config: Any, device: str) -> torch.dtype:
         If the name is not ``auto`` or one of ``DTYPES``.
     """
     if name == "auto":
-        stored = stored_dtype(config)
-        return torch.float32 if (stored, device) == (torch.float16, "cpu") else stored
+        return compute_dtype(stored_dtype(config, directory), device)
     if name not in DTYPES:
         raise InputError(f"dtype {name!r} is not known: use auto, {', '.join(DTYPES)}")
     return DTYPES[name]

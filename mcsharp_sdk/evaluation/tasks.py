@@ -150,7 +150,7 @@ def evaluate_tasks(
     config = read_config(directory)
     check_pruning(pruning, directory)
     place = choose_device(device)
-    computed_in = choose_dtype(dtype, config, place)
+    computed_in = choose_dtype(dtype, config, directory, place)
     tokenizer = load_tokenizer(directory)
     with _network(download):
         manager = _manager(harness, include, runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from transformers import (
 )
 
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.models.config_file import check_config
+from mcsharp_sdk.models.config_file import check_config, quantisation_method
+from mcsharp_sdk.models.device import is_cpu
 from mcsharp_sdk.models.normal_form import normalise
+from mcsharp_sdk.models.shards import Checkpoint
 
 MOST_TABLE_BYTES = 4 << 30
 """Most memory for what a model computes from its config, such as rotary tables."""
@@ -65,13 +68,46 @@ def reads_images(config: Any) -> bool:
     return type(config) in AutoModelForImageTextToText._model_mapping
 
 
-def stored_dtype(config: Any) -> torch.dtype:
-    """The dtype that a config gives for the weights; float32 if it gives none.
+def named_dtype(config: Any) -> torch.dtype | None:
+    """The dtype that a config gives for the weights, if any.
 
     Of a vision-language model the text model's; some state one dtype for the whole model only.
     """
     dtype: torch.dtype | None = config.get_text_config().dtype or config.dtype
-    return dtype or torch.float32
+    return dtype
+
+
+def stored_dtype(config: Any, path: Path) -> torch.dtype:
+    """The dtype of a model's weights: what its config says, or else what most of them have.
+
+    Of a quantised model whose config says nothing it is float32: its tensors do not tell.
+
+    Parameters
+    ----------
+    path : the model's folder, of which headers are read if the config says nothing.
+
+    Raises
+    ------
+    InputError
+        If they are to be read and cannot.
+    """
+    if (named := named_dtype(config)) is not None:
+        return named
+    if quantisation_method(config) is not None:
+        return torch.float32
+    nbytes: Counter[torch.dtype] = Counter()
+    for info in Checkpoint.open(path).tensors.values():
+        if info.dtype.is_floating_point and info.dtype.itemsize > 1:  # fp8 is a packing
+            nbytes[info.dtype] += info.nbytes
+    return max(nbytes, key=nbytes.__getitem__, default=torch.float32)
+
+
+def compute_dtype(stored: torch.dtype, device: str) -> torch.dtype:
+    """The dtype to compute in with weights of this dtype.
+
+    It is the same, but float32 for float16 on a CPU, which has no float16 arithmetic to speak of.
+    """
+    return torch.float32 if stored == torch.float16 and is_cpu(device) else stored
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:

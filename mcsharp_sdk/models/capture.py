@@ -73,9 +73,9 @@ class RoutedInputs:
         hidden, router_hidden, index, weights = (part[:tokens] for part in parts)
         return RoutedInputs(hidden, router_hidden, index, weights, (len(hidden),), self.num_experts)
 
-    def counts(self, num_experts: int) -> list[int]:
+    def counts(self) -> list[int]:
         """Tokens per expert."""
-        return torch.bincount(self.top_k_index.reshape(-1), minlength=num_experts).tolist()
+        return torch.bincount(self.top_k_index.reshape(-1), minlength=self.num_experts).tolist()
 
 
 class _Enough(Exception):

@@ -10,6 +10,9 @@ from typing import Any
 from mcsharp_sdk.artifact_file import read_json_object
 from mcsharp_sdk.errors import InputError
 
+METHOD = "mcsharp"
+"""``quant_method`` of the models that this package compressed."""
+
 MOST_LAYERS = 4096
 MOST_OF_ANYTHING = 1 << 40
 LAYER_COUNT = re.compile(r"(layers?|depths?|blocks)$")
@@ -35,7 +38,8 @@ def check_config(path: Path) -> dict[str, Any]:
     for name, value in _settings(config):
         most = MOST_LAYERS if LAYER_COUNT.search(name) else MOST_OF_ANYTHING
         numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(n, int | float) and abs(n) > most for n in numbers):
+        # Only whole numbers are sizes; a float may be as large as it likes, even infinite.
+        if any(isinstance(n, int) and abs(n) > most for n in numbers):
             raise InputError(f"{file}: {name} is {value}: more than {most} cannot be")
     return config
 

@@ -14,3 +14,8 @@ def check_device(name: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {name!r} cannot be used: {reason}") from error
+
+
+def is_cpu(name: str) -> bool:
+    """Whether a device is the CPU, such as ``cpu`` or ``cpu:0``; ``auto`` is no name of it."""
+    return name.partition(":")[0] == "cpu"

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.architecture import empty_model, read_config, stored_dtype
+from mcsharp_sdk.models.config_file import METHOD, quantisation_method
 from mcsharp_sdk.models.routing import Router, router_from_tensors, router_tensor_names
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.source import SourceModel
@@ -38,12 +40,18 @@ class CompressedFolder:
         Raises
         ------
         InputError
-            If it is no folder of a MoE model.
+            If it is no folder of a MoE model, or something else quantised it.
         """
         config = read_config(path)
-        if getattr(config, "quantization_config", None) is None:
+        method = quantisation_method(config)
+        if method is None:
             return None
-        model = empty_model(config, stored_dtype(config))
+        if method != METHOD:
+            raise InputError(
+                f"{path} is quantised by {method!r}: give the original model, or one that mcsharp "
+                "compressed"
+            )
+        model = empty_model(config, stored_dtype(config, path))
         return cls(config, read_topology(model, config), Checkpoint.open(path))
 
     def module_tensors(self, layer: int, path: str) -> dict[str, torch.Tensor]:

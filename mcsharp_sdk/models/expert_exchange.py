@@ -87,7 +87,7 @@ class ExchangedTokens(ExpertTokens):
         ----------
         cost : of working on an expert, and of each token of it.
         """
-        own = torch.tensor(routed.counts(routed.num_experts))
+        own = torch.tensor(routed.counts())
         counts = ranks.gather(own.unsqueeze(0))
         totals = counts.sum(0).tolist()
         owned = divide([cost[0] + cost[1] * tokens for tokens in totals], ranks.count)

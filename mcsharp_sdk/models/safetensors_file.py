@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mcsharp_sdk.artifact_file import sync_folder
+from mcsharp_sdk.artifact_file import atomic_file
 from mcsharp_sdk.errors import Problem
 
 MAX_HEADER_BYTES = 100_000_000
@@ -159,20 +158,11 @@ def write_safetensors(
         raise TypeError(f"safetensors cannot hold the dtype of {', '.join(unknown)}")
     # Wide elements first keeps every tensor aligned to its element size, as the library does it.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     digest = hashlib.sha256()
-    try:
-        with temporary.open("wb") as file:
-            for part in _file_parts(names, tensors, metadata or {}):
-                file.write(part)
-                digest.update(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with atomic_file(path) as file:
+        for part in _file_parts(names, tensors, metadata or {}):
+            file.write(part)
+            digest.update(part)
     return digest.hexdigest()
 
 

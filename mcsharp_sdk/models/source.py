@@ -25,7 +25,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from mcsharp_sdk.errors import InputError, RunError
-from mcsharp_sdk.models.architecture import empty_model, read_config, stored_dtype
+from mcsharp_sdk.models.architecture import (
+    compute_dtype,
+    empty_model,
+    read_config,
+    stored_dtype,
+)
 from mcsharp_sdk.models.config_file import check_layer_count, quantisation_method
 from mcsharp_sdk.models.device import check_device
 from mcsharp_sdk.models.expert_reading import StackedExperts
@@ -53,8 +58,8 @@ class SourceModel:
     overlaps : whether experts are read, and results written, beside the computing.
     model : the causal language model on the meta device.
     topology : where its layers, routers, experts and linears are.
-    dtype : the dtype that it computes in: that of the checkpoint, but float32 for float16 on a
-        CPU, which has no float16 arithmetic to speak of.
+    stored_dtype : the dtype of its weights on disk.
+    dtype : the dtype that it computes in, see ``compute_dtype``.
     """
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
@@ -72,8 +77,8 @@ class SourceModel:
         self.checkpoint = Checkpoint.open(path)
         check_unquantised(self.checkpoint)
         check_layer_count(self.config, len(self.checkpoint.tensors), path)
-        self.stored_dtype = stored_dtype(self.config)
-        self.dtype = _compute_dtype(self.stored_dtype, device)
+        self.stored_dtype = stored_dtype(self.config, path)
+        self.dtype = compute_dtype(self.stored_dtype, device)
         self.model = empty_model(self.config, self.dtype)
         self.topology: Topology = read_topology(self.model, self.config)
         with _quiet_sequential_loading():
@@ -82,12 +87,17 @@ class SourceModel:
     @cached_property
     def memory_names(self) -> dict[str, str]:
         """Name on disk -> name in the module tree (for fused tensors, many to one)."""
-        return {name: memory for name, (memory, _) in self._renamed.items()}
+        return {name: memory for name, (memory, _) in self._placed.items()}
 
     @cached_property
     def verbatim(self) -> dict[str, str]:
         """Name in the module tree -> name on disk, of tensors that have the same data in both."""
-        return {memory: name for name, (memory, pattern) in self._renamed.items() if not pattern}
+        return {memory: name for name, (memory, pattern) in self._placed.items() if not pattern}
+
+    @cached_property
+    def left_out(self) -> tuple[str, ...]:
+        """Names on disk for which the architecture has no place, as of multi-token prediction."""
+        return tuple(name for name in self.renamed if name not in self._placed)
 
     @cached_property
     def _conversions(self) -> list[Any]:
@@ -98,22 +108,33 @@ class SourceModel:
     def _sources(self) -> dict[str, list[tuple[str, str | None]]]:
         """Name in the module tree -> names on disk that it is made of, each with its pattern."""
         found: dict[str, list[tuple[str, str | None]]] = {}
-        for disk, (memory, pattern) in self._renamed.items():
+        for disk, (memory, pattern) in self._placed.items():
             found.setdefault(memory, []).append((disk, pattern))
         return found
 
     @cached_property
-    def _renamed(self) -> dict[str, tuple[str, str | None]]:
-        """Name on disk -> name in the module tree, and what converts the data, if anything does."""
+    def renamed(self) -> dict[str, tuple[str, str | None]]:
+        """Name on disk -> name by transformers' rules, and what converts the data, if it is.
+
+        Those for which the module tree has no place are among them.
+        """
         mapping = self._conversions
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         tree = self.model.state_dict()
         prefix = self.model.base_model_prefix
-        return {
-            name: rename_source_key(name, renamings, converters, prefix, tree)
-            for name in self.checkpoint.names
-        }
+        found = {}
+        for name in self.checkpoint.names:
+            found[name] = rename_source_key(name, renamings, converters, prefix, tree)
+            if found[name][0] not in tree and name in tree:  # the loader then keeps the name
+                found[name] = rename_source_key(name, [], [], prefix, tree)
+        return found
+
+    @cached_property
+    def _placed(self) -> dict[str, tuple[str, str | None]]:
+        """What of ``renamed`` the module tree has, by the loader's own test."""
+        tree = self.model.state_dict().keys()
+        return {disk: found for disk, found in self.renamed.items() if found[0] in tree}
 
     @cached_property
     def _made_of(self) -> dict[str, tuple[str, ...]]:
@@ -255,7 +276,8 @@ class SourceModel:
     ) -> Iterator[tuple[str, Tensor]]:
         """Tensors whose names in the module tree start so, by these names, in the stored dtype.
 
-        Those that are not on disk since they are tied to others are left out.
+        What is float32 on disk stays so where the model computes in it. Tensors that are not on
+        disk since they are tied to others are left out.
         """
         left_out = {*but_not, *self.tied_names}
         self.load(*prefixes, but_not=but_not)
@@ -263,7 +285,8 @@ class SourceModel:
         for name, tensor in persistent.items():
             wanted = name.startswith(prefixes) and name not in left_out
             if wanted and not tensor.is_meta:
-                promoted = tensor.dtype == self.dtype
+                own = {self.checkpoint.info(n).dtype for n, _ in self._sources.get(name, ())}
+                promoted = tensor.dtype == self.dtype and own != {torch.float32}
                 yield name, tensor.detach().to(self.stored_dtype if promoted else tensor.dtype)
         self.free(*prefixes)
 
@@ -285,10 +308,6 @@ class SourceModel:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.model.named_parameters()
         yield from self.model.named_buffers()
-
-
-def _compute_dtype(stored: torch.dtype, device: str) -> torch.dtype:
-    return torch.float32 if stored == torch.float16 and device == "cpu" else stored
 
 
 @contextmanager

@@ -43,7 +43,8 @@ def stream_layers(
     """Yield each decoder layer, loaded, with the activations that reach it.
 
     The consumer may change the layer's weights: the hidden states move on through the layer as the
-    consumer leaves it, and the layer is freed. Peak memory is one layer and the activations.
+    consumer leaves it, and the layer is freed. Through the last layer they do not move: nobody is
+    behind it. Peak memory is one layer and the activations.
 
     Parameters
     ----------
@@ -64,5 +65,6 @@ def stream_layers(
         experts = source.load_layer(index, by_expert=by_expert)
         layer = StreamedLayer(source, index, source.layer(index), inputs, experts)
         yield layer
-        advance(layer)
+        if not layer.is_last:
+            advance(layer)
         source.free(f"{source.layer_path(index)}.")

@@ -138,6 +138,11 @@ class StreamedLayer:
         return self.source.topology.moe.get(self.index)
 
     @property
+    def is_last(self) -> bool:
+        """Whether there is no decoder layer behind it, so that nobody asks what it gives."""
+        return self.index + 1 == self.source.topology.num_layers
+
+    @property
     def expert_weights(self) -> ExpertWeights:
         """The weights of the routed experts of a MoE layer."""
         if self.experts is None:

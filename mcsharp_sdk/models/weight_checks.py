@@ -172,7 +172,7 @@ def _repeated_layers(source: SourceModel) -> set[int]:
     They need not be checked again, which for a model of 50 000 tensors takes minutes.
     """
     kinds: dict[int, list[tuple[str, str, Any, Any]]] = {}
-    for disk, memory in source.memory_names.items():
+    for disk, (memory, _) in source.renamed.items():
         layer, info = _layer_of(source, memory), source.checkpoint.info(disk)
         if layer is not None:
             within = disk.replace(f".{layer}.", ".", 1), memory.replace(f".{layer}.", ".", 1)
@@ -198,7 +198,7 @@ def _dry_load(source: SourceModel, without: Collection[int]) -> Any:
     )
     slices = {
         name: _EmptySlice(source.checkpoint.info(name))
-        for name, memory in source.memory_names.items()
+        for name, (memory, _) in source.renamed.items()
         if _layer_of(source, memory) not in without
     }
     try:
@@ -245,7 +245,7 @@ class _Places:
     def __init__(self, source: SourceModel) -> None:
         self._checkpoint = source.checkpoint
         self._disk: dict[str, list[str]] = {}
-        for disk, memory in source.memory_names.items():
+        for disk, (memory, _) in source.renamed.items():
             self._disk.setdefault(memory, []).append(disk)
 
     def of(self, name: str) -> str:

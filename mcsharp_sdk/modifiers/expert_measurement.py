@@ -80,7 +80,7 @@ class ExpertMeasurement:
         routed = runs.routed
         release_free_memory()
         count = layer.moe.num_experts
-        reached = routed.counts(count)
+        reached = routed.counts()
         ranks = routed.ranks
         errors = {width: np.zeros(count) for width in self.widths} if self.block_errors else {}
         hessian_errors = {width: np.zeros(count) for width in self.widths}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from mcsharp_sdk.models.capture import routed_inputs
 from mcsharp_sdk.models.expert_runs import PIECE_TOKENS, ExpertRuns
 from mcsharp_sdk.models.experts import Matrix, weigh
 from mcsharp_sdk.models.stream import advance
@@ -57,7 +58,8 @@ class OriginalLayer:
     Attributes
     ----------
     layer : the one that is being quantised.
-    inputs : of the original, in front of it; behind it once :meth:`advance` was called.
+    inputs : of the original, in front of it; behind it once :meth:`advance` was called, but for the
+        last layer.
     weights : of the linears outside of the routed experts.
     hidden : [T, hidden], what reaches the original's experts, once it has advanced.
     """
@@ -88,8 +90,15 @@ class OriginalLayer:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Run the original layer; its experts and its router must not have been changed yet."""
+        """Run the original layer; its experts and its router must not have been changed yet.
+
+        The last layer is run only up to its experts: nobody asks for what is behind it.
+        """
         with self.in_place() as original:
+            if original.is_last:
+                if original.moe is not None:
+                    self.hidden = routed_inputs(original).hidden
+                return
             if original.moe is not None:
                 runs = ExpertRuns.of_layer(original, last=True)
                 self.hidden = runs.routed.hidden

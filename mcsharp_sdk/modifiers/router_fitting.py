@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.errors import RunError
-from mcsharp_sdk.models.capture import routed_inputs
+from mcsharp_sdk.models.capture import RoutedInputs, routed_inputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.routing import Router, Routing, route, router_logits
 from mcsharp_sdk.models.stream import advance
@@ -63,10 +63,12 @@ class RouterFitting:
         original = StreamedLayer(
             layer.source, layer.index, layer.module, self._original, layer.experts
         )
+        if layer.is_last:  # no further layer asks for the activations behind it
+            return None if layer.moe is None else _target(layer, routed_inputs(original))
         target = None
         if layer.moe is not None:
             runs = ExpertRuns.of_layer(original)
-            target = _target(layer.source.router(layer.moe), runs.routed.router_hidden)
+            target = _target(layer, runs.routed)
             runs.run(runs.experts)
             original.expert_outputs = runs.finish()
         advance(original)
@@ -126,7 +128,8 @@ def _weight_name(layer: StreamedLayer) -> str:
     return f"{path}.{router_weight(layer.source.model.get_submodule(path))}"
 
 
-def _target(router: Router, hidden: Tensor) -> Target:
+def _target(layer: StreamedLayer, routed: RoutedInputs) -> Target:
+    router, hidden = layer.source.router(layer.moe), routed.router_hidden
     return Target(router_logits(router, hidden), route(router, hidden))
 
 

@@ -22,6 +22,7 @@ from mcsharp_sdk.artifacts import TrainingCurve
 from mcsharp_sdk.data.calibration_set import CalibrationSet, SampleGroup
 from mcsharp_sdk.errors import RunError
 from mcsharp_sdk.models.bfloat16 import fast_linears
+from mcsharp_sdk.models.device import is_cpu
 from mcsharp_sdk.models.embedding import model_inputs
 from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.source import SourceModel
@@ -254,7 +255,7 @@ def whole_model(context: RunContext) -> SourceModel:
     if empty:
         raise RunError(f"{source.path}: the checkpoint lacks {', '.join(empty[:5])}")
     source.model.requires_grad_(False)
-    if source.device == "cpu":
+    if is_cpu(source.device):
         source.model.float()
     return source
 

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.config_file import METHOD
 from mcsharp_sdk.models.experts import Matrix
 from mcsharp_sdk.quantization.grid import REMOVED, WIDTHS, PackedWeight, group_count
 from mcsharp_sdk.quantization.packing import packed_bytes
 from mcsharp_sdk.runtime.pruning_layout import PruningLayout
 
-METHOD = "mcsharp"
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "mcsharp"
 """Weight files are ``mcsharp-00001-of-0000N.safetensors`` with an index, never ``model…``:

@@ -33,7 +33,7 @@ def check_compressed(directory: Path) -> None:
     layout = PackedLayout.from_dict(settings)
     checkpoint = Checkpoint.open(directory)
     check_layer_count(config, len(checkpoint.tensors), directory)
-    model = empty_model(config, stored_dtype(config))
+    model = empty_model(config, stored_dtype(config, directory))
     with torch.device("meta"):
         pack_modules(model, layout)
     check_tensors(model, checkpoint.tensors, str(directory))

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mcsharp_sdk.data.calibration import SEQUENCES, EmbeddedSource, share_sequences
@@ -36,14 +36,16 @@ def test_batches_are_the_set_in_order_and_no_larger_than_asked(tokens: int) -> N
     assert all(b.tokens.numel() <= tokens or len(b.tokens) == 1 for b in batches)
 
 
-@given(st.integers(1, 100))
-def test_the_first_sequences_are_whole_and_fit_if_any_does(tokens: int) -> None:
-    first = MIXED.first(tokens)
-    assert first.num_sequences >= 1
-    assert first.num_tokens <= tokens or first.num_sequences == 1
-    lengths = [length for n, length in ((3, 5), (2, 7), (1, 40)) for _ in range(n)]
-    fitting = sum(1 for i in range(1, 7) if sum(lengths[:i]) <= tokens)
-    assert first.num_sequences == max(1, fitting)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 40)), min_size=1), st.integers(1, 100))
+@example([(1, 40), (1, 7), (1, 7)], 10)
+def test_the_first_sequences_are_whole_and_fit_if_any_does(
+    sizes: list[tuple[int, int]], tokens: int
+) -> None:
+    groups = tuple(group(sequences, length, 0) for sequences, length in sizes)
+    first = CalibrationSet(groups, ("a",)).first(tokens)
+    lengths = [length for n, length in sizes for _ in range(n)]
+    fitting = sum(1 for i in range(1, len(lengths) + 1) if sum(lengths[:i]) <= tokens)
+    assert [g.tokens.shape[1] for g in first.groups for _ in g.tokens] == lengths[: max(1, fitting)]
 
 
 def test_a_plain_text_is_one_group_and_no_text_is_none() -> None:

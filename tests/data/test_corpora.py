@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,12 @@ def test_parquet_without_pyarrow_says_what_to_install(
         ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1: has no field 'text' but 'body'; set 'field'"),
         ("a.jsonl", b"{}\n", r"a\.jsonl:1: has no field 'text' but no field at all"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: field 'text' is a int, not text"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", r"a\.jsonl:1: is not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "\\ud83d\\ude00"}\n{"text": "ab\\ud83d"}',
+            r"a\.jsonl:2: field 'text' has half a character, \\ud83d, at place 2",
+        ),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: is not JSON"),
         ("a.json", b"{}", r"a\.json: .* name the file '\.jsonl'"),
     ],
@@ -107,6 +115,14 @@ def test_an_unreadable_file_is_named_with_the_fault(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_text(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_file_that_cannot_be_opened_is_refused(name: str, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as holder, chdir(tmp_path):
+        holder.bind(name)  # nobody can open it, not even root
+        with pytest.raises(InputError, match=rf"{name}: cannot be read: .*; make it readable"):
+            read_text(tmp_path / name)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:

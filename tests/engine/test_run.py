@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
@@ -19,6 +20,7 @@ from mcsharp_sdk.artifacts import BitMap, ExpertStatistics
 from mcsharp_sdk.engine.run_directory import LayerStore
 from mcsharp_sdk.errors import InputError, InputProblems, RunError
 from mcsharp_sdk.evaluation.cost import model_cost
+from mcsharp_sdk.evaluation.evaluate import evaluate
 from mcsharp_sdk.recipe.schema import Recipe
 
 STAGES: list[dict[str, Any]] = [
@@ -354,6 +356,26 @@ def test_round_to_nearest_and_a_rounded_router_are_written(
         assert any(
             np.array_equal(w.T, after.weight) or np.array_equal(w, after.weight) for w in exported
         )
+
+
+def test_a_config_that_names_no_dtype_changes_nothing(text: Path, tmp_path: Path) -> None:
+    stages = [{"type": "GPTQQuantize", "bits": 2, "group_size": 16}]
+    named = save_tiny_model(tmp_path / "named", "deepseek_v3", dtype=torch.bfloat16)
+    save_tiny_tokenizer(named)
+    silent = tmp_path / "silent"
+    shutil.copytree(named, silent)
+    config = json.loads((silent / "config.json").read_text())
+    assert config.pop("dtype") == "bfloat16"
+    (silent / "config.json").write_text(json.dumps(config))
+    first, second = (
+        compress(recipe(text, stages), model, tmp_path / f"{model.name}-out").output
+        for model in (named, silent)
+    )
+    assert weights(first) == weights(second)
+    written = [json.loads((folder / "config.json").read_text()) for folder in (first, second)]
+    assert written[0] == written[1]
+    for folder in (named, silent, first, second):
+        assert evaluate(folder, text, max_tokens=8, device="cpu").dtype == "bfloat16"
 
 
 def test_the_plan_foretells_the_size(model: Path, text: Path, tmp_path: Path) -> None:

@@ -177,7 +177,8 @@ def test_the_embedded_text_is_the_default(original: Path) -> None:
 def test_half_precision_is_widened_on_a_cpu_unless_asked_for(tmp_path: Path, text: Path) -> None:
     save_tiny_model(tmp_path, "mixtral", dtype=torch.float16)
     save_tiny_tokenizer(tmp_path)
-    assert evaluate(tmp_path, text, max_tokens=8, device="cpu").dtype == "float32"
+    for device in ("cpu", "cpu:0"):
+        assert evaluate(tmp_path, text, max_tokens=8, device=device).dtype == "float32"
     assert (
         evaluate(tmp_path, text, max_tokens=8, device="cpu", dtype="bfloat16").dtype == "bfloat16"
     )

@@ -86,6 +86,19 @@ def test_adding_the_experts_behind_the_layer_gives_the_same_bits_as_running_it_a
     assert all(map(torch.equal, states(last=True), states(last=False)))
 
 
+@pytest.mark.parametrize("by_expert", [False, True])
+def test_only_layers_with_others_behind_them_are_run(by_expert: bool, tmp_path: Path) -> None:
+    source = SourceModel(save_tiny_model(tmp_path, "mixtral"))
+    run: set[int] = set()
+    for index in range(source.topology.num_layers):
+        source.layer(index).register_forward_hook(lambda *_, index=index: run.add(index))
+    calibration = CalibrationSet.of_tokens(_tokens())
+    for layer in stream_layers(source, calibration, by_expert=by_expert):
+        before = torch.cat(layer.inputs.hidden)
+    assert run == set(range(source.topology.num_layers - 1))
+    assert torch.equal(torch.cat(layer.inputs.hidden), before)
+
+
 @pytest.mark.parametrize(("family", "adds"), [("mixtral", True), ("qwen2_moe", False)])
 def test_a_layer_passes_its_batches_on_only_if_it_adds_its_experts_last(
     family: str, adds: bool, tmp_path: Path
@@ -167,7 +180,8 @@ def test_captured_expert_inputs_equal_those_of_the_full_model(family: str, tmp_p
         torch.testing.assert_close(captured.hidden, hidden, rtol=1e-5, atol=1e-5)
         assert torch.equal(captured.top_k_index, chosen)
         torch.testing.assert_close(captured.top_k_weights, weights, rtol=1e-5, atol=1e-5)
-        assert sum(captured.counts(layer.moe.num_experts)) == chosen.numel()
+        experts = range(layer.moe.num_experts)
+        assert captured.counts() == [int((chosen == expert).sum()) for expert in experts]
 
 
 def test_linears_that_share_an_input_are_handed_over_together(tmp_path: Path) -> None:

@@ -195,6 +195,7 @@ def test_ranking_tokens_is_refused_where_those_of_images_go_to_other_experts(
         ({"image": "a\0b", "text": "x"}, "cannot be looked up|there is no image"),
         ({"image": "images/0.png"}, "field 'text' must be a text; there is 'image'"),
         ({"image": 3, "text": "x"}, "field 'image' must be a text"),
+        ({"image": "images/0.png", "text": "\ud83d"}, "field 'text' has half a character"),
         ([1], "is a JSON list"),
     ],
 )

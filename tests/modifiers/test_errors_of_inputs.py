@@ -25,6 +25,7 @@ from transformers import AutoConfig
 
 import mcsharp_sdk
 from mcsharp_sdk.data.calibration_set import CalibrationSet
+from mcsharp_sdk.engine import memory_plan
 from mcsharp_sdk.engine.run_directory import LayerStore
 from mcsharp_sdk.errors import InputProblems
 from mcsharp_sdk.models.expert_runs import ExpertRuns
@@ -172,7 +173,10 @@ def test_several_processes_are_refused_before_work(text: Path, tmp_path: Path) -
     assert mcsharp_sdk.plan(shared, model, processes=2).stages
 
 
-def test_the_plan_knows_the_memory_of_the_original_beside(text: Path, tmp_path: Path) -> None:
+def test_the_plan_knows_the_memory_of_the_original_beside(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_plan, "base_bytes", lambda: 0)
     model = made(tmp_path / "model", "mixtral")
     with_, without = (
         mcsharp_sdk.plan(pruning_recipe(text, {**COARSE, "propagation": share}), model)
