@@ -14,12 +14,12 @@ from mcsharp_sdk.engine.disk_space import check_disk_space
 from mcsharp_sdk.engine.output_folder import check_writable
 from mcsharp_sdk.engine.plan import make_plan
 from mcsharp_sdk.engine.ranks import started_together
-from mcsharp_sdk.engine.run import Work
 from mcsharp_sdk.engine.run_directory import RunDirectory, write_json
 from mcsharp_sdk.engine.stage_store import StageStore
 from mcsharp_sdk.engine.sweep_folder import WORK_FOLDER, Result, SweepFolder
 from mcsharp_sdk.engine.sweep_plan import EvaluationSettings, PlannedVariant, SweepPlan, plan_sweep
 from mcsharp_sdk.engine.variants import RecipeLike
+from mcsharp_sdk.engine.work import Work
 from mcsharp_sdk.errors import InputError, McSharpError
 from mcsharp_sdk.evaluation.evaluate import evaluate
 from mcsharp_sdk.models.weight_checks import check_outer_weights

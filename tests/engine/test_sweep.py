@@ -14,9 +14,9 @@ from tiny_tokenizer import save_tiny_tokenizer
 import mcsharp_sdk
 from mcsharp_sdk.engine import disk_space
 from mcsharp_sdk.engine.fingerprint import stage_keys
-from mcsharp_sdk.engine.run import Work
 from mcsharp_sdk.engine.run_directory import LayerStore
 from mcsharp_sdk.engine.sweep import Sweep
+from mcsharp_sdk.engine.work import Work
 from mcsharp_sdk.errors import InputError, InputProblems, RunError
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
