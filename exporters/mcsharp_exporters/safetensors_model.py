@@ -97,11 +97,11 @@ def outer_tensors(model: SourceModel) -> Iterator[tuple[str, AnyTensor]]:
     """
     layers = f"{model.topology.layers_path}."
     of_owner: dict[str, list[str]] = {}
-    for name in dict.fromkeys(model.memory_names.values()):
+    for name in dict.fromkeys(model.names.memory.values()):
         if name.startswith(layers):
             continue
-        if name in model.verbatim:
-            yield name, model.checkpoint.slice(model.verbatim[name])
+        if name in model.names.verbatim:
+            yield name, model.checkpoint.slice(model.names.verbatim[name])
         else:
             of_owner.setdefault(name.rpartition(".")[0], []).append(name)
     for names in of_owner.values():
@@ -139,7 +139,7 @@ def named_layer_tensors(
 def _as_stored(model: SourceModel, prefix: str) -> Iterator[tuple[str, StoredTensor]]:
     """Tensors that can be copied from the original model as they are, in its stored dtype."""
     tree = model.model.state_dict()
-    for name, disk in model.verbatim.items():
+    for name, disk in model.names.verbatim.items():
         stored = model.checkpoint.slice(disk)
         usual = stored.dtype == model.stored_dtype and tree[name].dtype == model.dtype
         if usual and name.startswith(prefix):

@@ -111,7 +111,7 @@ def model_sizes(source: SourceModel) -> ModelSizes:
         hidden_size=source.config.get_text_config().hidden_size,
         layers=layers,
         stored_bytes_per_weight=source.stored_dtype.itemsize,
-        left_out_bytes=sum(source.checkpoint.info(name).nbytes for name in source.left_out),
+        left_out_bytes=sum(source.checkpoint.info(name).nbytes for name in source.names.left_out),
     )
 
 
@@ -157,7 +157,7 @@ def _embedding_bytes(source: SourceModel) -> int:
 
 def _largest_outer_tensor(source: SourceModel) -> int:
     layers = f"{source.topology.layers_path}."
-    names = (disk for disk, name in source.memory_names.items() if not name.startswith(layers))
+    names = (disk for disk, name in source.names.memory.items() if not name.startswith(layers))
     return max((source.checkpoint.info(name).nbytes for name in names), default=0)
 
 

@@ -116,8 +116,8 @@ def _run_stages(context: RunContext, watch: _Stopwatch, store: StageStore | None
 def _whole_report(directory: RunDirectory, source: SourceModel) -> RunReport:
     """What the finished stages left to be reported, and what of the model is in no result."""
     report = directory.report()
-    if source.left_out:
-        first, rest = source.left_out[:MOST_NAMED], len(source.left_out) - MOST_NAMED
+    if source.names.left_out:
+        first, rest = source.names.left_out[:MOST_NAMED], len(source.names.left_out) - MOST_NAMED
         report.warn(
             "these tensors are left out of the result, since transformers has no place for them in "
             f"a model of type {source.config.model_type}: {', '.join(first)}"

@@ -17,10 +17,9 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
-from mcsharp_sdk.kernels.support import VNNI
+from mcsharp_sdk.kernels.support import cpu_features, has_vnni
 
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
@@ -29,15 +28,9 @@ BYTES_PER_VECTOR = 32
 """Codes, or quantised activations, in one vector of bytes."""
 
 
-def cpu_features() -> frozenset[str]:
-    """What the processor that numba compiles for can do, in LLVM's names, such as ``avx2``."""
-    found = cpu_target.target_context.codegen()._tm_features
-    return frozenset(name[1:] for name in found.split(",") if name.startswith("+"))
-
-
 FEATURES = cpu_features()
 
-HAS_VNNI = any(needed <= FEATURES for needed in VNNI)
+HAS_VNNI = has_vnni()
 
 
 class Vector(types.Type):

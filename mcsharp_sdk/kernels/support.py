@@ -21,21 +21,23 @@ def missing_support() -> str:
     """Why no kernel can be compiled here; empty if one can."""
     if find_spec("numba") is None:
         return "numba is not installed: pip install 'mcsharp_sdk[cpu]'"
-    if lacking := sorted(FEATURES - _features()):
+    if lacking := sorted(FEATURES - cpu_features()):
         return f"this processor lacks {', '.join(lacking)}"
     return ""
 
 
 def has_vnni() -> bool:
     """Whether the processor multiplies bytes four at a time."""
-    return any(needed <= _features() for needed in VNNI)
+    return any(needed <= cpu_features() for needed in VNNI)
 
 
 @cache
-def _features() -> frozenset[str]:
-    from mcsharp_sdk.kernels.simd import cpu_features
+def cpu_features() -> frozenset[str]:
+    """What the processor that numba compiles for can do, in LLVM's names, such as ``avx2``."""
+    from numba.core.registry import cpu_target
 
-    return cpu_features()
+    found = cpu_target.target_context.codegen()._tm_features
+    return frozenset(name[1:] for name in found.split(",") if name.startswith("+"))
 
 
 def unfit_shape(case: Case) -> str:

@@ -81,7 +81,7 @@ def _outer_names(source: SourceModel) -> list[str]:
     inside = [f"{source.topology.layers_path}."]
     inside += [f"{name}." for name, m in source.model.named_modules() if m is head]
     embedding = _embedding_path(source)
-    names = {*source.memory_names.values(), *source.tied_names}
+    names = {*source.names.memory.values(), *source.names.tied}
     return [embedding, *sorted(name for name in names if not name.startswith(tuple(inside)))]
 
 

@@ -9,17 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
     convert_and_load_state_dict_in_model,
-    rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
@@ -37,10 +34,10 @@ from mcsharp_sdk.models.expert_reading import StackedExperts
 from mcsharp_sdk.models.expert_weights import ExpertWeights, LoadedExperts, StoredExperts
 from mcsharp_sdk.models.experts import MATRICES, Matrix, parameter_name
 from mcsharp_sdk.models.memory import keep_large_blocks_out_of_the_heap, release_free_memory
-from mcsharp_sdk.models.normal_form import weight_conversions
 from mcsharp_sdk.models.read_ahead import ReadAhead, overlaps
 from mcsharp_sdk.models.routing import Router, read_router, router_tensor_names
 from mcsharp_sdk.models.shards import Checkpoint
+from mcsharp_sdk.models.tensor_names import TensorNames
 from mcsharp_sdk.models.topology import MoeBlock, Topology, read_topology
 from mcsharp_sdk.models.weight_checks import check_finite, check_fit, check_unquantised
 
@@ -57,6 +54,7 @@ class SourceModel:
     ----------
     overlaps : whether experts are read, and results written, beside the computing.
     model : the causal language model on the meta device.
+    names : of its tensors, on disk and in the module tree.
     topology : where its layers, routers, experts and linears are.
     stored_dtype : the dtype of its weights on disk.
     dtype : the dtype that it computes in, see ``compute_dtype``.
@@ -80,90 +78,10 @@ class SourceModel:
         self.stored_dtype = stored_dtype(self.config, path)
         self.dtype = compute_dtype(self.stored_dtype, device)
         self.model = empty_model(self.config, self.dtype)
+        self.names = TensorNames(self.checkpoint, self.model)
         self.topology: Topology = read_topology(self.model, self.config)
         with _quiet_sequential_loading():
             check_fit(self)
-
-    @cached_property
-    def memory_names(self) -> dict[str, str]:
-        """Name on disk -> name in the module tree (for fused tensors, many to one)."""
-        return {name: memory for name, (memory, _) in self._placed.items()}
-
-    @cached_property
-    def verbatim(self) -> dict[str, str]:
-        """Name in the module tree -> name on disk, of tensors that have the same data in both."""
-        return {memory: name for name, (memory, pattern) in self._placed.items() if not pattern}
-
-    @cached_property
-    def left_out(self) -> tuple[str, ...]:
-        """Names on disk for which the architecture has no place, as of multi-token prediction."""
-        return tuple(name for name in self.renamed if name not in self._placed)
-
-    @cached_property
-    def _conversions(self) -> list[Any]:
-        """How tensors on disk become those of the module tree."""
-        return weight_conversions(self.model)
-
-    @cached_property
-    def _sources(self) -> dict[str, list[tuple[str, str | None]]]:
-        """Name in the module tree -> names on disk that it is made of, each with its pattern."""
-        found: dict[str, list[tuple[str, str | None]]] = {}
-        for disk, (memory, pattern) in self._placed.items():
-            found.setdefault(memory, []).append((disk, pattern))
-        return found
-
-    @cached_property
-    def renamed(self) -> dict[str, tuple[str, str | None]]:
-        """Name on disk -> name by transformers' rules, and what converts the data, if it is.
-
-        Those for which the module tree has no place are among them.
-        """
-        mapping = self._conversions
-        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-        converters = [m for m in mapping if isinstance(m, WeightConverter)]
-        tree = self.model.state_dict()
-        prefix = self.model.base_model_prefix
-        found = {}
-        for name in self.checkpoint.names:
-            found[name] = rename_source_key(name, renamings, converters, prefix, tree)
-            if found[name][0] not in tree and name in tree:  # the loader then keeps the name
-                found[name] = rename_source_key(name, [], [], prefix, tree)
-        return found
-
-    @cached_property
-    def _placed(self) -> dict[str, tuple[str, str | None]]:
-        """What of ``renamed`` the module tree has, by the loader's own test."""
-        tree = self.model.state_dict().keys()
-        return {disk: found for disk, found in self.renamed.items() if found[0] in tree}
-
-    @cached_property
-    def _made_of(self) -> dict[str, tuple[str, ...]]:
-        """Name on disk -> the names in the module tree that are made of it, mostly one.
-
-        ernie4_5_vl_moe keeps the experts of text and of images in one list.
-        """
-        several = [
-            converter.target_patterns
-            for converter in self._conversions
-            if isinstance(converter, WeightConverter) and len(converter.target_patterns) > 1
-        ]
-        return {
-            disk: next(
-                (tuple(name.replace(t[0], other) for other in t) for t in several if t[0] in name),
-                (name,),
-            )
-            for disk, name in self.memory_names.items()
-        }
-
-    @cached_property
-    def tied_names(self) -> dict[str, str]:
-        """Name in the module tree of a tensor that is not on disk -> name on disk of its twin."""
-        on_disk = {memory: name for name, memory in self.memory_names.items()}
-        return {
-            name: on_disk[twin]
-            for name, twin in self.model.all_tied_weights_keys.items()
-            if name not in on_disk and twin in on_disk
-        }
 
     def layer_path(self, layer: int) -> str:
         """Module path of decoder layer ``layer``."""
@@ -187,9 +105,9 @@ class SourceModel:
                 self.checkpoint,
                 name,
                 self.model.get_parameter(name),
-                self._sources.get(name, []),
+                self.names.sources.get(name, []),
                 self.model,
-                self._conversions,
+                self.names.conversions,
             )
             if stacked is None:
                 return None
@@ -234,11 +152,11 @@ class SourceModel:
         def wanted(name: str) -> bool:
             return name.startswith(prefixes) and name not in excluded
 
-        mapping = self._conversions
-        made = self._made_of
+        mapping = self.names.conversions
+        made = self.names.made_of
         slices = partial(self.checkpoint.slice, check=check_finite)
         lazy = {k: slices(k) for k in made if any(map(wanted, made[k]))}
-        lazy |= {m: slices(k) for m, k in self.tied_names.items() if wanted(m)}
+        lazy |= {m: slices(k) for m, k in self.names.tied.items() if wanted(m)}
         settings = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
@@ -279,13 +197,13 @@ class SourceModel:
         What is float32 on disk stays so where the model computes in it. Tensors that are not on
         disk since they are tied to others are left out.
         """
-        left_out = {*but_not, *self.tied_names}
+        left_out = {*but_not, *self.names.tied}
         self.load(*prefixes, but_not=but_not)
         persistent = self.model.state_dict(keep_vars=True)
         for name, tensor in persistent.items():
             wanted = name.startswith(prefixes) and name not in left_out
             if wanted and not tensor.is_meta:
-                own = {self.checkpoint.info(n).dtype for n, _ in self._sources.get(name, ())}
+                own = {self.checkpoint.info(n).dtype for n, _ in self.names.sources.get(name, ())}
                 promoted = tensor.dtype == self.dtype and own != {torch.float32}
                 yield name, tensor.detach().to(self.stored_dtype if promoted else tensor.dtype)
         self.free(*prefixes)
@@ -294,7 +212,7 @@ class SourceModel:
         """The routers of all MoE layers, one loaded at a time."""
         for index, block in self.topology.moe.items():
             path = f"{self.layer_path(index)}.{block.router}"
-            names = router_tensor_names(self.memory_names.values(), path).values()
+            names = router_tensor_names(self.names.memory.values(), path).values()
             self.load(*names)
             yield self.router(block)
             self.free(*names)

@@ -94,7 +94,7 @@ def check_outer_weights(source: SourceModel) -> None:
         With each tensor that has numbers that are NaN or infinite.
     """
     layers = f"{source.topology.layers_path}."
-    names = [n for n, memory in source.memory_names.items() if not memory.startswith(layers)]
+    names = [n for n, memory in source.names.memory.items() if not memory.startswith(layers)]
     problems = [problem for name in names for problem in numbers_of(source.checkpoint, name)]
     if problems:
         raise InputProblems(str(source.path), problems)
@@ -149,7 +149,7 @@ def _misfits(source: SourceModel) -> Iterator[Problem]:
     for name, error in sorted(info.conversion_errors.items()):
         reason = str(error).strip().splitlines()[-1]
         yield Problem(places.of(name), f"{name} cannot be made of what is on disk: {reason}")
-    spared = [*source.tied_names, *info.conversion_errors, *(m[0] for m in info.mismatched_keys)]
+    spared = [*source.names.tied, *info.conversion_errors, *(m[0] for m in info.mismatched_keys)]
     absent = _not_ignored(info.missing_keys - {*spared}, _patterns(source.model, "missing"))
     for name in sorted(absent):
         if _layer_of(source, name) in repeated:
@@ -172,7 +172,7 @@ def _repeated_layers(source: SourceModel) -> set[int]:
     They need not be checked again, which for a model of 50 000 tensors takes minutes.
     """
     kinds: dict[int, list[tuple[str, str, Any, Any]]] = {}
-    for disk, (memory, _) in source.renamed.items():
+    for disk, (memory, _) in source.names.renamed.items():
         layer, info = _layer_of(source, memory), source.checkpoint.info(disk)
         if layer is not None:
             within = disk.replace(f".{layer}.", ".", 1), memory.replace(f".{layer}.", ".", 1)
@@ -198,7 +198,7 @@ def _dry_load(source: SourceModel, without: Collection[int]) -> Any:
     )
     slices = {
         name: _EmptySlice(source.checkpoint.info(name))
-        for name, (memory, _) in source.renamed.items()
+        for name, (memory, _) in source.names.renamed.items()
         if _layer_of(source, memory) not in without
     }
     try:
@@ -245,7 +245,7 @@ class _Places:
     def __init__(self, source: SourceModel) -> None:
         self._checkpoint = source.checkpoint
         self._disk: dict[str, list[str]] = {}
-        for disk, (memory, _) in source.renamed.items():
+        for disk, (memory, _) in source.names.renamed.items():
             self._disk.setdefault(memory, []).append(disk)
 
     def of(self, name: str) -> str:

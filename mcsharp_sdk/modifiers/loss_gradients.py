@@ -94,7 +94,7 @@ def _behind_layers(
 ) -> list[Tensor]:
     """Per batch, the gradient of the summed loss by the hidden states behind the last layer."""
     layers = f"{source.topology.layers_path}."
-    known = {*source.memory_names.values(), *source.tied_names}
+    known = {*source.names.memory.values(), *source.names.tied}
     outside = sorted(name for name in known if not name.startswith(layers))
     source.load(*outside)
     source.model.requires_grad_(False)

@@ -246,7 +246,7 @@ def whole_model(context: RunContext) -> SourceModel:
     """
     source = SourceModel(context.model.path, context.model.device)
     layers = f"{source.topology.layers_path}."
-    owners = {name.rpartition(".")[0] for name in source.memory_names.values()}
+    owners = {name.rpartition(".")[0] for name in source.names.memory.values()}
     source.load(layers, *sorted(f"{name}." for name in owners if not name.startswith(layers)))
     for index in context.track(range(source.topology.num_layers), "loading the model"):
         context.restore_quantised(source, index)

@@ -75,6 +75,6 @@ def test_a_model_with_further_tensors_becomes_what_it_becomes_without_them(
 
 def test_what_is_left_out_is_known_from_headers(tmp_path: Path) -> None:
     source = SourceModel(saved(tmp_path, "glm4_moe", EXTRA["glm4_moe"]))
-    assert set(source.left_out) == set(EXTRA["glm4_moe"])
-    assert set(source.memory_names) == set(source.checkpoint.names) - set(EXTRA["glm4_moe"])
-    assert set(source.memory_names.values()) <= set(source.model.state_dict())
+    assert set(source.names.left_out) == set(EXTRA["glm4_moe"])
+    assert set(source.names.memory) == set(source.checkpoint.names) - set(EXTRA["glm4_moe"])
+    assert set(source.names.memory.values()) <= set(source.model.state_dict())

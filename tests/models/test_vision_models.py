@@ -79,7 +79,7 @@ def test_what_is_outside_the_decoder_layers_is_kept_bit_for_bit(
     source = SourceModel(original)
     before, after = stored_tensors(original), stored_tensors(compressed)
     layers = f"{source.topology.layers_path}."
-    outer = {d: m for d, m in source.memory_names.items() if not m.startswith(layers)}
+    outer = {d: m for d, m in source.names.memory.items() if not m.startswith(layers)}
     assert any("vis" in name for name in outer)
     for on_disk, name in outer.items():
         assert torch.equal(before[on_disk], after[name]), name
