@@ -20,6 +20,9 @@ from mcsharp_sdk.errors import InputError
 
 FloatArray = NDArray[np.float64]
 LARGEST_FLOAT = sys.float_info.max
+
+TEMPORARY_FILES = ".*.tmp"
+"""Names of files that are not finished yet."""
 VERSION = 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mcsharp_exporters.manifest_file import MANIFEST, read_manifest_of
 from mcsharp_exporters.model_nodes import AccuracyLevel, Precision
 from mcsharp_exporters.model_pruning import GraphPruning
+from mcsharp_sdk.checked_files import file_hash
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
 
 FORMAT = "mcsharp.onnx_model"
@@ -108,7 +108,7 @@ def _problems(folder: Path, manifest: ModelManifest, hashes: bool) -> Iterator[P
             yield Problem(
                 entry.file, f"{state}: {size} bytes, {MANIFEST} says {entry.bytes}; copy it again"
             )
-        elif hashes and file_sha256(path) != entry.sha256:
+        elif hashes and file_hash(path) != entry.sha256:
             yield Problem(entry.file, f"damaged: its SHA-256 is not the one in {MANIFEST}")
 
 
@@ -120,10 +120,4 @@ def _together(name: str) -> str:
 
 def file_entry(path: Path) -> FileEntry:
     """A file as the manifest names it."""
-    return FileEntry(file=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return FileEntry(file=path.name, bytes=path.stat().st_size, sha256=file_hash(path))

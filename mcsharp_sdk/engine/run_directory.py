@@ -10,7 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 
-from mcsharp_sdk.artifact_file import Artifact, readable_json, write_text_atomically
+from mcsharp_sdk.artifact_file import (
+    TEMPORARY_FILES,
+    Artifact,
+    readable_json,
+    write_text_atomically,
+)
 from mcsharp_sdk.checked_files import (
     DamagedFile,
     file_hash,
@@ -296,8 +301,8 @@ class RunDirectory:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Delete what a run that was killed had begun to write: names that begin with a dot."""
-    for file in folder.rglob(".*"):
+    """Delete what a run that was killed had begun to write."""
+    for file in folder.rglob(TEMPORARY_FILES):
         if file.is_file():
             file.unlink()
 

@@ -73,7 +73,7 @@ class Scratch:
 
 def _mapped_file(folder: Path, size: int) -> mmap.mmap:
     try:
-        with tempfile.TemporaryFile(dir=folder, prefix=".activations.") as file:
+        with tempfile.TemporaryFile(dir=folder, prefix=".activations.", suffix=".tmp") as file:
             os.posix_fallocate(file.fileno(), 0, size)
             return mmap.mmap(file.fileno(), size)
     except OSError as error:

@@ -239,7 +239,11 @@ def test_without_exporters_the_run_directory_is_the_result(
     kept = compress(measuring, model, tmp_path / "no", run_dir=tmp_path / "run")
     assert kept.output == tmp_path / "run"
     assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "run"]
+    (tmp_path / "out" / ".gitignore").write_text("mine")
+    (tmp_path / "out" / ".left.1.2.tmp").write_text("begun by a run that was killed")
     assert not compress(measuring, model, tmp_path / "out").seconds  # it is there already
+    hidden = [file.name for file in (tmp_path / "out").iterdir() if file.name.startswith(".")]
+    assert hidden == [".gitignore"]
 
 
 def test_a_run_directory_within_the_output_is_refused(
