@@ -17,7 +17,7 @@ from transformers.quantizers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mcsharp_sdk.models.config_file import MOST_LAYERS, check_layer_count
-from mcsharp_sdk.runtime.layout import INDEX_FILE, METHOD, PackedLayout, check_fields
+from mcsharp_sdk.runtime.layout import INDEX_FILE, METHOD, PackedLayout, check_layout_fields
 
 
 @register_quantization_config(METHOD)
@@ -25,7 +25,7 @@ class McSharpConfig(QuantizationConfigMixin):
     """``quantization_config`` of a compressed model; see :mod:`mcsharp_sdk.runtime.layout`."""
 
     def __init__(self, **settings: Any) -> None:
-        check_fields(settings)
+        check_layout_fields(settings)
         self.__dict__.update(settings)
         self.quant_method: Any = METHOD
 

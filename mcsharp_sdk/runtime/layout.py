@@ -27,6 +27,7 @@ from mcsharp_sdk.models.config_file import METHOD
 from mcsharp_sdk.models.experts import Matrix
 from mcsharp_sdk.quantization.grid import REMOVED, WIDTHS, PackedWeight, group_count
 from mcsharp_sdk.quantization.packing import packed_bytes
+from mcsharp_sdk.runtime.config_fields import check_fields
 from mcsharp_sdk.runtime.pruning_layout import PruningLayout
 
 FORMAT_VERSION = 1
@@ -95,7 +96,7 @@ class PackedLayout:
                 f"quantization_config has format_version {version!r}; this mcsharp_sdk reads "
                 f"version {FORMAT_VERSION}"
             )
-        check_fields(config)
+        check_layout_fields(config)
         pruning = _read_pruning(config.get("pruning"))
         try:
             layout = cls(
@@ -120,13 +121,9 @@ class PackedLayout:
         return layout
 
 
-def check_fields(config: Mapping[str, Any]) -> None:
+def check_layout_fields(config: Mapping[str, Any]) -> None:
     """InputError if a ``quantization_config`` says more than is understood here."""
-    if unknown := sorted(map(str, config.keys() - FIELDS - {"quant_method"})):
-        raise InputError(
-            f"quantization_config has {', '.join(unknown)}, which this mcsharp_sdk does not know: "
-            "it may be misspelt, or a newer version wrote it"
-        )
+    check_fields("quantization_config", config, FIELDS | {"quant_method"})
 
 
 def _whole(value: Any) -> int:

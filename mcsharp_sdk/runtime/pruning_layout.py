@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.pruning.importance import ATTENTION, METRICS
+from mcsharp_sdk.runtime.config_fields import check_fields
 
 PruningMode = Literal["off", "rule", "learned", "both"]
 MODES: tuple[PruningMode, ...] = get_args(PruningMode)
@@ -73,6 +74,7 @@ class RulePruning:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> RulePruning:
+        check_fields("rule", config, cls.__dataclass_fields__)
         return cls(
             metric=str(config["metric"]),
             protect_ratio=float(config["protect_ratio"]),
@@ -108,6 +110,7 @@ class LearnedPruning:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> LearnedPruning:
+        check_fields("learned", config, cls.__dataclass_fields__)
         return cls(int(config["units"]), tuple(int(layer) for layer in config["layers"]))
 
 
@@ -170,6 +173,7 @@ class PruningLayout:
             If it is anything else.
         """
         try:
+            check_fields("it", config, cls.__dataclass_fields__)
             rule, learned = config.get("rule"), config.get("learned")
             return cls(
                 mode=config["mode"],

@@ -120,6 +120,9 @@ GOOD: dict[str, Any] = PruningLayout("both", RULE, LEARNED).to_dict()
         ({"learned": {"units": 0, "layers": [0]}}, "0 units"),
         ({"learned": {"units": 4, "layers": [2, 0]}}, "not ascending"),
         ({"learned": {"units": 4}}, "malformed"),
+        ({"modes": "rule"}, "pruning: it has modes, which this mcsharp_sdk does not know"),
+        ({"rule": {**GOOD["rule"], "drop": 0.1}}, "pruning: rule has drop, which"),
+        ({"learned": {**GOOD["learned"], "bias": True}}, "pruning: learned has bias, which"),
     ],
 )
 def test_a_malformed_description_is_refused(change: dict[str, Any], message: str) -> None:
