@@ -67,7 +67,7 @@ def run_experts(
     if tiling.gemv if tiling else tokens <= DECODE_TOKENS and layer_takes_gemv(layer):
         run = partial(_few_tokens, layer, dp4a=dp4a, step=size)
         return in_parts(run, GEMV_AT_ONCE, hidden, chosen, routing)
-    at_once = max(1, WORKSPACE_BYTES // workspace_bytes(layer, chosen.shape[1], hidden.dtype))
+    at_once = tokens_at_once(layer, chosen.shape[1], hidden.dtype)
     return in_parts(partial(_many_tokens, layer, height=size), at_once, hidden, chosen, routing)
 
 
@@ -121,10 +121,24 @@ def tilings_of(case: LayerCase) -> dict[str, Tiling]:
     return {name: tiling for name, tiling in TILINGS.items() if gemv or not tiling.gemv}
 
 
-def workspace_bytes(layer: ExpertLayer, slots: int, dtype: torch.dtype) -> int:
-    """Scratch that one token with so many slots takes among many, result not included."""
+def tokens_at_once(
+    layer: ExpertLayer, slots: int, dtype: torch.dtype, *, own_rows: bool = False
+) -> int:
+    """How many tokens fit into the workspace, 1 at least."""
+    return max(1, WORKSPACE_BYTES // workspace_bytes(layer, slots, dtype, own_rows=own_rows))
+
+
+def workspace_bytes(
+    layer: ExpertLayer, slots: int, dtype: torch.dtype, *, own_rows: bool = False
+) -> int:
+    """Scratch that one token with so many slots takes among many, result not included.
+
+    With ``own_rows`` each slot has its own input, made of a copy of the token, and its own output.
+    """
     gate_up, inner, hidden = layer.gate_up.rows, layer.down.columns, layer.down.rows
-    elements = inner + hidden + (gate_up if layer.between is not None else 0)
+    elements = inner + hidden + (gate_up + inner if layer.between is not None else 0)
+    if own_rows:
+        elements += 4 * layer.gate_up.columns + hidden  # a copy, its weighing in fp32, the input
     return slots * elements * dtype.itemsize
 
 

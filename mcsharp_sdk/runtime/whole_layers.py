@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mcsharp_sdk.kernels import gpu_support
 from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack, PerSlot, expert_table
-from mcsharp_sdk.kernels.gpu_experts import run_experts
+from mcsharp_sdk.kernels.gpu_experts import in_parts, run_experts, tokens_at_once
 from mcsharp_sdk.kernels.linear import VARIABLE, WHOLE_LAYERS
 from mcsharp_sdk.models.experts import MATRICES, activate, finish
 from mcsharp_sdk.quantization.grid import REMOVED
@@ -25,6 +25,12 @@ WholeLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
 """hidden [T, H], top_k_index and top_k_weights [T, k] -> [T, H]."""
 
 TRITON, TRITON_DP4A = WHOLE_LAYERS
+
+TURNING_BYTES = 64 * 2**20
+"""Scratch for turning rows; beyond it they are turned some at a time."""
+
+TURNING_BYTES_PER_COLUMN = 18
+"""Of a row being turned: it, its signs and two products in fp32, and the result."""
 
 _KNOWN = "_whole_layer_facts"
 
@@ -69,7 +75,8 @@ def whole_layer(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -
     run: WholeLayer = partial(_run, layer)
     weighs_input, rotated = getattr(experts, "weighs_input", False), buckets[0].rotated
     if weighs_input or rotated:
-        run = partial(_run_by_slot, layer, weighs_input=weighs_input, rotated=rotated)
+        run = partial(_with_a_row_each, layer, weighs_input=weighs_input, rotated=rotated)
+        run = partial(_some_at_a_time, layer, run)
     return partial(_run_without_removed, run, table) if experts.removed else run
 
 
@@ -101,7 +108,15 @@ def _run_without_removed(
     return run(hidden, index.masked_fill(table[index, 0] == 0, dropped), weights)
 
 
-def _run_by_slot(
+def _some_at_a_time(
+    layer: ExpertLayer, run: WholeLayer, hidden: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """As many tokens, each slot of which has a row, as the workspace has room for."""
+    at_once = tokens_at_once(layer, index.shape[1], hidden.dtype, own_rows=True)
+    return in_parts(run, at_once, hidden, index, weights)
+
+
+def _with_a_row_each(
     layer: ExpertLayer,
     hidden: Tensor,
     index: Tensor,
@@ -124,7 +139,12 @@ def _run_by_slot(
 def _turned(rows: Tensor, expert: Tensor, experts: int) -> Tensor:
     """Rows [n, K] turned as each one's expert, int64 [n], of so many, asks for."""
     signs = expert_signs(experts, rows.shape[-1], rows.device)
-    return rotate(rows, signs[expert.clamp(max=experts - 1)])
+    at_once = max(1, TURNING_BYTES // (TURNING_BYTES_PER_COLUMN * rows.shape[-1]))
+    turned = torch.empty_like(rows)
+    chosen = expert.clamp(max=experts - 1)
+    for out, part, own in zip(*(t.split(at_once) for t in (turned, rows, chosen)), strict=True):
+        out.copy_(rotate(part, signs[own]))
+    return turned
 
 
 def _facts(

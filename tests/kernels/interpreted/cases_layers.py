@@ -24,6 +24,7 @@ from mcsharp_sdk.kernels.tilings import TILINGS
 from mcsharp_sdk.kernels.timed_cases import time_layer
 from mcsharp_sdk.models.experts import is_experts
 from mcsharp_sdk.models.normal_form import normalise
+from mcsharp_sdk.runtime import whole_layers
 from mcsharp_sdk.runtime.modules import ExpertBucket, pack_experts_module
 from mcsharp_sdk.runtime.whole_layers import gates_by_silu, whole_layer
 
@@ -126,6 +127,42 @@ def test_tokens_beyond_the_workspace_are_done_in_parts(monkeypatch: pytest.Monke
     room = 5 * workspace_bytes(layer, 2, hidden.dtype)
     monkeypatch.setattr(gpu_experts, "WORKSPACE_BYTES", room)
     torch.testing.assert_close(run_experts(layer, hidden, chosen, routing), at_once)
+
+
+@pytest.mark.parametrize(
+    ("family", "rotated"), [("mixtral", True), ("llama4", False), ("gpt_oss", True)]
+)
+def test_rows_of_slots_stay_within_the_workspace(
+    family: str, rotated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = packed_experts(family, rotated=rotated, removed=False).half()
+    columns = next(m for m in experts.children() if isinstance(m, ExpertBucket)).columns
+    monkeypatch.setattr(gpu_support, "serves", lambda x: True)
+    hidden, chosen, routing = routed(12, columns["gate_up"])
+    given = (hidden, chosen.where(chosen < len(BITS), experts.num_experts), routing.half())
+    at_once = experts(*given)
+
+    rows, turned = [], []
+    run, rotate = whole_layers.run_experts, whole_layers.rotate
+
+    def noted_run(layer: Any, hidden: torch.Tensor, *others: Any, **how: Any) -> torch.Tensor:
+        room = workspace_bytes(layer, 2, hidden.dtype, own_rows=True)
+        rows.append(len(hidden) // 2 * room)
+        return run(layer, hidden, *others, **how)
+
+    def noted_rotate(inputs: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+        turned.append(inputs.numel() * whole_layers.TURNING_BYTES_PER_COLUMN)
+        return rotate(inputs, signs)
+
+    monkeypatch.setattr(whole_layers, "run_experts", noted_run)
+    monkeypatch.setattr(whole_layers, "rotate", noted_rotate)
+    monkeypatch.setattr(gpu_experts, "WORKSPACE_BYTES", 10_000)
+    monkeypatch.setattr(whole_layers, "TURNING_BYTES", 3_000)
+    assert relative_error(experts(*given), at_once.double()) < 4e-3
+    assert len(rows) > 1
+    assert max(rows) <= 10_000
+    assert len(turned) > 2 * len(rows) if rotated else not turned
+    assert max(turned, default=0) <= 3_000
 
 
 @pytest.mark.parametrize(
