@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Tests may run beside other work: threads of OpenMP that wait do not spin for long.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 # Whatever was measured on this machine, tests see what is built in.
 os.environ["MCSHARP_CROSSOVERS"] = "off"
 

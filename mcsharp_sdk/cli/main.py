@@ -32,6 +32,10 @@ VERBS = {
 }
 """Verb -> one line of help. The verb's function has its name, in the module of its name here."""
 
+SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+SPINS = "2000"
+"""How often a thread of torch's OpenMP looks for work before it sleeps."""
+
 DEBUG_VARIABLE = "MCSHARP_DEBUG"
 DEBUG_OPTION = "--debug"
 
@@ -100,9 +104,20 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
     ``--debug`` may stand anywhere among the arguments.
     """
+    _share_processors()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG_OPTION in given or bool(os.environ.get(DEBUG_VARIABLE))
     sys.exit(_exit_code([a for a in given if a != DEBUG_OPTION], debug))
+
+
+def _share_processors() -> None:
+    """Let idle threads sleep soon, unless the user chose; OpenMP asks when torch is imported.
+
+    By default they spin for milliseconds, and beside other busy processes each step of a model
+    waits for one that spins in another's place.
+    """
+    if not any(variable in os.environ for variable in SPIN_VARIABLES):
+        os.environ[SPIN_VARIABLES[0]] = SPINS
 
 
 def _exit_code(arguments: list[str], debug: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,32 @@ def test_help_names_all_verbs_and_imports_none() -> None:
     assert done.returncode == 0, done.stderr
     for verb in main.VERBS:
         assert f" {verb} " in done.stdout
+
+
+SPINS = """\
+from mcsharp_sdk.cli.main import run
+try:
+    run(["--version"])
+except SystemExit:
+    import torch
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has libgomp on Linux alone")
+@pytest.mark.parametrize(
+    ("chosen", "spins"),
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+)
+def test_waiting_threads_soon_sleep(chosen: dict[str, str], spins: str) -> None:
+    others = {k: v for k, v in os.environ.items() if k not in main.SPIN_VARIABLES}
+    done = subprocess.run(
+        [sys.executable, "-c", SPINS],
+        env={**others, **chosen, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 @pytest.mark.parametrize("verb", main.VERBS)
