@@ -57,7 +57,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Runs:
-    """One model, its calibration text and the texts that it is evaluated on."""
+    """One model, its calibration text and the texts that it is evaluated on.
+
+    ``further`` texts to calibrate on share the sequences, in equal parts.
+    """
 
     model: Path
     calibration: Path
@@ -68,6 +71,7 @@ class Runs:
     tokens: int
     group_size: int
     device: str
+    further: Sequence[Path] = ()
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Runs:
@@ -86,8 +90,10 @@ class Runs:
         weights = sorted(self.model.glob("*.safetensors"))
         about = {
             "model": [self.model.name, *([file.name, file.stat().st_size] for file in weights)],
-            self.calibration.name: file_hash(self.calibration),
-            **{text.name: file_hash(text) for text in self.evaluations},
+            **{
+                text.name: file_hash(text)
+                for text in (self.calibration, *self.further, *self.evaluations)
+            },
         }
         kept = self.work / "inputs.json"
         before = json.loads(kept.read_text()) if kept.exists() else {}
@@ -173,14 +179,19 @@ class Runs:
 
     def recipe(self, stages: Stages, seed: int) -> dict[str, Any]:
         """The recipe of these stages; the seed draws the calibration windows."""
-        calibration = {
-            "source": "text",
-            "path": str(self.calibration.absolute()),
-            "sequences": self.sequences,
-            "length": self.length,
-            "sampling": "random",
-            "seed": seed,
-        }
+        texts = (self.calibration, *self.further)
+        sources = [
+            {
+                "source": "text",
+                "path": str(text.absolute()),
+                "sequences": self.sequences // len(texts),
+                "length": self.length,
+                "sampling": "random",
+                "seed": seed,
+            }
+            for text in texts
+        ]
+        calibration = sources if self.further else sources[0]
         return {"version": 1, "calibration": calibration, "stages": [dict(s) for s in stages]}
 
 
@@ -190,7 +201,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("calibration", type=Path, help="text to calibrate on")
     parser.add_argument("evaluations", type=Path, nargs="+", help="texts to evaluate on")
     parser.add_argument("--work", type=Path, required=True, help="folder for results")
-    parser.add_argument("--sequences", type=int, default=48)
+    parser.add_argument(
+        "--further", type=Path, nargs="+", default=[], help="texts that share the sequences"
+    )
+    parser.add_argument("--sequences", type=int, default=48, help="to calibrate on, in all")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=32768, help="of each text evaluated on")
     parser.add_argument("--group-size", type=int, default=64)
