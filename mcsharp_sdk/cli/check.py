@@ -44,7 +44,7 @@ def _checked(reference: str, model: Path | None, overrides: list[str]) -> Recipe
 
     recipe = open_recipe(reference, overrides)
     if model is not None:
-        from mcsharp_sdk.engine.plan import check_model
+        from mcsharp_sdk.engine.model_fit import check_model
 
         check_model(recipe, model)
     return recipe

@@ -58,7 +58,7 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What a stage works on.
 
     ``tokens`` of calibration, sequences of at most ``length``, divided among ``processes``;
@@ -110,7 +110,7 @@ class MemoryPlan:
     base: int
 
     @classmethod
-    def of(cls, stages: Sequence[Modifier], work: Work, bits: float | None) -> MemoryPlan:
+    def of(cls, stages: Sequence[Modifier], work: Workload, bits: float | None) -> MemoryPlan:
         """Of a recipe's stages; ``bits`` is the mean width of the experts, if it is known."""
         needs = [_stage_need(stage, work, bits) for stage in stages]
         solver = SOLVER_BYTES if any(isinstance(s, BitAllocation) for s in stages) else 0
@@ -131,7 +131,7 @@ class MemoryPlan:
         return max(need.movable for need in self.needs)
 
 
-def _export_need(work: Work, *, packed: bool) -> Need:
+def _export_need(work: Workload, *, packed: bool) -> Need:
     """What writing the result takes: one tensor at a time where experts are packed.
 
     Others are stacked as transformers has them, and held until their shard is written.
@@ -143,7 +143,7 @@ def _export_need(work: Work, *, packed: bool) -> Need:
     return Need(max(work.sizes.largest_tensor, int(LOADING_OVERHEAD * layer) + waiting), 0)
 
 
-def _stage_need(stage: Modifier, work: Work, bits: float | None) -> Need:
+def _stage_need(stage: Modifier, work: Workload, bits: float | None) -> Need:
     if not stage.needs_calibration():
         return Need(0, 0)
     embedding = Need(work.sizes.embedding_bytes + _forward_bytes(work), work.activations)
@@ -160,13 +160,13 @@ def _holds_model(stage: Modifier) -> bool:
     return isinstance(stage, (ExpertStats, TopAnyRouter)) and stage.scope == "model"
 
 
-def _whole_model(work: Work) -> Need:
+def _whole_model(work: Workload) -> Need:
     """The whole model, in float32 where it is held on a CPU."""
     sizes = work.sizes
     return Need(sizes.used_bytes * FLOAT // sizes.stored_bytes_per_weight, 2 * work.activations)
 
 
-def _gradient_needs(loss_tokens: int, work: Work) -> list[Need]:
+def _gradient_needs(loss_tokens: int, work: Workload) -> list[Need]:
     """What gradients of the loss take: behind the head, and on the way back through each layer.
 
     Hidden states in front of every layer are held, of few tokens and always in memory; layers are
@@ -188,7 +188,7 @@ def _gradient_needs(loss_tokens: int, work: Work) -> list[Need]:
     return needs
 
 
-def _fitting(stage: RouterCalibration, layer: LayerSizes, work: Work) -> int:
+def _fitting(stage: RouterCalibration, layer: LayerSizes, work: Workload) -> int:
     """Bytes for fitting a router: what it gets and gives on all tokens, and the fit's own."""
     width, seen = work.sizes.hidden_size, min(work.tokens, stage.tokens)
     everything = work.own_tokens * (width + 3 * layer.experts) * FLOAT
@@ -198,7 +198,7 @@ def _fitting(stage: RouterCalibration, layer: LayerSizes, work: Work) -> int:
     return max(everything, work.own_tokens * layer.experts * FLOAT + fit + history)
 
 
-def _layer_need(stage: Modifier, layer: LayerSizes, work: Work, bits: float | None) -> Need:
+def _layer_need(stage: Modifier, layer: LayerSizes, work: Workload, bits: float | None) -> Need:
     """A layer that is worked on, with the activations of all tokens."""
     by_expert = layer.by_expert and isinstance(stage, _BUILT_IN)
     resident = layer.other_bytes if by_expert or not layer.experts else layer.bytes
@@ -229,14 +229,14 @@ def _layer_need(stage: Modifier, layer: LayerSizes, work: Work, bits: float | No
 _BUILT_IN = (ExpertStats, GPTQQuantize, RouterCalibration, TokenProtection, TopAnyRouter)
 
 
-def _forward_bytes(work: Work, layer: LayerSizes | None = None) -> int:
+def _forward_bytes(work: Workload, layer: LayerSizes | None = None) -> int:
     """Temporaries of one batch on its way through a layer without its routed experts."""
     widest = max(layer.linear_rows, default=0) if layer is not None else 0
     columns = 8 * work.sizes.hidden_size + 3 * widest
     return work.batch_tokens * columns * work.sizes.dtype_bytes
 
 
-def _running(layer: LayerSizes, work: Work) -> int:
+def _running(layer: LayerSizes, work: Workload) -> int:
     """One expert with its inputs."""
     if not layer.experts:
         return 0
@@ -249,7 +249,7 @@ def _running(layer: LayerSizes, work: Work) -> int:
     return there * weights * work.sizes.dtype_bytes + kept + 2 * tokens * columns * FLOAT
 
 
-def _measuring(stage: ExpertStats, layer: LayerSizes, work: Work) -> int:
+def _measuring(stage: ExpertStats, layer: LayerSizes, work: Workload) -> int:
     if not layer.experts:
         return 0
     if stage.quantizer == "gptq":
@@ -265,7 +265,7 @@ def _measuring(stage: ExpertStats, layer: LayerSizes, work: Work) -> int:
 
 
 def _quantising(
-    stage: GPTQQuantize, layer: LayerSizes, work: Work, bits: float | None
+    stage: GPTQQuantize, layer: LayerSizes, work: Workload, bits: float | None
 ) -> tuple[int, int]:
     """Working set, and what may lie in files: packed experts, and the original's activations."""
     width = bits if bits is not None else 3.0

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mcsharp_sdk.data.calibration import ImageTextSource
 from mcsharp_sdk.engine.budget import must_spill, read_bytes_of
 from mcsharp_sdk.engine.durations import stage_seconds
-from mcsharp_sdk.engine.memory_plan import MemoryPlan, Work
+from mcsharp_sdk.engine.memory_plan import MemoryPlan, Workload
+from mcsharp_sdk.engine.model_fit import check_model, check_shared
 from mcsharp_sdk.engine.sizes import ModelSizes, model_sizes, network_bytes, packed_bytes_of
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.models.architecture import reads_images
-from mcsharp_sdk.models.routing import router_settings
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
-from mcsharp_sdk.modifiers.token_protection import TokenProtection
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
-from mcsharp_sdk.recipe.document import Location
 from mcsharp_sdk.recipe.library import as_recipe
 from mcsharp_sdk.recipe.schema import Recipe
 
@@ -107,84 +103,6 @@ def plan(
     return make_plan(as_recipe(recipe, overrides), SourceModel(Path(model)), allowed, processes)
 
 
-def check_model(recipe: Recipe, model: str | os.PathLike[str] | SourceModel) -> None:
-    """Check that a recipe fits a model.
-
-    Raises
-    ------
-    InputProblems
-        With everything that does not fit, each with its place in the recipe.
-    """
-    source = model if isinstance(model, SourceModel) else SourceModel(Path(model))
-    misfits = [
-        *_stage_misfits(recipe, source),
-        *_routing_misfits(recipe, source),
-        *_export_misfits(recipe, source),
-        *_calibration_misfits(recipe, source),
-    ]
-    if misfits:
-        raise recipe.error(misfits)
-
-
-Misfit = tuple[Location, str]
-
-
-def _stage_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
-    for position, stage in enumerate(recipe.stages):
-        for problem in stage.check_blocks(source.topology.moe):
-            setting = (problem.where,) if problem.where else ()
-            yield ("stages", position, *setting), problem.message
-
-
-def _routing_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
-    try:
-        routers = {layer: router_settings(source.config, layer) for layer in source.topology.moe}
-    except InputError as error:
-        for position, stage in enumerate(recipe.stages):
-            if stage.reads_routing:
-                yield ("stages", position), str(error)
-        for position, exporter in enumerate(recipe.exports):
-            if exporter.reads_routing:
-                yield ("exports", position), str(error)
-        return
-    for position, stage in enumerate(recipe.stages):
-        if stage.reads_routing:
-            for problem in stage.check_routers(routers):
-                setting = (problem.where,) if problem.where else ()
-                yield ("stages", position, *setting), problem.message
-
-
-def _export_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
-    for position, exporter in enumerate(recipe.exports):
-        for problem in exporter.check_model(source.config):
-            setting = (problem.where,) if problem.where else ()
-            yield ("exports", position, *setting), problem.message
-
-
-def _calibration_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
-    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    for index, settings in enumerate(recipe.sources):
-        location = recipe.source_location(index)
-        if limit and settings.length > limit:
-            message = f"{settings.length} tokens are more than the model's {limit} positions"
-            yield (*location, "length"), message
-        if isinstance(settings, ImageTextSource) and not reads_images(source.config):
-            message = f"{source.config.model_type} reads no images: calibrate it on text"
-            yield (*location, "source"), message
-    if any(isinstance(settings, ImageTextSource) for settings in recipe.sources):
-        for position, stage in enumerate(recipe.stages):
-            if isinstance(stage, ExpertStats) and stage.loss_tokens:
-                message = "gradients of the loss are measured on text alone: give 'loss_tokens: 0'"
-                yield ("stages", position, "loss_tokens"), message
-            ranks = isinstance(stage, TokenProtection) and stage.rule.importance is not None
-            if ranks and source.topology.kept_experts:
-                message = (
-                    "tokens of images go to other experts in this model, so importance within a "
-                    "sequence is not known: calibrate on text, or give 'metric: none'"
-                )
-                yield ("stages", position, "metric"), message
-
-
 def make_plan(
     recipe: Recipe, source: SourceModel, max_memory: int | None = None, processes: int = 1
 ) -> Plan:
@@ -210,7 +128,7 @@ def make_plan(
     blocks = list(source.topology.moe.values())
     after, nominal = _after(recipe, sizes, bits)
     length = max((source.length for source in recipe.sources), default=0)
-    work = Work(sizes, _most_tokens(recipe), length, processes, source.overlaps)
+    work = Workload(sizes, _most_tokens(recipe), length, processes, source.overlaps)
     seconds = stage_seconds(recipe.stages, sizes, work.tokens, processes)
     # Behind the measured speeds: what compiled kernels take by themselves is there by then.
     memory = MemoryPlan.of(recipe.stages, work, bits)
@@ -231,17 +149,6 @@ def make_plan(
         run_bytes=_run_bytes(recipe, sizes, after) + (processes * memory.movable if spill else 0),
         output_bytes=after * sum(exporter.writes_weights for exporter in recipe.exports),
     )
-
-
-def check_shared(recipe: Recipe) -> None:
-    """InputProblems if several processes cannot share the stages of a recipe."""
-    misfits = [
-        (("stages", position), reason)
-        for position, stage in enumerate(recipe.stages)
-        if (reason := stage.why_not_shared()) is not None
-    ]
-    if misfits:
-        raise recipe.error(misfits)
 
 
 def _quantiser(recipe: Recipe) -> GPTQQuantize | None:

@@ -15,7 +15,7 @@ from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.data.corpora import text_pieces
 from mcsharp_sdk.data.tokenise import load_tokenizer, token_stream
 from mcsharp_sdk.engine.fingerprint import CALIBRATION, fingerprint, stage_keys
-from mcsharp_sdk.engine.plan import check_model
+from mcsharp_sdk.engine.model_fit import check_model
 from mcsharp_sdk.engine.run import read_calibration
 from mcsharp_sdk.engine.variants import (
     ProblemsOfVariants,

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 import mcsharp_sdk
 from mcsharp_sdk.artifacts import LayerStatistics
 from mcsharp_sdk.data.calibration_set import CalibrationSet
-from mcsharp_sdk.engine.plan import check_model
+from mcsharp_sdk.engine.model_fit import check_model
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.directory import routers_of_directory
 from mcsharp_sdk.models.experts import MATRICES

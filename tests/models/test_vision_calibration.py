@@ -20,7 +20,7 @@ from mcsharp_sdk.data import image_text
 from mcsharp_sdk.data.calibration import ImageTextSource
 from mcsharp_sdk.data.calibration_set import CalibrationSet, SampleGroup
 from mcsharp_sdk.data.gathering import gather
-from mcsharp_sdk.engine.plan import check_model
+from mcsharp_sdk.engine.model_fit import check_model
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.embedding import embed
 from mcsharp_sdk.models.source import SourceModel
