@@ -11,7 +11,7 @@ from typing import Any
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.stored import (
     Role,
-    StoredTensor,
+    TensorCost,
     classify,
     expert_sizes,
     read_config_json,
@@ -167,7 +167,7 @@ def model_cost(directory: str | Path) -> ModelCost:
     )
 
 
-def _shares(tensors: Iterable[StoredTensor]) -> dict[Role, Share]:
+def _shares(tensors: Iterable[TensorCost]) -> dict[Role, Share]:
     parameters: dict[Role, int] = defaultdict(int)
     size: dict[Role, int] = defaultdict(int)
     for tensor in tensors:
@@ -183,7 +183,7 @@ def _removed_weights(parameters: Mapping[int, Sequence[float]]) -> int:
     return round(sum(gone))
 
 
-def _bits(tensors: Iterable[StoredTensor], removed: int) -> Bits:
+def _bits(tensors: Iterable[TensorCost], removed: int) -> Bits:
     """Of tensors, and of so many weights that are removed."""
     chosen = list(tensors)
     weights = sum(tensor.parameters for tensor in chosen) + removed
@@ -194,11 +194,11 @@ def _bits(tensors: Iterable[StoredTensor], removed: int) -> Bits:
     return Bits(weights, nominal / weights, stored / weights)
 
 
-def _always_read(tensors: Sequence[StoredTensor], size: Callable[[StoredTensor], int]) -> int:
+def _always_read(tensors: Sequence[TensorCost], size: Callable[[TensorCost], int]) -> int:
     """Sizes of what every token reads; see :class:`ModelCost`."""
     has_head = any(tensor.role == "head" for tensor in tensors)
 
-    def read(tensor: StoredTensor) -> int:
+    def read(tensor: TensorCost) -> int:
         one_row = tensor.role == "embeddings" and has_head
         return size(tensor) // tensor.info.shape[0] if one_row else size(tensor)
 

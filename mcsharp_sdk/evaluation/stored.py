@@ -49,7 +49,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class TensorCost:
     """One tensor of the folder.
 
     Attributes
@@ -119,7 +119,7 @@ def classify(
     layout: PackedLayout | None,
     subject: str,
     experts: int | None = None,
-) -> list[StoredTensor]:
+) -> list[TensorCost]:
     """Role, weights and width of every tensor.
 
     Parameters
@@ -146,9 +146,9 @@ def classify(
 
 
 def expert_sizes(
-    tensors: Iterable[StoredTensor],
+    tensors: Iterable[TensorCost],
     layout: PackedLayout | None,
-    size: Callable[[StoredTensor], int],
+    size: Callable[[TensorCost], int],
     experts: int | None = None,
 ) -> dict[int, tuple[float, ...]]:
     """Decoder layer -> size of each routed expert, in order of expert; 0 of those removed.
@@ -170,7 +170,7 @@ def expert_sizes(
     }
 
 
-def _plain(name: str, info: TensorInfo, experts: int | None) -> StoredTensor:
+def _plain(name: str, info: TensorInfo, experts: int | None) -> TensorCost:
     single = _SINGLE_EXPERT.search(name)
     beyond = single is not None and experts is not None and int(single[1]) >= experts
     role = "vision" if beyond else role_of(name)
@@ -178,10 +178,10 @@ def _plain(name: str, info: TensorInfo, experts: int | None) -> StoredTensor:
     matrix = scale or (len(info.shape) >= 2 and not name.endswith("bias"))
     parameters = 0 if scale else info.numel
     width = 8 * info.dtype.itemsize
-    return StoredTensor(name, role, info, parameters, width, role in QUANTISABLE and matrix)
+    return TensorCost(name, role, info, parameters, width, role in QUANTISABLE and matrix)
 
 
-def _packed(name: str, info: TensorInfo, layout: PackedLayout) -> StoredTensor | None:
+def _packed(name: str, info: TensorInfo, layout: PackedLayout) -> TensorCost | None:
     """The tensor if it is part of a packed weight, else None."""
     if bucket := _BUCKET.search(name):
         part, bits = bucket["part"], int(bucket["bits"])
@@ -190,12 +190,10 @@ def _packed(name: str, info: TensorInfo, layout: PackedLayout) -> StoredTensor |
     else:
         return None
     weights = info.nbytes * 8 // bits if part == "qweight" else 0
-    return StoredTensor(name, role_of(name), info, weights, bits, quantised=True)
+    return TensorCost(name, role_of(name), info, weights, bits, quantised=True)
 
 
-def _owners(
-    tensor: StoredTensor, layout: PackedLayout | None, experts: int | None
-) -> Sequence[int]:
+def _owners(tensor: TensorCost, layout: PackedLayout | None, experts: int | None) -> Sequence[int]:
     """The experts that share a tensor equally."""
     if layout is not None and (bucket := _BUCKET.search(tensor.name)):
         return members(layout.experts[tensor.layer])[int(bucket["bits"])]
