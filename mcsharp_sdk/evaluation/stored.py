@@ -50,7 +50,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class TensorCost:
-    """One tensor of the folder.
+    """What one tensor of the folder is for, and holds.
 
     Attributes
     ----------
