@@ -26,7 +26,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from method_runs import Measured, Runs, add_arguments, markdown, mean_and_spread
+from method_runs import QUANTISERS, Measured, Runs, add_arguments, markdown, mean_and_spread
 
 import mcsharp_sdk
 from mcsharp_sdk.allocation import ALLOCATORS
@@ -77,9 +77,10 @@ def signals(bits: Sequence[float]) -> Iterator[Row]:
 
 
 def quantisers(bits: Sequence[float]) -> Iterator[Row]:
-    for budget, name in itertools.product((3.0, 2.0), ("gptq", "rtn", "hqq", "lwc")):
-        settings = {"allocator": "uniform", "target_bits": budget}
-        yield Row(f"{name} at {budget:g}", settings, {} if name == "gptq" else {"quantizer": name})
+    ways: Mapping[str, Mapping[str, Any]] = {"gptq": {}, **QUANTISERS}
+    for budget, (name, settings) in itertools.product((3.0, 2.0), ways.items()):
+        allocation = {"allocator": "uniform", "target_bits": budget}
+        yield Row(f"{name} at {budget:g}", allocation, settings)
     one_bit = {"allocator": "uniform", "target_bits": 1.0}
     for binary in ("optimised", "released", "paper"):
         yield Row(f"1 bit, {binary}", one_bit, {"binary": binary})

@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from method_runs import Runs, Stages, add_arguments, markdown, mean_and_spread
+from method_runs import QUANTISERS, Runs, Stages, add_arguments, markdown, mean_and_spread
 
 from mcsharp_sdk.recipe.quality import DEFAULTS
 
@@ -71,8 +71,8 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Stages]] 
         for allocator in ("hessian", "block_score_predictor", "block_score_oracle")
     },
     **{
-        f"uniform, {quantizer}": ("best", {"allocator": "uniform"}, {"quantizer": quantizer}, ())
-        for quantizer in ("rtn", "hqq", "lwc")
+        f"uniform, {name}": ("best", {"allocator": "uniform"}, settings, ())
+        for name, settings in QUANTISERS.items()
     },
 }
 """Name -> statistics, settings of BitAllocation and of GPTQQuantize, and further stages."""

@@ -30,6 +30,14 @@ STATISTICS: Mapping[str, Mapping[str, Any]] = {
 }
 """Name -> settings of ExpertStats."""
 
+QUANTISERS: Mapping[str, Mapping[str, Any]] = {
+    "rtn": {"quantizer": "rtn"},
+    "rtn without search": {"quantizer": "rtn", "clip_search": "none"},
+    "hqq": {"quantizer": "hqq"},
+    "lwc": {"quantizer": "lwc"},
+}
+"""Name -> settings of GPTQQuantize, for quantisers other than GPTQ."""
+
 NEEDS_ALL = ("hessian", "block_score_predictor", "block_score_oracle")
 """Allocators that the statistics ``best`` are not enough for."""
 
