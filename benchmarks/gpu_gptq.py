@@ -1,6 +1,6 @@
 """How long does GPTQ take for the experts of a layer on a GPU, and where does the time go?
 
-Hessians in fp32 and in TF32, their factors, and the columns with one launch per block against one
+Hessians of 16-bit inputs, in fp32 and in TF32, their factors, and the columns with one launch per block against one
 launch per operation, all in one process, beside the time that the Hessians take at the speed of one
 large matmul. At the end, what these parts sum to for all layers and experts of the model.
 
@@ -40,13 +40,16 @@ TOKENS = 65536
 PRECISIONS = {"fp32": "highest", "TF32": "high"}
 """Name -> torch's name of how products of fp32 are computed."""
 
+EXACT = "of 16-bit inputs"
+"""As ``compress`` does them: exact products of 16-bit floats, added up in fp32."""
+
 LOOPS = {
     "one launch per block": gptq._column_loop,
     "one launch per operation": lambda exact: gptq._quantise_columns,
 }
 """Name -> what chooses how GPTQ walks the columns."""
 
-PARTS = ("Hessians, TF32", "factors", "columns, one launch per block")
+PARTS = (f"Hessians, {EXACT}", "factors", "columns, one launch per block")
 """What quantising takes, of all that is measured."""
 
 GOALS = {"mixtral-8x7b": 600.0}
@@ -63,9 +66,9 @@ def hessians_of(inputs: list[Tensor], precision: str) -> Tensor:
     """One Hessian per expert, [E, K, K], with products in the given precision."""
     columns = inputs[0].shape[-1]
     hessians = torch.zeros(len(inputs), columns, columns, device=inputs[0].device)
-    with fp32_products(PRECISIONS[precision]):
+    with fp32_products(PRECISIONS.get(precision, "highest")):
         for hessian, x in zip(hessians, inputs, strict=True):
-            accumulate(hessian, x)
+            accumulate(hessian, x if precision == EXACT else x.float())
     return hessians
 
 
@@ -85,22 +88,24 @@ def measure(weights: Tensor, inputs: list[Tensor]) -> dict[str, float]:
     hessians = hessians_of(inputs, "fp32")
     factor = factorise(hessians)
     parts: dict[str, Callable[[], object]] = {
-        f"Hessians, {name}": partial(hessians_of, inputs, name) for name in PRECISIONS
+        f"Hessians, {name}": partial(hessians_of, inputs, name) for name in (EXACT, *PRECISIONS)
     }
     parts["factors"] = partial(factorise, hessians)
     parts |= {f"columns, {loop}": partial(quantise, weights, factor, loop) for loop in LOOPS}
     spent = milliseconds(parts, rounds=ROUNDS)
     operations = 2 * sum(len(x) * x.shape[-1] ** 2 for x in inputs)
+    rate = matmul_flops_per_second(torch.bfloat16)
+    spent[f"Hessians, {EXACT}, at one matmul's speed"] = operations / rate * 1e3
     for name, precision in PRECISIONS.items():
         rate = matmul_flops_per_second(torch.float32, precision)
         spent[f"Hessians, {name}, at one matmul's speed"] = operations / rate * 1e3
     return spent
 
 
-def tf32_difference(inputs: list[Tensor]) -> float:
-    """Of the Hessians in TF32, as a part of those in fp32."""
+def difference(inputs: list[Tensor], precision: str) -> float:
+    """Of the Hessians in a precision from those in fp32, as a part of these."""
     hessians = hessians_of(inputs, "fp32")
-    return float((hessians_of(inputs, "TF32") - hessians).norm() / hessians.norm())
+    return float((hessians_of(inputs, precision) - hessians).norm() / hessians.norm())
 
 
 def model_seconds(
@@ -138,7 +143,8 @@ def main() -> None:
         spent.append(measure(weights, inputs))
         for part, ms in spent[-1].items():
             print(f"{matrix:8} {part:42} {ms:10.1f}")
-        print(f"{matrix:8} TF32 Hessians differ by {tf32_difference(inputs):.1e}")
+        for name in (EXACT, "TF32"):
+            print(f"{matrix:8} Hessians, {name}, differ by {difference(inputs, name):.1e}")
     seconds = model_seconds(spent, options.experts, shape)
     report_model(seconds, shape, options.tokens, GOALS.get(options.shape))
 

@@ -64,10 +64,16 @@ def gathered_codes(pointers, k, count, ok, BITS: tl.constexpr):
 
 
 @triton.jit
+def scale_pointers(matrix, n, g, GROUP: tl.constexpr):
+    """Where the scales of rows ``n`` in groups ``g`` are; broadcast."""
+    return matrix[1] + n.to(tl.int64) * tl.cdiv(matrix[4], GROUP) + g
+
+
+@triton.jit
 def scale_and_zero(matrix, n, g, ok, GROUP: tl.constexpr, BITS: tl.constexpr):
     """Scales and zero points, fp32, of rows ``n`` in groups ``g``, where ``ok``; broadcast."""
-    _, s, z, rows, columns = matrix
-    groups = tl.cdiv(columns, GROUP)
-    scale = tl.load(s + n.to(tl.int64) * groups + g, mask=ok, other=0.0).to(tl.float32)
+    _, _, z, rows, _ = matrix
+    pointers = scale_pointers(matrix, n, g, GROUP)
+    scale = tl.load(pointers, mask=ok, other=0.0).to(tl.float32)
     code = gathered_codes(z + g * (padded(rows) * BITS // 8), n, rows, ok, BITS)
     return scale, code.to(tl.float32) * 0.25 + (2**BITS - 1) * 0.5

@@ -27,6 +27,7 @@ from mcsharp_sdk.kernels.triton_codes import (
     matrix_at,
     padded,
     scale_and_zero,
+    scale_pointers,
 )
 
 SUMS = tl.constexpr(9)
@@ -91,106 +92,129 @@ def dp4a(codes, x, total, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def and_or(value, mask: tl.constexpr, other, EMULATE: tl.constexpr):
-    """(value & mask) | other as one instruction; the compiler would regroup several of these."""
-    if EMULATE:
-        return (value & mask) | other
-    else:  # noqa: RET505
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xEA;",
-            "=r,r,r,r",
-            [value, tl.full(value.shape, mask, tl.int32), other],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-
-
-@triton.jit
 def shift_left(word, bits: tl.constexpr):
     """``word`` shifted by so many bits, to the right if they are negative."""
     return word << bits if bits >= 0 else word >> -bits
 
 
 @triton.jit
-def four_products(
-    word, top, x, total, unknown_zero, t: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr
-):
-    """``total`` int32 [rows, words] plus field ``t`` of each word times its activations, int8."""
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    lane = tl.arange(0, 4 * WIDTH)
-    code = word if WIDTH == 8 else (word >> (WIDTH * t)) & ((2**WIDTH - 1) * 0x01010101)
+def whole_codes(word, top, BITS: tl.constexpr):
+    """Words whose bytes hold whole codes: field t is in number t % 2 of the two.
+
+    3 bits come as words of two bits and ``top``, the third bits at the places of the first ones;
+    they become nibbles, the even fields in one word and the odd ones in another.
+    """
     if BITS == 3:
-        code |= shift_left(top, 2 - 2 * t) & 0x04040404
-    xt = tl.load(x.to(tl.pointer_type(tl.int32)) + t * (4 * WIDTH) + lane)
+        even = (word & 0x33333333) | ((top << 2) & 0x44444444)
+        odd = ((word >> 2) & 0x33333333) | (top & 0x44444444)
+        return even, odd
+    else:  # noqa: RET505 - both branches are compiled unless one is left out here
+        return word, word
+
+
+@triton.jit
+def four_products(
+    word, x, at, total, unknown_zero, t: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr
+):
+    """``total`` int32 [words, rows] plus field ``t`` of each word times its activations, int8.
+
+    ``at`` [words] is where each word's activations begin.
+    """
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    PLACE: tl.constexpr = 4 * (t // 2) if BITS == 3 else BITS * t  # of the field in its byte
+    code = word if BITS == 8 else (word >> PLACE) & ((2**BITS - 1) * 0x01010101)
+    xt = tl.load((x + at + t * (16 * WIDTH)).to(tl.pointer_type(tl.int32)))
     ones = dp4a(xt * 0 + 0x01010101, xt, xt * 0, EMULATE)
-    return dp4a(code, tl.broadcast_to(xt[None, :], word.shape), total, EMULATE), ones
+    return dp4a(code, tl.broadcast_to(xt[:, None], word.shape), total, EMULATE), ones
 
 
 @triton.jit
 def magic_products(
-    word, top, x, total, unknown_zero, t: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr
+    word, x, at, total, unknown_zero, t: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr
 ):
-    """``total`` fp32 [rows, words] plus field ``t`` of each word times its activations, ``parts``.
+    """``total`` fp32 [words, rows] plus field ``t`` of each word times its activations, ``parts``.
 
-    The codes are larger by 2^(8 − BITS·t), or 2^(9 − 2·t) at 3 bits. Exponents that the compiler
-    does not know stay in registers; others it loads again for each code.
+    The codes are larger by 2^(8 − place of the field). Exponents that the compiler does not know
+    stay in registers; others it loads again for each code.
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    LOW: tl.constexpr = 14 if BITS == 3 else 15
-    lane = tl.arange(0, 4 * WIDTH)
-    exponent = ((127 + 23 - LOW - WIDTH * t) << 23) + unknown_zero
-    ones = tl.zeros((4 * WIDTH,), tl.float32)
-    mask: tl.constexpr = (2**WIDTH - 1) << (LOW + WIDTH * t)
+    LOW: tl.constexpr = 15
+    PLACE: tl.constexpr = 4 * (t // 2) if BITS == 3 else BITS * t  # of the field in its byte
+    exponent = ((127 + 23 - LOW - PLACE) << 23) + unknown_zero
+    ones = tl.zeros(at.shape, tl.float32)
     for byte in tl.static_range(4):
-        value = (shift_left(word, LOW - 8 * byte) & mask) | exponent
-        if BITS == 3:
-            third = shift_left(top, 16 - 8 * byte)
-            value = and_or(third, 1 << (16 + 2 * t), value, EMULATE)
-        xt = tl.load(x + (t * 4 + byte) * (4 * WIDTH) + lane)
+        value = (shift_left(word, LOW - 8 * byte) & ((2**BITS - 1) << (LOW + PLACE))) | exponent
+        xt = tl.load(x + at + (t * 4 + byte) * (4 * WIDTH))
         value = value.to(tl.float32, bitcast=True)
-        total = tl.fma(value, tl.broadcast_to(xt[None, :], word.shape), total)
+        total = tl.fma(value, tl.broadcast_to(xt[:, None], word.shape), total)
         ones += xt
     return total, ones
 
 
 @triton.jit
 def block_products(
-    words, x, k, matrix, n, ok, unknown_zero,
+    words, x, block, matrix, n, ok, unknown_zero,
     BITS: tl.constexpr, GROUP: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Products of one block, fp32 [rows, words].
+    """Products of some blocks, fp32 [words, rows]; each word belongs to one, ``block`` [words].
 
-    ``words`` int32 pointers [rows, 1]; ``x`` the block's activations, ``k`` its first column.
-    Where scales belong to whole blocks, scale, zero point and the added powers of two are left to
-    the caller.
+    ``words`` int32 pointers [1, rows]; ``x`` the activations. Where scales belong to whole blocks,
+    scale, zero point and the added powers of two are left to the caller.
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     multiply: tl.constexpr = four_products if DP4A else magic_products
-    lane = tl.arange(0, 4 * WIDTH)
-    word = tl.load(words + lane[None, :], mask=ok[:, None], other=0)
+    lane = tl.arange(0, block.shape[0]) % (4 * WIDTH)
+    word = tl.load(words + (block * (4 * BITS) + lane)[:, None], cache_modifier=".cg")
     top = word
     if BITS == 3:  # the third bits, moved to where the first bits are in ``word``
-        top = tl.load(words + 8 + (lane % 4)[None, :], mask=ok[:, None], other=0)
-        top >>= (lane // 4)[None, :]
+        top = tl.load(words + (block * (4 * BITS) + 8 + lane % 4)[:, None], cache_modifier=".cg")
+        top >>= (lane // 4)[:, None]
+    codes = whole_codes(word, top, BITS)
+    at = block * 128 + (4 * lane if DP4A else lane)
     nothing = word * 0 if DP4A else tl.zeros(word.shape, tl.float32)
     total, scaled = nothing, tl.zeros(word.shape, tl.float32)
     for t in tl.static_range(8 // WIDTH):
         if GROUP % 128 == 0:
-            total, _ = multiply(word, top, x, total, unknown_zero, t, BITS, EMULATE)
+            total, _ = multiply(codes[t % 2], x, at, total, unknown_zero, t, BITS, EMULATE)
         else:
-            product, ones = multiply(word, top, x, nothing, unknown_zero, t, BITS, EMULATE)
-            g = ((k + 16 * WIDTH * t + 4 * lane) // GROUP)[None, :]
-            scale, zero = scale_and_zero(matrix, n[:, None], g, ok[:, None], GROUP, BITS)
+            product, ones = multiply(codes[t % 2], x, at, nothing, unknown_zero, t, BITS, EMULATE)
+            g = ((block * 128 + 16 * WIDTH * t + 4 * lane) // GROUP)[:, None]
+            scale, zero = scale_and_zero(matrix, n[None, :], g, ok, GROUP, BITS)
             if not DP4A:
-                zero += 2.0 ** ((9 if BITS == 3 else 8) - WIDTH * t)
-            scaled += scale * (product.to(tl.float32) - zero * ones[None, :].to(tl.float32))
+                zero += 2.0 ** (8 - (4 * (t // 2) if BITS == 3 else BITS * t))
+            scaled += scale * (product.to(tl.float32) - zero * ones[:, None].to(tl.float32))
     return total.to(tl.float32) if GROUP % 128 == 0 else scaled
 
 
 @triton.jit
+def block_offsets(
+    x_sums, matrix, n,
+    BITS: tl.constexpr, GROUP: tl.constexpr, DP4A: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """What zero points, and powers of two in codes, add up to in all full blocks, fp32 [rows].
+
+    For groups of whole blocks.
+    """
+    AT_ONCE: tl.constexpr = 32
+    SUM: tl.constexpr = 4 if BITS == 3 else BITS
+    blocks = matrix[4] // BLOCK
+    total = tl.zeros((AT_ONCE, BN), tl.float32)
+    for first in range(0, blocks, AT_ONCE):
+        block = first + tl.arange(0, AT_ONCE)
+        inside = block < blocks
+        g = (block * BLOCK // GROUP)[:, None]
+        scale, zero = scale_and_zero(matrix, n[None, :], g, inside[:, None], GROUP, BITS)
+        sums = x_sums + block * SUMS
+        shift = zero * tl.load(sums, mask=inside, other=0.0)[:, None]
+        if not DP4A:
+            shift += tl.load(sums + SUM, mask=inside, other=0.0)[:, None]
+        total += scale * shift
+    return tl.sum(total, 0)
+
+
+@triton.jit
 def last_columns(
-    x, row, matrix, n, ok,
+    x, row, matrix, n,
     BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Products with the columns behind the last full block, fp32 [rows]."""
@@ -198,9 +222,9 @@ def last_columns(
     total = tl.zeros((BN, 32), tl.float32)
     for start in range(columns // BLOCK * BLOCK, columns, 32):
         k = start + tl.arange(0, 32)
-        both = ok[:, None] & (k < columns)[None, :]
-        code = gathered_codes(row[:, None], k[None, :], columns, both, BITS)
-        scale, zero = scale_and_zero(matrix, n[:, None], (k // GROUP)[None, :], both, GROUP, BITS)
+        inside = (k < columns)[None, :]
+        code = gathered_codes(row[:, None], k[None, :], columns, inside, BITS)
+        scale, zero = scale_and_zero(matrix, n[:, None], (k // GROUP)[None, :], inside, GROUP, BITS)
         value = tl.load(x + k, mask=k < columns, other=0).to(tl.float32)[None, :]
         total += scale * (code.to(tl.float32) - zero) * value
     return tl.sum(total, 1)
@@ -208,39 +232,43 @@ def last_columns(
 
 @triton.jit
 def dot_rows(
-    activations, matrix, n, ok,
+    activations, matrix, n,
     BITS: tl.constexpr, GROUP: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
-    TAIL: tl.constexpr, BN: tl.constexpr,
+    TAIL: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``n`` of a matrix times the activations of a slot, fp32 [rows]."""
+    """Rows ``n`` of a matrix times the activations of a slot, fp32 [rows].
+
+    WORDS words of each row at a time, of one block or of several.
+    """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     x, x_parts, x_scales, x_sums, unknown_zero = activations
     columns = matrix[4]
     row = matrix[0] + n.to(tl.int64) * (padded(columns) * BITS // 8)
-    products = tl.zeros((BN, 4 * WIDTH), tl.float32)
-    offset = tl.zeros((BN,), tl.float32)
-    blocks = x
+    words = row.to(tl.pointer_type(tl.int32))[None, :]
+    products = tl.zeros((WORDS, BN), tl.float32)
+    part = x
     if not DP4A:  # the order of this width is number log2(WIDTH)
-        blocks = x_parts + tl.cdiv(columns, BLOCK) * BLOCK * (WIDTH // 2 - WIDTH // 8)
-    for block in range(columns // BLOCK):
-        k = block * BLOCK
-        scale = tl.full((BN,), 1.0, tl.float32)
-        if GROUP % 128 == 0:
-            scale, zero = scale_and_zero(matrix, n, k // GROUP, ok, GROUP, BITS)
-            sums = x_sums + block * SUMS
-            shift = zero * tl.load(sums)
-            if not DP4A:
-                shift += tl.load(sums + WIDTH) * (2.0 if BITS == 3 else 1.0)
-            offset += scale * shift
-        if DP4A:
-            scale *= tl.load(x_scales + block)
-        words = (row + block * (16 * BITS)).to(tl.pointer_type(tl.int32))[:, None]
-        products += scale[:, None] * block_products(
-            words, blocks + k, k, matrix, n, ok, unknown_zero, BITS, GROUP, DP4A, EMULATE
+        part = x_parts + tl.cdiv(columns, BLOCK) * BLOCK * (WIDTH // 2 - WIDTH // 8)
+    blocks = columns // BLOCK
+    for first in tl.range(0, blocks, WORDS // (4 * WIDTH), loop_unroll_factor=UNROLL):
+        block = first + tl.arange(0, WORDS) // (4 * WIDTH)
+        inside = (block < blocks)[:, None]
+        block = tl.minimum(block, blocks - 1)
+        found = block_products(
+            words, part, block, matrix, n, inside, unknown_zero, BITS, GROUP, DP4A, EMULATE
         )
-    total = tl.sum(products, 1) - offset
+        if GROUP % 128 == 0:
+            g = (block * BLOCK // GROUP)[:, None]
+            scales = scale_pointers(matrix, n[None, :], g, GROUP)
+            found *= tl.load(scales, mask=inside, other=0.0).to(tl.float32)
+        if DP4A:
+            found *= tl.load(x_scales + block)[:, None]
+        products += found
+    total = tl.sum(products, 0)
+    if GROUP % 128 == 0:
+        total -= block_offsets(x_sums, matrix, n, BITS, GROUP, DP4A, BN)
     if TAIL:
-        rest = last_columns(x, row, matrix, n, ok, BITS, GROUP, BN)
+        rest = last_columns(x, row, matrix, n, BITS, GROUP, BN)
         total += rest * tl.load(x_scales + columns // BLOCK) if DP4A else rest
     return total
 
@@ -250,7 +278,8 @@ def grouped_gemv(
     x, x_parts, x_scales, x_sums, unknown_zero, out, chosen, table, weights, rows, columns,
     slots_per_row,
     WIDTHS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, DP4A: tl.constexpr,
-    EMULATE: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr,
+    EMULATE: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One matrix of the chosen experts times their activations; grid (row tiles, slots).
 
@@ -277,12 +306,14 @@ def grouped_gemv(
     last = rows // 2 if GATED else rows
     lane = tl.arange(0, BN)
     m = tl.program_id(0) * STEP + lane % STEP
-    ok, n = m < last, lane // STEP * last + m
+    n = lane // STEP * last + tl.minimum(m, last - 1)
     total = tl.zeros((BN,), tl.float32)
     for i in tl.static_range(len(WIDTHS)):
         if width == WIDTHS[i]:
             matrix = matrix_at(weights[i], place, rows, columns, GROUP, WIDTHS[i])
-            total = dot_rows(activations, matrix, n, ok, WIDTHS[i], GROUP, DP4A, EMULATE, TAIL, BN)
+            total = dot_rows(
+                activations, matrix, n, WIDTHS[i], GROUP, DP4A, EMULATE, TAIL, BN, WORDS, UNROLL
+            )
     out += slot * last + tl.program_id(0) * STEP
     at = tl.arange(0, STEP)
     if GATED:

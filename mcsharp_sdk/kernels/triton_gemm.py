@@ -23,46 +23,85 @@ from mcsharp_sdk.kernels.triton_codes import (
 
 
 @triton.jit
-def multiply(x, weight, total, EMULATE: tl.constexpr):
-    """``total`` + x · weight of 16-bit tiles."""
+def multiply(weight, x, total, EMULATE: tl.constexpr):
+    """``total`` + weight · x of 16-bit tiles."""
     if EMULATE:  # the interpreter would multiply the bit patterns of bfloat16
         x, weight = x.to(tl.float32), weight.to(tl.float32)
-    return tl.dot(x, weight, total, input_precision="ieee" if EMULATE else None)
+    return tl.dot(weight, x, total, input_precision="ieee" if EMULATE else None)
+
+
+@triton.jit
+def and_or(value, mask: tl.constexpr, other, EMULATE: tl.constexpr):
+    """(value & mask) | other as one instruction; the compiler would regroup several of these."""
+    if EMULATE:
+        return (value & mask) | other
+    else:  # noqa: RET505 - both branches are compiled unless one is left out here
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;",
+            "=r,r,r,r",
+            [value, tl.full(value.shape, mask, tl.int32), other],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def field_weights(
+    low, high, scale, zero, unknown_zero, t: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr
+):
+    """Weights, fp32 [rows, bytes], of field ``t`` of each byte.
+
+    ``low`` are the bytes, shifted into the mantissa of a float, where under a fitting exponent a
+    field makes a power of two + code; ``high`` those of the third bits, two places further. ``scale``
+    and ``zero`` are broadcast. Exponents that the compiler does not know stay in registers.
+    """
+    LO: tl.constexpr = 2 if BITS == 3 else BITS
+    LOW: tl.constexpr = 14 if BITS == 3 else 15
+    exponent = ((127 + 23 - LOW - LO * t) << 23) + unknown_zero
+    value = (low & ((2**LO - 1) << (LOW + LO * t))) | exponent
+    if BITS == 3:
+        value = and_or(high, 1 << (LOW + 2 + 2 * t), value, EMULATE)
+    shift = -scale * (zero + 2.0 ** (23 - LOW - LO * t))
+    scale = tl.broadcast_to(scale, value.shape)
+    return tl.fma(value.to(tl.float32, bitcast=True), scale, tl.broadcast_to(shift, value.shape))
 
 
 @triton.jit
 def full_blocks(
-    x, row, matrix, n, ok, has_token, total,
-    BITS: tl.constexpr, GROUP: tl.constexpr, EMULATE: tl.constexpr,
+    x, row, matrix, n, has_token, total, unknown_zero,
+    BITS: tl.constexpr, GROUP: tl.constexpr, EMULATE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``total`` [tokens, rows] plus the product over all full blocks of columns."""
+    """``total`` [rows, tokens] plus the product over all full blocks of columns."""
     LO: tl.constexpr = 2 if BITS == 3 else BITS
+    LOW: tl.constexpr = 14 if BITS == 3 else 15
     FIELD: tl.constexpr = 16 * LO
-    lane = tl.arange(0, FIELD)[:, None]
-    mask, n = ok[None, :], n[None, :]
-    for block in range(matrix[4] // BLOCK):
-        start = row[None, :] + block * (16 * BITS)
-        byte = tl.load(start + lane, mask=mask, other=0).to(tl.int32)
+    lane = tl.arange(0, FIELD)
+    rows = n[:, None]
+    known = rows >= 0
+    for block in tl.range(0, matrix[4] // BLOCK, num_stages=STAGES):
+        start = row[:, None] + block * (16 * BITS)
+        low = tl.load(start + lane[None, :]).to(tl.int32) << LOW
+        high = low
         if BITS == 3:
-            top = tl.load(start + 32 + lane % 16, mask=mask, other=0).to(tl.int32)
+            top = tl.load(start + 32 + (lane % 16)[None, :]).to(tl.int32)
+            high = top << (LOW + 2 - lane // 16)[None, :]
         if GROUP % 128 == 0:
-            scale, zero = scale_and_zero(matrix, n, block * BLOCK // GROUP, mask, GROUP, BITS)
+            scale, zero = scale_and_zero(matrix, rows, block * BLOCK // GROUP, known, GROUP, BITS)
         for t in tl.static_range(8 // LO):
-            code = (byte >> (LO * t)) & (2**LO - 1)
-            if BITS == 3:
-                code |= ((top >> (2 * t + lane // 16)) & 1) << 2
-            k = block * BLOCK + t * FIELD + tl.arange(0, FIELD)
+            k = block * BLOCK + t * FIELD + lane
             if GROUP % 128 != 0:
-                scale, zero = scale_and_zero(matrix, n, (k // GROUP)[:, None], mask, GROUP, BITS)
-            weight = (scale * (code.to(tl.float32) - zero)).to(x.dtype.element_ty)
-            tokens = tl.load(x[:, None] + k[None, :], mask=has_token[:, None], other=0.0)
-            total = multiply(tokens, weight, total, EMULATE)
+                g = (k // GROUP)[None, :]
+                scale, zero = scale_and_zero(matrix, rows, g, known, GROUP, BITS)
+            weight = field_weights(low, high, scale, zero, unknown_zero, t, BITS, EMULATE)
+            tokens = tl.load(x[None, :] + k[:, None], mask=has_token[None, :], other=0.0)
+            total = multiply(weight.to(x.dtype.element_ty), tokens, total, EMULATE)
     return total
 
 
 @triton.jit
 def last_block(
-    x, row, matrix, n, ok, has_token, total,
+    x, row, matrix, n, has_token, total,
     BITS: tl.constexpr, GROUP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """``total`` plus the product over the columns behind the last full block."""
@@ -70,27 +109,29 @@ def last_block(
     for start in range(columns // BLOCK * BLOCK, columns, 32):
         k = start + tl.arange(0, 32)
         inside = k < columns
-        mask = inside[:, None] & ok[None, :]
-        code = gathered_codes(row[None, :], k[:, None], columns, mask, BITS)
-        scale, zero = scale_and_zero(matrix, n[None, :], (k // GROUP)[:, None], mask, GROUP, BITS)
+        code = gathered_codes(row[:, None], k[None, :], columns, inside[None, :], BITS)
+        g = (k // GROUP)[None, :]
+        scale, zero = scale_and_zero(matrix, n[:, None], g, inside[None, :], GROUP, BITS)
         weight = (scale * (code.to(tl.float32) - zero)).to(x.dtype.element_ty)
-        mask = has_token[:, None] & inside[None, :]
-        tokens = tl.load(x[:, None] + k[None, :], mask=mask, other=0.0)
-        total = multiply(tokens, weight, total, EMULATE)
+        mask = has_token[None, :] & inside[:, None]
+        tokens = tl.load(x[None, :] + k[:, None], mask=mask, other=0.0)
+        total = multiply(weight, tokens, total, EMULATE)
     return total
 
 
 @triton.jit
 def grouped_gemm(
-    x, out, order, tiles, table, weights, rows, columns, slots_per_row,
+    x, unknown_zero, out, order, tiles, table, weights, rows, columns, slots_per_row,
     WIDTHS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, TO_SLOTS: tl.constexpr,
     EMULATE: tl.constexpr, TAIL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One matrix of all experts times the activations of their slots; grid (row tiles, tiles).
 
     ``order`` [slots] lists the slots by expert. ``tiles`` [n, 3]: expert, first and end position in
     ``order`` of a tile of at most BM; empty tiles name the expert that has no width. ``table`` and
-    ``weights`` are as in :func:`~mcsharp_sdk.kernels.triton_decode.grouped_gemv`, and so is GATED.
+    ``weights`` are as in :func:`~mcsharp_sdk.kernels.triton_decode.grouped_gemv`, and so are GATED
+    and ``unknown_zero``.
     With TO_SLOTS x has a row per position and ``out`` one per slot. Without it is the other way
     round, and slot i has row i // slots_per_row of x.
     """
@@ -107,21 +148,25 @@ def grouped_gemm(
     last = rows // 2 if GATED else rows
     lane = tl.arange(0, BN)
     m = tl.program_id(0) * STEP + lane % STEP
-    ok, n = m < last, lane // STEP * last + m
-    total = tl.zeros((BM, BN), tl.float32)
+    n = lane // STEP * last + tl.minimum(m, last - 1)
+    total = tl.zeros((BN, BM), tl.float32)
     x += source * columns
     for i in tl.static_range(len(WIDTHS)):
         if width == WIDTHS[i]:
             matrix = matrix_at(weights[i], place, rows, columns, GROUP, WIDTHS[i])
-            row = matrix[0] + n.to(tl.int64) * (padded(columns) * WIDTHS[i] // 8)
-            total = full_blocks(x, row, matrix, n, ok, has_token, total, WIDTHS[i], GROUP, EMULATE)
+            # Written so that the compiler sees that full blocks lie at multiples of 16 bytes.
+            length = padded(columns) * WIDTHS[i] // 8 if TAIL else columns // 128 * (16 * WIDTHS[i])
+            row = matrix[0] + n.to(tl.int64) * length
+            total = full_blocks(
+                x, row, matrix, n, has_token, total, unknown_zero, WIDTHS[i], GROUP, EMULATE, STAGES
+            )
             if TAIL:
                 total = last_block(
-                    x, row, matrix, n, ok, has_token, total, WIDTHS[i], GROUP, EMULATE
+                    x, row, matrix, n, has_token, total, WIDTHS[i], GROUP, EMULATE
                 )
     if GATED:
-        gate, up = tl.split(tl.reshape(total, (BM, 2, STEP)).permute(0, 2, 1))
+        gate, up = tl.split(tl.reshape(total, (2, STEP, BM)).permute(1, 2, 0))
         total = gate * tl.sigmoid(gate) * up
     at = tl.program_id(0) * STEP + tl.arange(0, STEP)
-    keep = has_token[:, None] & (at < last)[None, :]
-    tl.store(out + target[:, None] * last + at[None, :], total, mask=keep)
+    keep = has_token[None, :] & (at < last)[:, None]
+    tl.store(out + target[None, :] * last + at[:, None], total, mask=keep)

@@ -25,13 +25,18 @@ from mcsharp_sdk.quantization.packing import BLOCK
 EMULATE = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, which knows neither assembly nor bfloat16."""
 
-GEMV_ROWS = (128, 64)
+GEMV_ROWS = (32, 16)
 """Rows of a program for few tokens: the first that gives at least ``GEMV_PROGRAMS`` of them."""
 
 GEMV_PROGRAMS = 512
+GEMV_WORDS = 64
+GEMV_UNROLL = 1
+GEMV_WARPS = 8
 
 GEMM_ROWS = 64
-GEMM_TOKENS = (16, 32, 64)
+GEMM_STAGES = 2
+GEMM_WARPS = 4
+GEMM_TOKENS = (16, 32, 64, 128)
 """Rows of a program, and tokens of one: the smallest that holds an expert's share of the slots."""
 
 COMBINE_COLUMNS = 512
@@ -126,6 +131,9 @@ def gemv(
         EMULATE=EMULATE,
         TAIL=columns % BLOCK != 0,
         BN=step,
+        WORDS=GEMV_WORDS,
+        UNROLL=GEMV_UNROLL,
+        num_warps=GEMV_WARPS,
     )
     return out
 
@@ -184,6 +192,7 @@ def gemm(
     step = GEMM_ROWS // 2 if gated else GEMM_ROWS
     grouped_gemm[(triton.cdiv(height, step), len(tiles.tiles))](
         x,
+        0,
         out,
         tiles.order,
         tiles.tiles,
@@ -200,6 +209,8 @@ def gemm(
         TAIL=columns % BLOCK != 0,
         BM=tiles.height,
         BN=GEMM_ROWS,
+        STAGES=GEMM_STAGES,
+        num_warps=GEMM_WARPS,
     )
     return out
 

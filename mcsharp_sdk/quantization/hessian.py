@@ -25,6 +25,9 @@ CHUNK_TOKENS = 2048
 GRAM_COLUMNS = 192
 """Columns of a Hessian that are added at a time."""
 
+EXACT_TOKENS, EXACT_COLUMNS = 32768, 2048
+"""The same on tensor cores, which need no conversion and large products."""
+
 TRIANGLE_STEP = 256
 """Columns or rows that are multiplied by a triangular matrix at a time."""
 
@@ -64,14 +67,46 @@ def accumulate(hessian: Tensor, inputs: Tensor, weight: Tensor | None = None) ->
     inputs : [T, K], any float dtype.
     weight : [T], σ_t, e.g. the routing weights; ones if left out.
     """
-    weights: Sequence[Tensor | None] = [None]
-    if weight is not None:
-        weights = weight.split(CHUNK_TOKENS)
-    for chunk, sigma in zip_longest(inputs.split(CHUNK_TOKENS), weights):
+    exact = _has_exact_products(inputs)
+    at_once = EXACT_TOKENS if exact else CHUNK_TOKENS
+    weights: Sequence[Tensor | None] = [None] if weight is None else weight.split(at_once)
+    for chunk, sigma in zip_longest(inputs.split(at_once), weights):
+        if exact:
+            _add_exact_products(hessian, chunk, sigma)
+            continue
         rows = chunk.to(hessian.dtype)
         if sigma is not None:
             rows = rows * sigma.to(hessian.dtype).unsqueeze(-1)
         _add_gram(hessian, rows)
+
+
+def _has_exact_products(inputs: Tensor) -> bool:
+    """Whether this is a GPU that multiplies such 16-bit floats exactly and adds up in fp32."""
+    known = inputs.dtype in (torch.float16, torch.bfloat16) and hasattr(torch.ops.aten.mm, "dtype")
+    return known and inputs.is_cuda and torch.version.hip is None
+
+
+def _add_exact_products(hessian: Tensor, inputs: Tensor, sigma: Tensor | None) -> None:
+    """Add 2 Σ_t σ_t² x_t x_tᵀ of 16-bit x, [T, K], to [K, K] on tensor cores.
+
+    σ² x is the sum of two 16-bit numbers, so that rounding takes 2⁻¹⁶ of it with bfloat16.
+    """
+    factors = [inputs]
+    if sigma is not None:
+        weighed = inputs.to(hessian.dtype) * sigma.to(hessian.dtype).square().unsqueeze(-1)
+        factors = [weighed.to(inputs.dtype)]
+        factors.append((weighed - factors[0]).to(inputs.dtype))
+    columns = hessian.shape[0]
+    for start in range(0, columns, EXACT_COLUMNS):
+        stop = min(start + EXACT_COLUMNS, columns)
+        product = hessian.new_zeros(stop - start, columns - start)
+        for factor in factors:
+            left, right = factor[:, start:stop].T, inputs[:, start:]
+            product += torch.mm(left, right, out_dtype=hessian.dtype)
+        corner = product[:, : stop - start]
+        corner.copy_((corner + corner.T) / 2)
+        hessian[start:stop, start:].add_(product, alpha=2.0)
+        hessian[stop:, start:stop] = hessian[start:stop, stop:].T
 
 
 def _add_gram(hessian: Tensor, rows: Tensor) -> None:

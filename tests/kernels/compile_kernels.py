@@ -22,7 +22,8 @@ from triton.compiler import ASTSource
 
 from mcsharp_sdk.kernels import triton_decode, triton_gemm, triton_gptq
 
-WARPS = 4
+WARPS = 8
+ROWS, WORDS, UNROLL = 32, 64, 1
 WEIGHT = ("*u8", "*fp16", "*u8")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -50,7 +51,9 @@ def gemv(widths: tuple[int, ...], dp4a: bool, gated: bool, group: int, tail: boo
         "DP4A": dp4a,
         "EMULATE": False,
         "TAIL": tail,
-        "BN": 128,
+        "BN": ROWS,
+        "WORDS": WORDS,
+        "UNROLL": UNROLL,
     }
     name = f"gemv {widths} {'dp4a' if dp4a else 'magic'} group {group}"
     return name, triton_decode.grouped_gemv, types, constants
@@ -59,6 +62,7 @@ def gemv(widths: tuple[int, ...], dp4a: bool, gated: bool, group: int, tail: boo
 def gemm(widths: tuple[int, ...], gated: bool, group: int, tail: bool, tokens: int) -> Case:
     types = {
         "x": "*bf16",
+        "unknown_zero": "i32",
         "out": "*bf16",
         "order": "*i64",
         "tiles": "*i32",
@@ -75,6 +79,7 @@ def gemm(widths: tuple[int, ...], gated: bool, group: int, tail: bool, tokens: i
         "TAIL": tail,
         "BM": tokens,
         "BN": 64,
+        "STAGES": 2,
     }
     return f"gemm {widths} group {group} x {tokens}", triton_gemm.grouped_gemm, types, constants
 

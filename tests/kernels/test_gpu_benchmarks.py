@@ -80,7 +80,8 @@ def test_model_estimate_is_the_parts_of_both_matrices_times_experts_and_layers(
 
 
 def test_every_part_of_the_estimate_is_one_that_is_measured() -> None:
-    measured = {f"Hessians, {name}" for name in gpu_gptq.PRECISIONS} | {"factors"}
+    precisions = (gpu_gptq.EXACT, *gpu_gptq.PRECISIONS)
+    measured = {f"Hessians, {name}" for name in precisions} | {"factors"}
     measured |= {f"columns, {loop}" for loop in gpu_gptq.LOOPS}
     assert measured.issuperset(gpu_gptq.PARTS)
 

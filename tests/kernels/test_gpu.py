@@ -1,0 +1,171 @@
+"""The Triton kernels on a GPU, where there is one, against float64 on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from expert_stacks import random_layer, relative_error, silu_layer
+from tiny_models import save_tiny_model
+from tiny_tokenizer import save_tiny_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import mcsharp_sdk
+from mcsharp_sdk.kernels import gpu_support
+from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack
+from mcsharp_sdk.kernels.gpu_experts import run_experts
+from mcsharp_sdk.kernels.tilings import TILINGS
+from mcsharp_sdk.quantization import GridSettings, factorise, gptq, quantise_gptq
+from mcsharp_sdk.quantization.grid import PackedWeight
+from mcsharp_sdk.quantization.hessian import accumulate
+from mcsharp_sdk.recipe.schema import Recipe
+
+pytestmark = pytest.mark.skipif(
+    bool(gpu_support.missing_support("cuda")), reason="needs an NVIDIA GPU and triton"
+)
+
+ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Relative error that activations between the matrices, rounded, may cause."""
+
+MIXED = (1, 2, 3, 2, 4, 8)
+
+
+def on_gpu(layer: ExpertLayer) -> ExpertLayer:
+    def moved(stack: MatrixStack) -> MatrixStack:
+        weights = {
+            width: PackedWeight(weight.qweight.cuda(), weight.scales.cuda(), weight.zeros.cuda())
+            for width, weight in stack.weights.items()
+        }
+        return dataclasses.replace(stack, weights=weights)
+
+    return dataclasses.replace(
+        layer, gate_up=moved(layer.gate_up), down=moved(layer.down), table=layer.table.cuda()
+    )
+
+
+def routed(tokens: int, hidden: int, experts: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, the experts of each token, some slots dropped, and routing weights."""
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, hidden, generator=generator)
+    order = torch.rand(tokens, experts + 1, generator=generator).argsort(1)
+    return x, order[:, :slots], torch.rand(tokens, slots, generator=generator)
+
+
+def error_of(
+    bits: Sequence[int],
+    sizes: tuple[int, int, int],
+    tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+    **how: Any,
+) -> float:
+    """Relative error of a layer of (hidden, intermediate, group) sizes on the GPU."""
+    layer, gate_up, down = random_layer(bits, *sizes)
+    hidden, chosen, routing = routed(tokens, sizes[0], len(bits), 2)
+    hidden = hidden.to(dtype)
+    out = run_experts(on_gpu(layer), hidden.cuda(), chosen.cuda(), routing.cuda(), **how)
+    return relative_error(out.cpu(), silu_layer(hidden, chosen, routing, gate_up, down))
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("sizes", [(256, 384, 128), (320, 96, 32), (200, 72, 40)], ids=str)
+def test_layers_of_mixed_widths_agree_with_float64(
+    sizes: tuple[int, int, int], tokens: int, dtype: torch.dtype
+) -> None:
+    assert error_of(MIXED, sizes, tokens, dtype) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_every_width_in_every_way(bits: int, tiling: str) -> None:
+    error = error_of([bits] * 4, (512, 256, 128), 7, tiling=TILINGS[tiling])
+    assert error < ROUNDING[torch.bfloat16]
+
+
+@pytest.mark.parametrize("bits", [(1,), (2,), (3,), MIXED], ids=str)
+def test_8_bit_activations_are_as_far_off_as_in_the_interpreter(bits: tuple[int, ...]) -> None:
+    assert error_of(bits * 4, (512, 256, 128), 2, dp4a=True) < 0.03
+
+
+def test_a_recorded_layer_follows_the_routing() -> None:
+    layer, gate_up, down = random_layer(MIXED, 256, 128, 128)
+    gpu = on_gpu(layer)
+    given = [part.cuda() for part in routed(1, 256, len(MIXED), 2)]
+    given[0] = given[0].bfloat16()
+    run_experts(gpu, *given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run_experts(gpu, *given)
+    for experts in ([2, 0], [5, len(MIXED)], [1, 4]):
+        given[1].copy_(torch.tensor([experts]))
+        graph.replay()
+        expected = silu_layer(*(part.cpu() for part in given), gate_up, down)
+        assert relative_error(out.cpu(), expected) < ROUNDING[torch.bfloat16]
+
+
+def test_columns_are_quantised_as_by_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(3, 96, 320, generator=generator).cuda()
+    inputs = torch.randn(3, 2000, 320, generator=generator)
+    factor = factorise((2 * inputs.transpose(1, 2) @ inputs).cuda())
+    kernel = quantise_gptq(weights, factor, (2, 1, 3), GridSettings())
+    monkeypatch.setattr(gptq, "_column_loop", lambda exact: gptq._quantise_columns)
+    loop = quantise_gptq(weights, factor, (2, 1, 3), GridSettings())
+    assert (kernel.codes != loop.codes).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_hessians_of_16_bit_inputs_are_those_of_float64(weighed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3000, 200, generator=generator)
+    inputs[:, :3] *= 300  # as in residual streams
+    inputs = inputs.bfloat16()
+    weight = torch.rand(3000, generator=generator) if weighed else None
+    hessian = torch.zeros(200, 200, device="cuda")
+    accumulate(hessian, inputs.cuda(), None if weight is None else weight.cuda())
+    rows = inputs.double() if weight is None else inputs.double() * weight.double()[:, None]
+    expected = 2 * rows.T @ rows
+    size = expected.diagonal().sqrt()
+    difference = (hessian.cpu().double() - expected).abs() / torch.outer(size, size)
+    assert float(difference.max()) < 3e-5
+    assert torch.equal(hessian, hessian.T)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
+def test_a_model_is_compressed_and_runs_on_the_gpu_as_on_the_cpu(
+    family: str, tmp_path: Path
+) -> None:
+    model = save_tiny_model(tmp_path / "model", family, dtype=torch.bfloat16)
+    save_tiny_tokenizer(model)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(33 + (i * i + i // 7) % 90) for i in range(4000)))
+    recipe = Recipe.from_dict(
+        {
+            "version": 1,
+            "calibration": {"source": "text", "path": str(text), "sequences": 8, "length": 32},
+            "stages": [{"type": "GPTQQuantize", "bits": 3, "group_size": 32}],
+        }
+    )
+    tokens = torch.randint(0, 90, (2, 17), generator=torch.Generator().manual_seed(0))
+    truth = logits(model, tokens, "cpu", torch.float32)
+    errors = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        mcsharp_sdk.compress(recipe, model, out, progress=False, device=device)
+        errors[device] = relative_error(logits(out, tokens, "cpu", torch.float32), truth.double())
+    assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.25)
+    given = logits(tmp_path / "cuda", tokens, "cuda", torch.bfloat16)
+    expected = logits(tmp_path / "cuda", tokens, "cpu", torch.float32)
+    assert relative_error(given, expected.double()) < 0.05
+
+
+@torch.inference_mode()
+def logits(folder: Path, tokens: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device)
+    return model(tokens.to(device)).logits.float().cpu()
