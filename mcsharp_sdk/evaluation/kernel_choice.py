@@ -26,7 +26,7 @@ from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.source import read_config
 from mcsharp_sdk.runtime.layout import PackedLayout
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 256)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 4096)
 """Tokens of one product that choices are shown for."""
 
 _CODES = re.compile(r"^(?P<path>.*?\.)\d+(?P<rest>\..*?)[._]qweight$")

@@ -1,8 +1,9 @@
 """All routed experts of a layer at once on a GPU, in Triton.
 
 Few tokens go through matrix-vector kernels (:mod:`~mcsharp_sdk.kernels.triton_decode`), many
-through a grouped product (:mod:`~mcsharp_sdk.kernels.triton_gemm`): either way the number of
-launches does not depend on how many experts or widths there are, and nothing waits for the device.
+through a grouped product (:mod:`~mcsharp_sdk.kernels.triton_gemm`), and long prompts through that
+of torch on dequantised weights (:mod:`~mcsharp_sdk.kernels.gpu_dense`). The number of launches does
+not depend on the routing or on how many widths there are, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -13,21 +14,29 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.kernels import crossovers
+from mcsharp_sdk.kernels import crossovers, gpu_dense
 from mcsharp_sdk.kernels.case import BUILT_IN, MEASURED, Choice, LayerCase
 from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack
-from mcsharp_sdk.kernels.tilings import TILINGS, Tiling
+from mcsharp_sdk.kernels.tilings import TILINGS, Kind, Tiling
 from mcsharp_sdk.quantization.packing import packed_bytes
 
 DECODE_TOKENS = 4
 """Tokens up to which each slot reads its expert's weights by itself, where nothing was measured. A
 model."""
 
+DENSE_TOKENS = 2048
+DENSE_SLOTS = 512
+"""Tokens, and slots of an expert on average, from which on weights are dequantised for torch's
+product, where nothing was measured. Measured on an H100: see ``docs/gpu.md``."""
+
 GEMV_AT_ONCE = 64
 """Most tokens of a launch of the matrix-vector kernels: their scratch is 16 bytes an activation."""
 
 WORKSPACE_BYTES = 256 * 2**20
 """Scratch for many tokens; beyond it they are done some at a time."""
+
+LONG_WORKSPACE_BYTES = 2**30
+"""The same for tokens whose experts are dequantised, which is done again for each such part."""
 
 
 def run_experts(
@@ -61,14 +70,22 @@ def run_experts(
         return torch.zeros_like(hidden)
     tokens, slots = of or chosen.shape
     hidden, chosen, routing = hidden.contiguous(), chosen.contiguous(), routing.contiguous()
-    if tiling is None and not dp4a:
-        tiling = TILINGS.get(choose_tiling(case_of(layer, slots, hidden), tokens))
-    size = tiling.size if tiling else None
-    if tiling.gemv if tiling else tokens <= DECODE_TOKENS and layer_takes_gemv(layer):
-        run = partial(_few_tokens, layer, dp4a=dp4a, step=size)
-        return in_parts(run, GEMV_AT_ONCE, hidden, chosen, routing)
-    at_once = tokens_at_once(layer, chosen.shape[1], hidden.dtype)
-    return in_parts(partial(_many_tokens, layer, height=size), at_once, hidden, chosen, routing)
+    if tiling is None:
+        tiling = _tiling(case_of(layer, slots, hidden), tokens, measured=not dp4a)
+    run, at_once = _way(layer, tiling, chosen.shape[1], hidden.dtype, dp4a=dp4a)
+    return in_parts(run, at_once, hidden, chosen, routing)
+
+
+def _way(
+    layer: ExpertLayer, tiling: Tiling, slots: int, dtype: torch.dtype, *, dp4a: bool
+) -> tuple[Callable[..., Tensor], int]:
+    """What runs a layer in one way, and for how many tokens at once."""
+    if tiling.kind == "gemv":
+        return partial(_few_tokens, layer, dp4a=dp4a, step=tiling.size), GEMV_AT_ONCE
+    if tiling.kind == "dense":
+        room = gpu_dense.workspace_bytes(layer, slots, dtype)
+        return partial(_long_prompt, layer), max(1, LONG_WORKSPACE_BYTES // room)
+    return partial(_many_tokens, layer, height=tiling.size), tokens_at_once(layer, slots, dtype)
 
 
 def in_parts(run: Callable[..., Tensor], at_once: int, *tensors: Tensor) -> Tensor:
@@ -95,11 +112,10 @@ def case_of(layer: ExpertLayer, slots: int, hidden: Tensor) -> LayerCase:
 
 
 def explain_tiling(case: LayerCase, tokens: int) -> Choice:
-    """The tiling for so many tokens; of what is built in, only the kind of kernel is told."""
+    """The tiling for so many tokens; of what is built in, only the kind is told."""
     if found := choose_tiling(case, tokens):
         return Choice(found, MEASURED)
-    gemv = tokens <= DECODE_TOKENS and any(tiling.gemv for tiling in tilings_of(case).values())
-    return Choice("gemv" if gemv else "gemm", BUILT_IN)
+    return Choice(built_in_kind(case, tokens), BUILT_IN)
 
 
 def choose_tiling(case: LayerCase, tokens: int) -> str:
@@ -111,14 +127,34 @@ def choose_tiling(case: LayerCase, tokens: int) -> str:
     return found
 
 
+def built_in_kind(case: LayerCase, tokens: int) -> Kind:
+    """How a layer is run with so many tokens where nothing was measured."""
+    if tokens <= DECODE_TOKENS and _fits_gemv(case):
+        return "gemv"
+    share = tokens * case.slots / case.experts
+    if tokens >= DENSE_TOKENS and share >= DENSE_SLOTS and gpu_dense.fits(case):
+        return "dense"
+    return "gemm"
+
+
 def tilings_of(case: LayerCase) -> dict[str, Tiling]:
     """The tilings that a layer can be run with, by name."""
-    gemv = case.group_size % 4 == 0 and all(
+    fits = {"gemv": _fits_gemv(case), "gemm": True, "dense": gpu_dense.fits(case)}
+    return {name: tiling for name, tiling in TILINGS.items() if fits[tiling.kind]}
+
+
+def _tiling(case: LayerCase, tokens: int, *, measured: bool) -> Tiling:
+    """What is built in, or with ``measured`` what was measured to be fastest."""
+    found = choose_tiling(case, tokens) if measured else ""
+    return TILINGS[found] if found else Tiling(built_in_kind(case, tokens))
+
+
+def _fits_gemv(case: LayerCase) -> bool:
+    return case.group_size % 4 == 0 and all(
         whole_words(columns, width)
         for columns in (case.hidden, case.intermediate)
         for width in case.widths
     )
-    return {name: tiling for name, tiling in TILINGS.items() if gemv or not tiling.gemv}
 
 
 def tokens_at_once(
@@ -153,11 +189,6 @@ def takes_gemv(stack: MatrixStack) -> bool:
     return words and stack.group_size % 4 == 0
 
 
-def layer_takes_gemv(layer: ExpertLayer) -> bool:
-    """:func:`takes_gemv` of both matrices."""
-    return takes_gemv(layer.gate_up) and takes_gemv(layer.down)
-
-
 def _few_tokens(
     layer: ExpertLayer,
     hidden: Tensor,
@@ -189,6 +220,21 @@ def _many_tokens(
     if not gated:
         inner = _between(layer, inner, flat[tiles.order])
     y = gemm(layer.down, layer.table, inner, tiles, gated=False, to_slots=True)
+    return combine(_behind(layer, y, flat), chosen, routing, layer.experts)
+
+
+def _long_prompt(layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
+    from mcsharp_sdk.kernels.triton_launch import combine
+
+    flat = chosen.reshape(-1)
+    order, ends = gpu_dense.by_expert(flat, layer.experts)
+    gated = layer.between is None
+    rows = hidden[order // chosen.shape[1]]
+    inner = gpu_dense.products(layer.gate_up, layer.table, rows, ends, gated=gated)
+    del rows  # within the workspace until here
+    if not gated:
+        inner = _between(layer, inner, flat[order])
+    y = gpu_dense.products(layer.down, layer.table, inner, ends, order=order)
     return combine(_behind(layer, y, flat), chosen, routing, layer.experts)
 
 

@@ -37,7 +37,7 @@ def refuses_dp4a(case: Case) -> str:
 
 def refuses_tiling(case: Case, tiling: Tiling) -> str:
     """Why a case cannot be done with 16-bit activations in one way; empty if it can."""
-    return refuses_dp4a(case) if tiling.gemv else refuses(case)
+    return refuses_dp4a(case) if tiling.kind == "gemv" else refuses(case)
 
 
 def run(x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
@@ -73,7 +73,7 @@ def _run(
     table = _table(stack.bits, matrices, x.device)
     chosen = _chosen(x.device, slots, counts)
     size = tiling.size if tiling else None
-    if tiling.gemv if tiling else len(x) <= GEMV_TOKENS and takes_gemv(single):
+    if tiling.kind == "gemv" if tiling else len(x) <= GEMV_TOKENS and takes_gemv(single):
         run = partial(gemv, single, table, gated=False, dp4a=dp4a, step=size)
         return in_parts(run, GEMV_AT_ONCE, x.contiguous(), chosen)
     tiles = sort_slots(chosen, matrices, size)

@@ -21,7 +21,7 @@ from mcsharp_sdk.kernels import chunked, crossovers, dequantise, gpu_linear, int
 from mcsharp_sdk.kernels.case import BUILT_IN, MEASURED, Case, Choice
 from mcsharp_sdk.kernels.gpu_support import HALF_PRECISION
 from mcsharp_sdk.kernels.matrix import PackedMatrix, PackedStack
-from mcsharp_sdk.kernels.tilings import TILINGS
+from mcsharp_sdk.kernels.tilings import MATRIX_TILINGS
 
 VARIABLE = "MCSHARP_KERNEL"
 """Environment variable that names the kernel to use for everything."""
@@ -57,7 +57,7 @@ KERNELS: dict[str, Kernel] = {
             partial(gpu_linear.refuses_tiling, tiling=tiling),
             partial(gpu_linear.run_tiled, tiling=tiling),
         )
-        for name, tiling in TILINGS.items()
+        for name, tiling in MATRIX_TILINGS.items()
     },
 }
 """Name -> kernel."""
@@ -83,7 +83,7 @@ PREFERENCES: tuple[Preference, ...] = (
     Preference("integer_dot", 24, HALF_PRECISION),
     Preference("dequantise", ANY_NUMBER, EVERY_DTYPE),
     Preference("chunked", ANY_NUMBER, EVERY_DTYPE),
-    *(Preference(f"triton_{name}", 0, HALF_PRECISION) for name in TILINGS),
+    *(Preference(f"triton_{name}", 0, HALF_PRECISION) for name in MATRIX_TILINGS),
 )
 """Tried in order. ``integer_dot`` rounds activations to 16 bits, which float32 would notice; where
 it stops is where ``benchmarks/cpu_kernels.py`` finds it overtaken. ``triton_dp4a`` rounds to 8

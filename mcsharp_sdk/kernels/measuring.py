@@ -14,6 +14,9 @@ from mcsharp_sdk.kernels.crossovers import Steps
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 64, 128, 256)
 """Numbers of tokens that are timed; between two of them times are taken to be linear."""
 
+LAYER_TOKENS = (*TOKENS, 1024, 4096)
+"""The same for layers of experts, each of which gets a share of the tokens."""
+
 ROUNDS = 7
 TRIALS = 2
 """Rounds after which what is far behind is given up."""

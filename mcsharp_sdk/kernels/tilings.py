@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+Kind = Literal["gemv", "gemm", "dense"]
+"""``gemv``: each slot reads the weights by itself, in matrix-vector kernels; ``gemm``: slots of one
+matrix share them, in the grouped product; ``dense``: weights are dequantised into memory, and torch
+multiplies by them, which takes a whole layer."""
 
 
 class Tiling(NamedTuple):
@@ -10,20 +15,24 @@ class Tiling(NamedTuple):
 
     Attributes
     ----------
-    gemv : each slot reads the weights by itself, in matrix-vector kernels; otherwise slots of one
-        matrix share them, in the grouped product.
-    size : rows of the matrix in a program (``gemv``), or most slots in one (else).
+    kind : what does it.
+    size : rows of the matrix in a program (``gemv``), or most slots in one (``gemm``); None for
+        what is built in.
     """
 
-    gemv: bool
-    size: int
+    kind: Kind
+    size: int | None = None
 
 
 TILINGS = {
-    "gemv_128": Tiling(True, 128),
-    "gemv_64": Tiling(True, 64),
-    "gemm_16": Tiling(False, 16),
-    "gemm_32": Tiling(False, 32),
-    "gemm_64": Tiling(False, 64),
+    "gemv_128": Tiling("gemv", 128),
+    "gemv_64": Tiling("gemv", 64),
+    "gemm_16": Tiling("gemm", 16),
+    "gemm_32": Tiling("gemm", 32),
+    "gemm_64": Tiling("gemm", 64),
+    "dense": Tiling("dense"),
 }
 """Name -> tiling."""
+
+MATRIX_TILINGS = {name: tiling for name, tiling in TILINGS.items() if tiling.kind != "dense"}
+"""Those that single matrices have too."""

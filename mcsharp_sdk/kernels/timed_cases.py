@@ -15,7 +15,7 @@ from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack, expert_ta
 from mcsharp_sdk.kernels.gpu_experts import run_experts, tilings_of
 from mcsharp_sdk.kernels.linear import KERNELS, candidates
 from mcsharp_sdk.kernels.matrix import PackedStack
-from mcsharp_sdk.kernels.measuring import TOKENS, Run, find_steps
+from mcsharp_sdk.kernels.measuring import LAYER_TOKENS, TOKENS, Run, find_steps
 from mcsharp_sdk.kernels.tilings import Tiling
 from mcsharp_sdk.quantization.grid import PackedWeight, group_count
 from mcsharp_sdk.quantization.packing import packed_bytes
@@ -46,7 +46,7 @@ def time_product(case: Case, tokens: tuple[int, ...] = TOKENS) -> Steps:
 
 
 @torch.inference_mode()
-def time_layer(case: LayerCase, tokens: tuple[int, ...] = TOKENS) -> Steps:
+def time_layer(case: LayerCase, tokens: tuple[int, ...] = LAYER_TOKENS) -> Steps:
     """From how many tokens on each tiling is fastest for a layer.
 
     Between the matrices there is SiLU, or nothing where ``gate_up`` is not twice as high: what a

@@ -47,14 +47,29 @@ def and_or(value, mask: tl.constexpr, other, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def block_bytes(start, BITS: tl.constexpr):
+    """``low`` and ``high`` of :func:`field_weights` of blocks that begin at ``start`` [rows, 1]."""
+    LO: tl.constexpr = 2 if BITS == 3 else BITS
+    LOW: tl.constexpr = 14 if BITS == 3 else 15
+    lane = tl.arange(0, 16 * LO)
+    low = tl.load(start + lane[None, :]).to(tl.int32) << LOW
+    high = low
+    if BITS == 3:
+        top = tl.load(start + 32 + (lane % 16)[None, :]).to(tl.int32)
+        high = top << (LOW + 2 - lane // 16)[None, :]
+    return low, high
+
+
+@triton.jit
 def field_weights(
     low, high, scale, zero, unknown_zero, t: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr
 ):
     """Weights, fp32 [rows, bytes], of field ``t`` of each byte.
 
     ``low`` are the bytes, shifted into the mantissa of a float, where under a fitting exponent a
-    field makes a power of two + code; ``high`` those of the third bits, two places further. ``scale``
-    and ``zero`` are broadcast. Exponents that the compiler does not know stay in registers.
+    field makes a power of two + code; ``high`` those of the third bits, two places further.
+    ``scale`` and ``zero`` are broadcast. Exponents that the compiler does not know stay in
+    registers.
     """
     LO: tl.constexpr = 2 if BITS == 3 else BITS
     LOW: tl.constexpr = 14 if BITS == 3 else 15
@@ -74,18 +89,12 @@ def full_blocks(
 ):  # fmt: skip
     """``total`` [rows, tokens] plus the product over all full blocks of columns."""
     LO: tl.constexpr = 2 if BITS == 3 else BITS
-    LOW: tl.constexpr = 14 if BITS == 3 else 15
     FIELD: tl.constexpr = 16 * LO
     lane = tl.arange(0, FIELD)
     rows = n[:, None]
     known = rows >= 0
     for block in tl.range(0, matrix[4] // BLOCK, num_stages=STAGES):
-        start = row[:, None] + block * (16 * BITS)
-        low = tl.load(start + lane[None, :]).to(tl.int32) << LOW
-        high = low
-        if BITS == 3:
-            top = tl.load(start + 32 + (lane % 16)[None, :]).to(tl.int32)
-            high = top << (LOW + 2 - lane // 16)[None, :]
+        low, high = block_bytes(row[:, None] + block * (16 * BITS), BITS)
         if GROUP % 128 == 0:
             scale, zero = scale_and_zero(matrix, rows, block * BLOCK // GROUP, known, GROUP, BITS)
         for t in tl.static_range(8 // LO):
@@ -161,9 +170,7 @@ def grouped_gemm(
                 x, row, matrix, n, has_token, total, unknown_zero, WIDTHS[i], GROUP, EMULATE, STAGES
             )
             if TAIL:
-                total = last_block(
-                    x, row, matrix, n, has_token, total, WIDTHS[i], GROUP, EMULATE
-                )
+                total = last_block(x, row, matrix, n, has_token, total, WIDTHS[i], GROUP, EMULATE)
     if GATED:
         gate, up = tl.split(tl.reshape(total, (2, STEP, BM)).permute(1, 2, 0))
         total = gate * tl.sigmoid(gate) * up

@@ -19,6 +19,7 @@ from mcsharp_sdk.kernels.triton_decode import (
     grouped_gemv,
     prepare_activations,
 )
+from mcsharp_sdk.kernels.triton_dequantise import dequantise_rows
 from mcsharp_sdk.kernels.triton_gemm import grouped_gemm
 from mcsharp_sdk.quantization.packing import BLOCK
 
@@ -39,6 +40,7 @@ GEMM_WARPS = 4
 GEMM_TOKENS = (16, 32, 64, 128)
 """Rows of a program, and tokens of one: the smallest that holds an expert's share of the slots."""
 
+DEQUANTISE_ROWS = 64
 COMBINE_COLUMNS = 512
 
 WIDTH_SETS = ((1, 2, 3), (1, 2, 3, 4), (1, 2, 3, 4, 8))
@@ -211,6 +213,48 @@ def gemm(
         BN=GEMM_ROWS,
         STAGES=GEMM_STAGES,
         num_warps=GEMM_WARPS,
+    )
+    return out
+
+
+def dequantised(
+    stack: MatrixStack,
+    table: Tensor,
+    first: int,
+    count: int,
+    dtype: torch.dtype,
+    *,
+    gated: bool = False,
+) -> Tensor:
+    """Rows ``first`` … ``first + count`` of all experts' matrix, whose columns are whole blocks.
+
+    Parameters
+    ----------
+    table : as for :func:`gemv`.
+    dtype : that weights are rounded to.
+    gated : behind them also these rows of the second half of all rows.
+
+    Returns
+    -------
+    [experts, count or 2 · count, K].
+    """
+    experts, height = len(table) - 1, 2 * count if gated else count
+    out = torch.empty(experts, height, stack.columns, dtype=dtype, device=table.device)
+    grid = (stack.columns // BLOCK, triton.cdiv(height, DEQUANTISE_ROWS), experts)
+    dequantise_rows[grid](
+        out,
+        0,
+        table,
+        weight_tensors(stack),
+        stack.rows,
+        stack.columns,
+        first,
+        count,
+        height,
+        WIDTHS=compiled_widths(stack),
+        GROUP=stack.group_size,
+        EMULATE=EMULATE,
+        BN=DEQUANTISE_ROWS,
     )
     return out
 

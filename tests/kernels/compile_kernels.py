@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mcsharp_sdk.kernels import triton_decode, triton_gemm, triton_gptq
+from mcsharp_sdk.kernels import triton_decode, triton_dequantise, triton_gemm, triton_gptq
 
 WARPS = 8
 ROWS, WORDS, UNROLL = 32, 64, 1
@@ -84,6 +84,18 @@ def gemm(widths: tuple[int, ...], gated: bool, group: int, tail: bool, tokens: i
     return f"gemm {widths} group {group} x {tokens}", triton_gemm.grouped_gemm, types, constants
 
 
+def dequantise(widths: tuple[int, ...], group: int) -> Case:
+    types = {
+        "out": "*bf16",
+        "unknown_zero": "i32",
+        "table": "*i32",
+        "weights": tuple(WEIGHT for _ in widths),
+        **dict.fromkeys(("rows", "columns", "first", "count", "height"), "i32"),
+    }
+    constants = {"WIDTHS": widths, "GROUP": group, "EMULATE": False, "BN": 64}
+    return f"dequantise {widths} group {group}", triton_dequantise.dequantise_rows, types, constants
+
+
 def helpers() -> Iterator[Case]:
     """The kernels around the products, and that of GPTQ."""
     floats = dict.fromkeys(("parts", "scales", "sums"), "*fp32")
@@ -106,8 +118,11 @@ def cases(all_: bool) -> Iterator[Case]:
     yield gemv((3,), dp4a=False, gated=True, group=128, tail=False)
     yield gemv((3,), dp4a=True, gated=True, group=128, tail=False)
     yield gemm((3,), gated=True, group=128, tail=False, tokens=16)
+    yield dequantise((3,), group=128)
     if not all_:
         return
+    for group in (32, 128):
+        yield dequantise((1, 2, 3, 4, 8), group)
     for widths in ((1,), (2,), (4,), (8,), (1, 2, 3), (1, 2, 3, 4, 8)):
         for dp4a in (False, True):
             yield gemv(widths, dp4a, gated=True, group=128, tail=False)

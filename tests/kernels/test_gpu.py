@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mcsharp_sdk
-from mcsharp_sdk.kernels import gpu_support
+from mcsharp_sdk.kernels import gpu_dense, gpu_experts, gpu_support
 from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack
 from mcsharp_sdk.kernels.gpu_experts import run_experts
-from mcsharp_sdk.kernels.tilings import TILINGS
+from mcsharp_sdk.kernels.tilings import MATRIX_TILINGS, TILINGS, Tiling
 from mcsharp_sdk.quantization import GridSettings, factorise, gptq, quantise_gptq
 from mcsharp_sdk.quantization.grid import PackedWeight
 from mcsharp_sdk.quantization.hessian import accumulate
@@ -33,6 +33,11 @@ ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Relative error that activations between the matrices, rounded, may cause."""
 
 MIXED = (1, 2, 3, 2, 4, 8)
+
+DENSE = TILINGS["dense"]
+needs_product = pytest.mark.skipif(
+    not gpu_dense._has_product("cuda"), reason="needs torch's grouped product on a Hopper GPU"
+)
 
 
 def on_gpu(layer: ExpertLayer) -> ExpertLayer:
@@ -81,7 +86,7 @@ def test_layers_of_mixed_widths_agree_with_float64(
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("tiling", MATRIX_TILINGS)
 def test_every_width_in_every_way(bits: int, tiling: str) -> None:
     error = error_of([bits] * 4, (512, 256, 128), 7, tiling=TILINGS[tiling])
     assert error < ROUNDING[torch.bfloat16]
@@ -92,16 +97,72 @@ def test_8_bit_activations_are_as_far_off_as_in_the_interpreter(bits: tuple[int,
     assert error_of(bits * 4, (512, 256, 128), 2, dp4a=True) < 0.03
 
 
-def test_a_recorded_layer_follows_the_routing() -> None:
+@needs_product
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("bits", [(1,) * 4, (2,) * 4, (3,) * 4, (4,) * 4, (8,) * 4, MIXED], ids=str)
+def test_long_prompts_with_dequantised_weights_agree_with_float64(
+    bits: tuple[int, ...], group: int
+) -> None:
+    error = error_of(bits, (512, 256, group), 300, tiling=DENSE)
+    assert error < ROUNDING[torch.bfloat16]
+
+
+@needs_product
+def test_a_long_prompt_is_done_in_parts_within_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, gate_up, down = random_layer(MIXED, 1024, 512, 128)
+    gpu = on_gpu(layer)
+    given = routed(700, 1024, len(MIXED), 2)
+    hidden, chosen, routing = given[0].bfloat16().cuda(), given[1].cuda(), given[2].cuda()
+    run_experts(gpu, hidden, chosen, routing, tiling=DENSE)
+    weights = 2**22
+    monkeypatch.setattr(gpu_dense, "DENSE_BYTES", weights)
+    room = gpu_dense.workspace_bytes(gpu, 2, hidden.dtype)
+    monkeypatch.setattr(gpu_experts, "LONG_WORKSPACE_BYTES", 300 * room)
+    assert gpu_dense.rows_at_once(gpu.gate_up, len(MIXED), hidden.dtype) < gpu.gate_up.rows
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = run_experts(gpu, hidden, chosen, routing, tiling=DENSE)
+    taken = torch.cuda.max_memory_allocated() - before
+    sorting = 2**20
+    assert taken <= weights + 300 * room + 2 * out.nbytes + sorting
+    expected = silu_layer(hidden.cpu(), given[1], given[2], gate_up, down)
+    assert relative_error(out.cpu(), expected) < ROUNDING[torch.bfloat16]
+
+
+@needs_product
+def test_a_family_s_own_code_runs_between_dequantised_matrices() -> None:
+    factors = torch.rand(len(MIXED)) + 0.5
+    on_device = factors.bfloat16().cuda()
+
+    def between(rows: Tensor, expert: Tensor) -> Tensor:
+        gate, up = rows.chunk(2, dim=1)
+        return on_device[expert, None] * torch.nn.functional.silu(gate) * up
+
+    def behind(rows: Tensor, expert: Tensor) -> Tensor:
+        return rows * expert[:, None]
+
+    layer, gate_up, down = random_layer(MIXED, 256, 128, 32, between, behind)
+    hidden, chosen, routing = routed(200, 256, len(MIXED), 2)
+    hidden = hidden.bfloat16()
+    given = (hidden.cuda(), chosen.cuda(), routing.cuda())
+    out = run_experts(on_gpu(layer), *given, tiling=DENSE)
+    weighed = down * (on_device.cpu().double() * torch.arange(len(MIXED)))[:, None, None]
+    expected = silu_layer(hidden, chosen, routing, gate_up, weighed)
+    assert relative_error(out.cpu(), expected) < 1.5 * ROUNDING[torch.bfloat16]
+
+
+@pytest.mark.parametrize("tiling", [None, pytest.param(DENSE, marks=needs_product)], ids=str)
+def test_a_recorded_layer_follows_the_routing(tiling: Tiling | None) -> None:
     layer, gate_up, down = random_layer(MIXED, 256, 128, 128)
     gpu = on_gpu(layer)
     given = [part.cuda() for part in routed(1, 256, len(MIXED), 2)]
     given[0] = given[0].bfloat16()
-    run_experts(gpu, *given)
+    run_experts(gpu, *given, tiling=tiling)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = run_experts(gpu, *given)
+        out = run_experts(gpu, *given, tiling=tiling)
     for experts in ([2, 0], [5, len(MIXED)], [1, 4]):
         given[1].copy_(torch.tensor([experts]))
         graph.replay()

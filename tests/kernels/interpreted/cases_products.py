@@ -11,7 +11,7 @@ from mcsharp_sdk.kernels.case import Case
 from mcsharp_sdk.kernels.expert_layer import expert_table
 from mcsharp_sdk.kernels.gpu_experts import takes_gemv
 from mcsharp_sdk.kernels.matrix import PackedStack
-from mcsharp_sdk.kernels.tilings import TILINGS
+from mcsharp_sdk.kernels.tilings import MATRIX_TILINGS
 from mcsharp_sdk.kernels.triton_launch import EMULATE, gemm, gemv, sort_slots
 from mcsharp_sdk.quantization.grid import WIDTHS
 
@@ -90,7 +90,7 @@ def test_a_linear_layer_agrees_with_float64(tokens: int, bits: int, columns: int
     assert relative_error(out, x.double() @ exact[0].T) < HALF
 
 
-@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("tiling", MATRIX_TILINGS)
 @pytest.mark.parametrize("counts", [[3], [1, 5, 2]], ids=str)
 def test_a_matrix_is_multiplied_in_every_way_that_can_be_measured(
     tiling: str, counts: list[int], monkeypatch: pytest.MonkeyPatch
