@@ -178,7 +178,7 @@ def test_on_a_gpu_experts_are_shown_by_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from mcsharp_sdk.evaluation import kernel_choice
-    from mcsharp_sdk.kernels import crossovers
+    from mcsharp_sdk.kernels import crossovers, gpu_dense
 
     monkeypatch.setattr(kernel_choice, "choose_device", lambda name: "cuda")
     monkeypatch.setattr(kernel_choice, "missing_support", lambda device: "")
@@ -190,6 +190,11 @@ def test_on_a_gpu_experts_are_shown_by_layers(
     (layers,) = found.layers
     assert (layers.layers, layers.widths, layers.chosen) == (3, (1, 2, 3), "built in")
     assert (layers.tilings[1], layers.tilings[256]) == ("gemv", "gemm")
+    assert layers.tilings[4096] == "gemm"
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_dense, "fits", lambda case: True)
+        (layers,) = kernel_choice.kernel_choices(packed).layers
+        assert (layers.tilings[256], layers.tilings[4096]) == ("gemm", "dense")
     (case,) = kernel_choice.products_of(packed).layers
     assert (case.experts, case.slots, case.rows) == (4, 2, 2 * case.intermediate)
     crossovers.save("cuda", {case.key(): ((1, "gemv_64"), (16, "gemm_16"))})

@@ -156,17 +156,17 @@ def test_a_family_s_own_code_runs_between_dequantised_matrices() -> None:
 def test_a_recorded_layer_follows_the_routing(tiling: Tiling | None) -> None:
     layer, gate_up, down = random_layer(MIXED, 256, 128, 128)
     gpu = on_gpu(layer)
-    given = [part.cuda() for part in routed(1, 256, len(MIXED), 2)]
-    given[0] = given[0].bfloat16()
-    run_experts(gpu, *given, tiling=tiling)
+    hidden, chosen, routing = (part.cuda() for part in routed(1, 256, len(MIXED), 2))
+    hidden = hidden.bfloat16()
+    run_experts(gpu, hidden, chosen, routing, tiling=tiling)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = run_experts(gpu, *given, tiling=tiling)
+        out = run_experts(gpu, hidden, chosen, routing, tiling=tiling)
     for experts in ([2, 0], [5, len(MIXED)], [1, 4]):
-        given[1].copy_(torch.tensor([experts]))
+        chosen.copy_(torch.tensor([experts]))
         graph.replay()
-        expected = silu_layer(*(part.cpu() for part in given), gate_up, down)
+        expected = silu_layer(hidden.cpu(), chosen.cpu(), routing.cpu(), gate_up, down)
         assert relative_error(out.cpu(), expected) < ROUNDING[torch.bfloat16]
 
 
