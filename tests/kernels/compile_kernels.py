@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from mcsharp_sdk.kernels import triton_decode, triton_gemm, triton_gptq
 
 WARPS = 8
-ROWS, WORDS, UNROLL = 32, 64, 1
+ROWS, WORDS, UNROLL, STAGES = 32, 64, 1, 1
 WEIGHT = ("*u8", "*fp16", "*u8")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -34,10 +34,9 @@ Case = tuple[str, Any, Mapping[str, Any], Mapping[str, Any]]
 def gemv(widths: tuple[int, ...], dp4a: bool, gated: bool, group: int, tail: bool) -> Case:
     types = {
         "x": "*i8" if dp4a else "*bf16",
-        "x_parts": "*fp32",
+        "codes": "*i8" if dp4a else "*fp16",
         "x_scales": "*fp32",
         "x_sums": "*fp32",
-        "unknown_zero": "i32",
         "out": "*bf16",
         "chosen": "*i64",
         "table": "*i32",
@@ -54,6 +53,7 @@ def gemv(widths: tuple[int, ...], dp4a: bool, gated: bool, group: int, tail: boo
         "BN": ROWS,
         "WORDS": WORDS,
         "UNROLL": UNROLL,
+        "STAGES": STAGES,
     }
     name = f"gemv {widths} {'dp4a' if dp4a else 'magic'} group {group}"
     return name, triton_decode.grouped_gemv, types, constants
@@ -86,10 +86,11 @@ def gemm(widths: tuple[int, ...], gated: bool, group: int, tail: bool, tokens: i
 
 def helpers() -> Iterator[Case]:
     """The kernels around the products, and that of GPTQ."""
-    floats = dict.fromkeys(("parts", "scales", "sums"), "*fp32")
+    floats = dict.fromkeys(("scales", "sums"), "*fp32")
     for dp4a in (False, True):
-        types = {"x": "*bf16", "codes": "*i8" if dp4a else "*bf16", **floats, "columns": "i32"}
-        yield "prepare", triton_decode.prepare_activations, types, {"DP4A": dp4a}
+        types = {"x": "*bf16", "codes": "*i8" if dp4a else "*fp16", **floats, "columns": "i32"}
+        constants = {"WIDTHS": (1, 2, 3, 4, 8), "DP4A": dp4a}
+        yield "prepare", triton_decode.prepare_activations, types, constants
     types = {"y": "*bf16", "chosen": "*i64", "routing": "*fp32", "out": "*bf16"}
     types |= dict.fromkeys(("width", "experts", "slots_per_row"), "i32")
     yield "combine", triton_decode.combine_slots, types, {"BH": 512}
