@@ -94,11 +94,12 @@ def search_rows(
     starts, neighbours, rounds, top, step, smallest, largest,
     BINARY: tl.constexpr, N: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Scales and offsets of one group of ``columns`` columns, at most N; grid (row tiles, matrices).
+    """Scales and offsets of a group of ``columns`` columns, at most N; grid (row tiles, matrices).
 
     ``weights`` is [matrices, columns, rows] with rows side by side, ``importance`` [matrices,
-    columns], ``scales`` and ``offsets`` [matrices, rows] without gaps. ``candidates`` has ``starts``
-    shares of the range divided by the largest code, at 1 bit offsets, then neighbours' distances.
+    columns], ``scales`` and ``offsets`` [matrices, rows] without gaps. ``candidates`` are first
+    ``starts`` shares of the range divided by the largest code, or offsets at 1 bit, then the
+    ``neighbours`` distances.
     """
     matrix = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * BR + tl.arange(0, BR)

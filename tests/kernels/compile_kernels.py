@@ -109,7 +109,8 @@ def search(top: int, columns: int) -> Case:
     types |= dict.fromkeys(pointers, "*fp32")
     types |= dict.fromkeys(("top", "step", "smallest", "largest"), "fp32")
     constants = triton_search.launch_constants(top, columns) | {"BR": triton_search.ROWS}
-    return f"search 1..{top} group {columns}", triton_search.search_rows, types, constants
+    name = "of 1 bit" if top == 1 else "of ranges"
+    return f"search {name} group {columns}", triton_search.search_rows, types, constants
 
 
 def cases(all_: bool) -> Iterator[Case]:
