@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mcsharp_sdk.kernels import triton_decode, triton_gemm, triton_gptq
+from mcsharp_sdk.kernels import triton_decode, triton_gemm, triton_gptq, triton_search
 
 WARPS = 8
 ROWS, WORDS, UNROLL, STAGES = 32, 64, 1, 1
@@ -85,7 +85,7 @@ def gemm(widths: tuple[int, ...], gated: bool, group: int, tail: bool, tokens: i
 
 
 def helpers() -> Iterator[Case]:
-    """The kernels around the products, and that of GPTQ."""
+    """The kernels around the products, and those of quantising."""
     floats = dict.fromkeys(("scales", "sums"), "*fp32")
     for dp4a in (False, True):
         types = {"x": "*bf16", "codes": "*i8" if dp4a else "*fp16", **floats, "columns": "i32"}
@@ -100,6 +100,18 @@ def helpers() -> Iterator[Case]:
     types |= dict.fromkeys(("rows", "columns", *strides), "i32")
     constants = {"COMPENSATE": True, "N": 128, "BR": triton_gptq.ROWS}
     yield "gptq", triton_gptq.quantise_column_block, types, constants
+    for top, columns in ((1, 128), (3, 32), (3, 128), (3, 256)):
+        yield search(top, columns)
+
+
+def search(top: int, columns: int) -> Case:
+    types: dict[str, str] = dict.fromkeys(triton_search.UNKNOWN, "i32")
+    pointers = ("weights", "importance", "candidates", "scales", "offsets")
+    types |= dict.fromkeys(pointers, "*fp32")
+    types |= dict.fromkeys(("top", "step", "smallest", "largest"), "fp32")
+    constants = triton_search.launch_constants(top, columns) | {"BR": triton_search.ROWS}
+    name = "of 1 bit" if top == 1 else "of ranges"
+    return f"search {name} group {columns}", triton_search.search_rows, types, constants
 
 
 def cases(all_: bool) -> Iterator[Case]:
@@ -121,6 +133,8 @@ def cases(all_: bool) -> Iterator[Case]:
 def compiled(kernel: Any, types: Mapping[str, Any], constants: Mapping[str, Any], arch: int) -> Any:
     """A kernel in machine code; pointers, rows and columns are taken to be divisible by 16."""
     names = list(kernel.arg_names)
+    constants = dict(constants)
+    options = {"num_warps": constants.pop("num_warps", WARPS)}
     aligned = [["tt.divisibility", 16]]
     attributes: dict[tuple[int, ...], Any] = {}
     for name, kind in types.items():
@@ -135,7 +149,7 @@ def compiled(kernel: Any, types: Mapping[str, Any], constants: Mapping[str, Any]
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=attributes,
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": WARPS})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def tool(name: str, code: bytes, option: str) -> str:
