@@ -5,9 +5,10 @@ width and which weights the expert has is read from a small table on the device,
 serves all experts of a layer. Weights are read as 32-bit words, and codes are multiplied as they
 come out of them:
 
-- with 16-bit activations, a byte is shifted into the mantissa of a float, where field t of it makes
-  2^(8 − b·t) + code under a fitting exponent: one operation a code besides the multiplication. What
-  the powers of two add up to is subtracted once per block;
+- with 16-bit activations, two at a time: what a mask leaves of a word are two fp16 numbers, code
+  times a power of two, without an exponent (subnormal numbers are as fast as others). Products of a
+  word are added up in fp16, 2 to 8 of them, and words in fp32. Activations are scaled to fit, 128
+  at a time, by a power of two, which changes none of them but those smaller by 2²⁴ and more;
 - with 8-bit activations ``dp4a`` multiplies four codes at a time, exactly, in integers.
 
 A block is one of packing, 128 columns. Groups of whole blocks take the fast way, one scale per row
@@ -25,29 +26,43 @@ from mcsharp_sdk.kernels.triton_codes import (
     BLOCK,
     gathered_codes,
     matrix_at,
+    packed_place,
     padded,
     scale_and_zero,
     scale_pointers,
 )
 
-SUMS = tl.constexpr(9)
-"""Sums kept of a block of activations: 0 the plain one; b = 1, 2, 4, 8: Σ 2^(8 − b·t) x."""
+LARGEST = tl.constexpr(15)
+"""Activations are scaled to at most 2^15, half of fp16's range."""
+
+UNIT = tl.constexpr(24)
+"""A code in the lowest bits of an fp16 number is code · 2^-24."""
 
 
 @triton.jit
 def power_of_two(exponent):
-    """2^exponent as fp32."""
+    """2^exponent as fp32, for exponents of normal numbers."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def prepare_activations(x, codes, parts, scales, sums, columns, DP4A: tl.constexpr):
+def exponent_of(value):
+    """The smallest e with |value| < 2^e, from -60 to 118; value fp32."""
+    exponent = ((value.to(tl.int32, bitcast=True) >> 23) & 255) - 126
+    return tl.minimum(tl.maximum(exponent, -60), 118)
+
+
+@triton.jit
+def prepare_activations(
+    x, codes, scales, sums, columns, WIDTHS: tl.constexpr, DP4A: tl.constexpr
+):  # fmt: skip
     """What the products need to know of each block of x [T, K]; grid (blocks, T).
 
-    ``sums`` fp32 [T, blocks, SUMS]. With DP4A besides: ``codes`` int8 [T, K] and ``scales`` fp32
-    [T, blocks], x ≈ scale · code with the block's largest |x| at 127; the sum is that of these.
-    Without: ``parts`` fp32 [T, 4, 128 · blocks], x of each block in the orders in which words of
-    the widths 1, 2, 4 and 8 hold codes: by field, byte and word.
+    ``sums`` fp32 [T, blocks] and ``scales`` fp32 [T, blocks]. With DP4A ``codes`` is int8 [T, K],
+    x ≈ scale · code with the block's largest |x| at 127, and the sum is that of these. Without,
+    ``codes`` is fp16 [T, widths, 128 · blocks]: x / (scale · 2^24), in the order in which words of
+    each of WIDTHS hold codes: by field, pairs of bytes, words and bytes; less by the power of two
+    that a field's codes have for their place.
     """
     at = tl.arange(0, BLOCK)
     k = tl.program_id(0) * BLOCK + at
@@ -55,21 +70,25 @@ def prepare_activations(x, codes, parts, scales, sums, columns, DP4A: tl.constex
     ok = k < columns
     value = tl.load(x + row * columns + k, mask=ok, other=0.0).to(tl.float32)
     block = row * tl.num_programs(0) + tl.program_id(0)
+    largest = tl.max(tl.abs(value), 0)
     if DP4A:
-        scale = tl.max(tl.abs(value), 0) / 127.0
+        scale = largest / 127.0
         code = tl.floor(value / tl.where(scale > 0, scale, 1.0) + 0.5)
         tl.store(codes + row * columns + k, code.to(tl.int8), mask=ok)
         tl.store(scales + block, scale)
-        tl.store(sums + block * SUMS, tl.sum(code, 0) * scale)
+        tl.store(sums + block, tl.sum(code, 0) * scale)
     else:
-        tl.store(sums + block * SUMS, tl.sum(value, 0))
-        for power in tl.static_range(4):
-            words = 4 << power
+        exponent = -exponent_of(largest) + LARGEST
+        scaled = value * power_of_two(exponent)
+        tl.store(scales + block, power_of_two(-exponent + UNIT))
+        tl.store(sums + block, tl.sum(value, 0))
+        for i in tl.static_range(len(WIDTHS)):
+            words = 8 if WIDTHS[i] == 3 else 4 * WIDTHS[i]
             field, byte, word = at // (4 * words), at % 4, at % (4 * words) // 4
-            part = parts + ((row * 4 + power) * tl.num_programs(0) + tl.program_id(0)) * BLOCK
-            tl.store(part + (field * 4 + byte) * words + word, value)
-            shifted = value * power_of_two(8 - (1 << power) * field)
-            tl.store(sums + block * SUMS + (1 << power), tl.sum(shifted, 0))
+            place = 4 * (field // 2) if WIDTHS[i] == 3 else WIDTHS[i] * field
+            part = codes + ((row * len(WIDTHS) + i) * tl.num_programs(0) + tl.program_id(0)) * BLOCK
+            to = ((field * 2 + byte % 2) * words + word) * 2 + byte // 2
+            tl.store(part + to, (scaled * power_of_two(-place)).to(tl.float16))
 
 
 @triton.jit
@@ -92,9 +111,61 @@ def dp4a(codes, x, total, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def shift_left(word, bits: tl.constexpr):
-    """``word`` shifted by so many bits, to the right if they are negative."""
-    return word << bits if bits >= 0 else word >> -bits
+def low_half(pair):
+    """The fp16 number in the low bits of int32, as fp32."""
+    return (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def high_half(pair):
+    """The fp16 number in the high bits of int32, as fp32."""
+    return (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def bits_of_half(value):
+    """The bits of fp32 rounded to fp16, in the low bits of int32."""
+    return value.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def multiply_halves(a, b, total, EMULATE: tl.constexpr):
+    """a · b + ``total`` of pairs of fp16 numbers in int32."""
+    if EMULATE:
+        low = bits_of_half(low_half(a) * low_half(b) + low_half(total))
+        return low | (bits_of_half(high_half(a) * high_half(b) + high_half(total)) << 16)
+    else:  # noqa: RET505
+        return tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [a, b, total],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def add_halves(pair, EMULATE: tl.constexpr):
+    """The sum of a pair of fp16 numbers in int32, as fp32."""
+    if EMULATE:
+        return low_half(pair) + high_half(pair)
+    else:  # noqa: RET505
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high;
+            .reg .f32 a, b;
+            mov.b32 {low, high}, $1;
+            cvt.f32.f16 a, low;
+            cvt.f32.f16 b, high;
+            add.f32 $0, a, b;
+            }""",
+            "=r,r",
+            [pair],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -114,8 +185,8 @@ def whole_codes(word, top, BITS: tl.constexpr):
 
 @triton.jit
 def four_products(
-    word, x, at, total, unknown_zero, t: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr
-):
+    word, x, at, total, t: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr
+):  # fmt: skip
     """``total`` int32 [words, rows] plus field ``t`` of each word times its activations, int8.
 
     ``at`` [words] is where each word's activations begin.
@@ -129,40 +200,36 @@ def four_products(
 
 
 @triton.jit
-def magic_products(
-    word, x, at, total, unknown_zero, t: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr
-):
-    """``total`` fp32 [words, rows] plus field ``t`` of each word times its activations, ``parts``.
+def half_products(
+    word, x, at, total, t: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr
+):  # fmt: skip
+    """``total`` [words, rows], pairs of fp16, plus field ``t`` of each word times its activations.
 
-    The codes are larger by 2^(8 − place of the field). Exponents that the compiler does not know
-    stay in registers; others it loads again for each code.
+    As :func:`four_products`; what comes out for the activations alone is scaled as for codes.
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    LOW: tl.constexpr = 15
     PLACE: tl.constexpr = 4 * (t // 2) if BITS == 3 else BITS * t  # of the field in its byte
-    exponent = ((127 + 23 - LOW - PLACE) << 23) + unknown_zero
-    ones = tl.zeros(at.shape, tl.float32)
-    for byte in tl.static_range(4):
-        value = (shift_left(word, LOW - 8 * byte) & ((2**BITS - 1) << (LOW + PLACE))) | exponent
-        xt = tl.load(x + at + (t * 4 + byte) * (4 * WIDTH))
-        value = value.to(tl.float32, bitcast=True)
-        total = tl.fma(value, tl.broadcast_to(xt[:, None], word.shape), total)
-        ones += xt
+    ones = tl.zeros(at.shape, tl.int32)
+    for odd in tl.static_range(2):
+        code = (word >> (8 * odd)) & (((2**BITS - 1) << PLACE) * 0x00010001)
+        xt = tl.load((x + at + (t * 2 + odd) * (8 * WIDTH)).to(tl.pointer_type(tl.int32)))
+        total = multiply_halves(code, tl.broadcast_to(xt[:, None], word.shape), total, EMULATE)
+        ones = multiply_halves(xt * 0 + (1 << PLACE) * 0x00010001, xt, ones, EMULATE)
     return total, ones
 
 
 @triton.jit
 def block_products(
-    words, x, block, matrix, n, ok, unknown_zero,
+    words, x, block, matrix, n, ok,
     BITS: tl.constexpr, GROUP: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Products of some blocks, fp32 [words, rows]; each word belongs to one, ``block`` [words].
 
-    ``words`` int32 pointers [1, rows]; ``x`` the activations. Where scales belong to whole blocks,
-    scale, zero point and the added powers of two are left to the caller.
+    ``words`` int32 pointers [1, rows]; ``x`` the activations, whose scale is left to the caller.
+    Where scales belong to whole blocks, so are scale and zero point.
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    multiply: tl.constexpr = four_products if DP4A else magic_products
+    multiply: tl.constexpr = four_products if DP4A else half_products
     lane = tl.arange(0, block.shape[0]) % (4 * WIDTH)
     word = tl.load(words + (block * (4 * BITS) + lane)[:, None], cache_modifier=".cg")
     top = word
@@ -170,45 +237,52 @@ def block_products(
         top = tl.load(words + (block * (4 * BITS) + 8 + lane % 4)[:, None], cache_modifier=".cg")
         top >>= (lane // 4)[:, None]
     codes = whole_codes(word, top, BITS)
-    at = block * 128 + (4 * lane if DP4A else lane)
-    nothing = word * 0 if DP4A else tl.zeros(word.shape, tl.float32)
-    total, scaled = nothing, tl.zeros(word.shape, tl.float32)
+    at = block * 128 + lane * (4 if DP4A else 2)
+    nothing, scaled = word * 0, tl.zeros(word.shape, tl.float32)
+    total = nothing
     for t in tl.static_range(8 // WIDTH):
         if GROUP % 128 == 0:
-            total, _ = multiply(codes[t % 2], x, at, total, unknown_zero, t, BITS, EMULATE)
+            total, _ = multiply(codes[t % 2], x, at, total, t, BITS, EMULATE)
         else:
-            product, ones = multiply(codes[t % 2], x, at, nothing, unknown_zero, t, BITS, EMULATE)
+            product, ones = multiply(codes[t % 2], x, at, nothing, t, BITS, EMULATE)
             g = ((block * 128 + 16 * WIDTH * t + 4 * lane) // GROUP)[:, None]
             scale, zero = scale_and_zero(matrix, n[None, :], g, ok, GROUP, BITS)
-            if not DP4A:
-                zero += 2.0 ** (8 - (4 * (t // 2) if BITS == 3 else BITS * t))
-            scaled += scale * (product.to(tl.float32) - zero * ones[:, None].to(tl.float32))
-    return total.to(tl.float32) if GROUP % 128 == 0 else scaled
+            ones = added_up(ones, DP4A, EMULATE)[:, None]
+            scaled += scale * (added_up(product, DP4A, EMULATE) - zero * ones)
+    return added_up(total, DP4A, EMULATE) if GROUP % 128 == 0 else scaled
 
 
 @triton.jit
-def block_offsets(
-    x_sums, matrix, n,
-    BITS: tl.constexpr, GROUP: tl.constexpr, DP4A: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """What zero points, and powers of two in codes, add up to in all full blocks, fp32 [rows].
+def added_up(total, DP4A: tl.constexpr, EMULATE: tl.constexpr):
+    """Sums of products as fp32."""
+    return total.to(tl.float32) if DP4A else add_halves(total, EMULATE)
 
-    For groups of whole blocks.
-    """
+
+@triton.jit
+def block_offsets(x_sums, matrix, n, BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr):
+    """What zero points add up to in all full blocks, fp32 [rows]; for groups of whole blocks."""
     AT_ONCE: tl.constexpr = 32
-    SUM: tl.constexpr = 4 if BITS == 3 else BITS
-    blocks = matrix[4] // BLOCK
+    LO: tl.constexpr = 2 if BITS == 3 else BITS
+    _, s, z, rows, columns = matrix
+    blocks, length = columns // BLOCK, padded(rows) * BITS // 8
+    s += n.to(tl.int64) * tl.cdiv(columns, GROUP)
+    byte, shift = packed_place(n, rows, BITS, 0, LO)
+    top_byte, top_shift = packed_place(n, rows, BITS, 2, 1)
     total = tl.zeros((AT_ONCE, BN), tl.float32)
     for first in range(0, blocks, AT_ONCE):
         block = first + tl.arange(0, AT_ONCE)
         inside = block < blocks
-        g = (block * BLOCK // GROUP)[:, None]
-        scale, zero = scale_and_zero(matrix, n[None, :], g, inside[:, None], GROUP, BITS)
-        sums = x_sums + block * SUMS
-        shift = zero * tl.load(sums, mask=inside, other=0.0)[:, None]
-        if not DP4A:
-            shift += tl.load(sums + SUM, mask=inside, other=0.0)[:, None]
-        total += scale * shift
+        ok = inside[:, None]
+        g = block * BLOCK // GROUP
+        zeros = (z + g * length)[:, None]
+        code = tl.load(zeros + byte[None, :], mask=ok, other=0).to(tl.int32) >> shift[None, :]
+        code &= 2**LO - 1
+        if BITS == 3:
+            top = tl.load(zeros + top_byte[None, :], mask=ok, other=0).to(tl.int32)
+            code |= ((top >> top_shift[None, :]) & 1) << 2
+        scale = tl.load(s[None, :] + g[:, None], mask=ok, other=0.0).to(tl.float32)
+        zero = code.to(tl.float32) * 0.25 + (2**BITS - 1) * 0.5
+        total += scale * zero * tl.load(x_sums + block, mask=inside, other=0.0)[:, None]
     return tl.sum(total, 0)
 
 
@@ -233,40 +307,41 @@ def last_columns(
 @triton.jit
 def dot_rows(
     activations, matrix, n,
-    BITS: tl.constexpr, GROUP: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
-    TAIL: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr, UNROLL: tl.constexpr,
+    ORDER: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DP4A: tl.constexpr,
+    EMULATE: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr,
+    UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows ``n`` of a matrix times the activations of a slot, fp32 [rows].
 
-    WORDS words of each row at a time, of one block or of several.
+    WORDS words of each row at a time, of one block or of several. ORDER is the place of BITS among
+    the widths that activations were prepared for.
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    x, x_parts, x_scales, x_sums, unknown_zero = activations
+    x, codes, x_scales, x_sums = activations
     columns = matrix[4]
     row = matrix[0] + n.to(tl.int64) * (padded(columns) * BITS // 8)
     words = row.to(tl.pointer_type(tl.int32))[None, :]
     products = tl.zeros((WORDS, BN), tl.float32)
-    part = x
-    if not DP4A:  # the order of this width is number log2(WIDTH)
-        part = x_parts + tl.cdiv(columns, BLOCK) * BLOCK * (WIDTH // 2 - WIDTH // 8)
+    part = codes
+    if not DP4A:
+        part += ORDER * (tl.cdiv(columns, BLOCK) * BLOCK)
     blocks = columns // BLOCK
-    for first in tl.range(0, blocks, WORDS // (4 * WIDTH), loop_unroll_factor=UNROLL):
+    for first in tl.range(
+        0, blocks, WORDS // (4 * WIDTH), loop_unroll_factor=UNROLL, num_stages=STAGES
+    ):
         block = first + tl.arange(0, WORDS) // (4 * WIDTH)
         inside = (block < blocks)[:, None]
         block = tl.minimum(block, blocks - 1)
-        found = block_products(
-            words, part, block, matrix, n, inside, unknown_zero, BITS, GROUP, DP4A, EMULATE
-        )
+        found = block_products(words, part, block, matrix, n, inside, BITS, GROUP, DP4A, EMULATE)
+        factor = tl.load(x_scales + block)[:, None]
         if GROUP % 128 == 0:
             g = (block * BLOCK // GROUP)[:, None]
             scales = scale_pointers(matrix, n[None, :], g, GROUP)
-            found *= tl.load(scales, mask=inside, other=0.0).to(tl.float32)
-        if DP4A:
-            found *= tl.load(x_scales + block)[:, None]
-        products += found
+            factor *= tl.load(scales, mask=inside, other=0.0).to(tl.float32)
+        products += factor * found
     total = tl.sum(products, 0)
     if GROUP % 128 == 0:
-        total -= block_offsets(x_sums, matrix, n, BITS, GROUP, DP4A, BN)
+        total -= block_offsets(x_sums, matrix, n, BITS, GROUP, BN)
     if TAIL:
         rest = last_columns(x, row, matrix, n, BITS, GROUP, BN)
         total += rest * tl.load(x_scales + columns // BLOCK) if DP4A else rest
@@ -275,20 +350,18 @@ def dot_rows(
 
 @triton.jit
 def grouped_gemv(
-    x, x_parts, x_scales, x_sums, unknown_zero, out, chosen, table, weights, rows, columns,
-    slots_per_row,
+    x, codes, x_scales, x_sums, out, chosen, table, weights, rows, columns, slots_per_row,
     WIDTHS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, DP4A: tl.constexpr,
     EMULATE: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One matrix of the chosen experts times their activations; grid (row tiles, slots).
 
-    x [T, K] is int8 with DP4A, and ``x_parts``, ``x_scales`` and ``x_sums`` are those of
-    :func:`prepare_activations`; slot i has row i // slots_per_row of them. ``chosen`` [slots] gives
+    ``codes``, ``x_scales`` and ``x_sums`` are those of :func:`prepare_activations` for x [T, K],
+    which is ``codes`` itself with DP4A; slot i has row i // slots_per_row. ``chosen`` [slots] gives
     the expert, ``table`` int32 [experts + 1, 2] its width (0: none) and its place among those of
     that width, ``weights`` the stacked tensors of each of ``WIDTHS``. ``out`` is [slots, R], or
     with GATED [slots, R/2]: SiLU of the first half of the rows times the second half.
-    ``unknown_zero`` is 0.
     """
     slot = tl.program_id(1).to(tl.int64)
     expert = tl.load(chosen + slot)
@@ -297,10 +370,9 @@ def grouped_gemv(
     blocks = tl.cdiv(columns, BLOCK)
     activations = (
         x + source * columns,
-        x_parts + source * (4 * BLOCK) * blocks,
+        codes + source * (columns if DP4A else len(WIDTHS) * BLOCK * blocks),
         x_scales + source * blocks,
-        x_sums + source * blocks * SUMS,
-        unknown_zero,
+        x_sums + source * blocks,
     )
     STEP: tl.constexpr = BN // 2 if GATED else BN
     last = rows // 2 if GATED else rows
@@ -312,7 +384,7 @@ def grouped_gemv(
         if width == WIDTHS[i]:
             matrix = matrix_at(weights[i], place, rows, columns, GROUP, WIDTHS[i])
             total = dot_rows(
-                activations, matrix, n, WIDTHS[i], GROUP, DP4A, EMULATE, TAIL, BN, WORDS, UNROLL
+                activations, matrix, n, i, WIDTHS[i], GROUP, DP4A, EMULATE, TAIL, BN, WORDS, UNROLL, STAGES
             )
     out += slot * last + tl.program_id(0) * STEP
     at = tl.arange(0, STEP)

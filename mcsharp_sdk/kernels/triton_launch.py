@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mcsharp_sdk.kernels.expert_layer import MatrixStack
 from mcsharp_sdk.kernels.triton_decode import (
-    SUMS,
     combine_slots,
     grouped_gemv,
     prepare_activations,
@@ -32,6 +31,7 @@ GEMV_ROWS = (32, 16)
 GEMV_PROGRAMS = 512
 GEMV_WORDS = 64
 GEMV_UNROLL = 1
+GEMV_STAGES = 1
 GEMV_WARPS = 8
 
 GEMM_ROWS = 64
@@ -98,27 +98,28 @@ def gemv(
     -------
     [slots, R or R/2] in x's dtype; undefined where a slot is dropped.
     """
-    tokens, columns = x.shape
+    given, (tokens, columns) = x, x.shape
     blocks = triton.cdiv(columns, BLOCK)
-    sums = torch.empty(tokens, blocks, SUMS.value, device=x.device)
-    codes, parts, scales = x, sums, sums
+    widths = compiled_widths(stack)
+    sums, scales = (torch.empty(tokens, blocks, device=x.device) for _ in range(2))
     if dp4a:
-        codes = torch.empty_like(x, dtype=torch.int8)
-        scales = torch.empty(tokens, blocks, device=x.device)
+        codes = x = torch.empty_like(x, dtype=torch.int8)
     else:
-        parts = torch.empty(tokens, 4, blocks * BLOCK, device=x.device)
-    prepare_activations[(blocks, tokens)](x, codes, parts, scales, sums, columns, DP4A=dp4a)
+        size = (tokens, len(widths), blocks * BLOCK)
+        codes = torch.empty(size, dtype=torch.float16, device=x.device)
+    prepare_activations[(blocks, tokens)](
+        given, codes, scales, sums, columns, WIDTHS=widths, DP4A=dp4a
+    )
     height = stack.rows // 2 if gated else stack.rows
-    out = torch.empty(len(chosen), height, dtype=x.dtype, device=x.device)
+    out = torch.empty(len(chosen), height, dtype=given.dtype, device=x.device)
     if step is None:
         share = [r for r in GEMV_ROWS if stack.rows * len(chosen) >= r * GEMV_PROGRAMS]
         step = share[0] if share else GEMV_ROWS[-1]
     grouped_gemv[(triton.cdiv(height, step // 2 if gated else step), len(chosen))](
+        x,
         codes,
-        parts,
         scales,
         sums,
-        0,
         out,
         chosen,
         table,
@@ -126,7 +127,7 @@ def gemv(
         stack.rows,
         columns,
         len(chosen) // tokens,
-        WIDTHS=compiled_widths(stack),
+        WIDTHS=widths,
         GROUP=stack.group_size,
         GATED=gated,
         DP4A=dp4a,
@@ -135,6 +136,7 @@ def gemv(
         BN=step,
         WORDS=GEMV_WORDS,
         UNROLL=GEMV_UNROLL,
+        STAGES=GEMV_STAGES,
         num_warps=GEMV_WARPS,
     )
     return out

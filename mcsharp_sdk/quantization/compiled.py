@@ -46,10 +46,14 @@ def column_loop(device: str) -> ColumnLoop | None:
 
 
 @cache
-def group_search(device: str) -> GroupSearch | None:
-    """The search for a kind of device, if there is one."""
-    from mcsharp_sdk.kernels import support
+def group_search(device: str, columns: int) -> GroupSearch | None:
+    """The search for a kind of device and groups of so many columns, if there is one."""
+    from mcsharp_sdk.kernels import gpu_support, support
 
+    if device == "cuda" and not gpu_support.missing_support(device):
+        from mcsharp_sdk.kernels import triton_search
+
+        return triton_search.search_groups if columns <= triton_search.LONGEST_GROUP else None
     if device == "cpu" and not support.missing_support():
         from mcsharp_sdk.kernels import gptq_rows
 

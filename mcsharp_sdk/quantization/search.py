@@ -21,7 +21,10 @@ from mcsharp_sdk.quantization.grid import ZERO_STEP, top_code
 BinaryScale = Literal["optimised", "released", "paper"]
 
 CHUNK_ELEMENTS = 1 << 17
-"""Weights searched at a time: temporaries stay in the processor's second-level cache."""
+"""Weights that torch searches at a time: temporaries stay in a processor's second-level cache."""
+
+GPU_CHUNK_ELEMENTS = 1 << 24
+"""The same on a GPU: enough work for each of many small operations, in temporaries of 64 MiB."""
 
 SMALLEST_SCALE = float(torch.finfo(torch.float16).smallest_normal)
 LARGEST_SCALE = float(torch.finfo(torch.float16).max)
@@ -89,7 +92,7 @@ def fit_group(
             magnitude = matrix_magnitude
         scales = _storable(2 * magnitude)
         return GroupGrid(scales, torch.full_like(scales, 0.5))
-    compiled = group_search(weights.device.type)
+    compiled = group_search(weights.device.type, weights.shape[1])
     if compiled is None:
         return search_by_torch(weights, bits, importance, settings)
     return _search_compiled(compiled, weights, bits, importance, settings)
@@ -115,7 +118,8 @@ def search_by_torch(
     """``fit_group`` on any device and processor, at any width with a zero point."""
     n, columns, rows = weights.shape
     scales, zeros = weights.new_empty(n, rows), weights.new_empty(n, rows)
-    step = max(CHUNK_ELEMENTS // (n * columns), 1)
+    elements = CHUNK_ELEMENTS if weights.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    step = max(elements // (n * columns), 1)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         scales[:, part], zeros[:, part] = _search(weights[..., part], bits, importance, settings)

@@ -20,10 +20,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mcsharp_sdk.kernels import triton_decode, triton_dequantise, triton_gemm, triton_gptq
+from mcsharp_sdk.kernels import (
+    triton_decode,
+    triton_dequantise,
+    triton_gemm,
+    triton_gptq,
+    triton_search,
+)
 
 WARPS = 8
-ROWS, WORDS, UNROLL = 32, 64, 1
+ROWS, WORDS, UNROLL, STAGES = 32, 64, 1, 1
 WEIGHT = ("*u8", "*fp16", "*u8")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -34,10 +40,9 @@ Case = tuple[str, Any, Mapping[str, Any], Mapping[str, Any]]
 def gemv(widths: tuple[int, ...], dp4a: bool, gated: bool, group: int, tail: bool) -> Case:
     types = {
         "x": "*i8" if dp4a else "*bf16",
-        "x_parts": "*fp32",
+        "codes": "*i8" if dp4a else "*fp16",
         "x_scales": "*fp32",
         "x_sums": "*fp32",
-        "unknown_zero": "i32",
         "out": "*bf16",
         "chosen": "*i64",
         "table": "*i32",
@@ -54,6 +59,7 @@ def gemv(widths: tuple[int, ...], dp4a: bool, gated: bool, group: int, tail: boo
         "BN": ROWS,
         "WORDS": WORDS,
         "UNROLL": UNROLL,
+        "STAGES": STAGES,
     }
     name = f"gemv {widths} {'dp4a' if dp4a else 'magic'} group {group}"
     return name, triton_decode.grouped_gemv, types, constants
@@ -97,11 +103,12 @@ def dequantise(widths: tuple[int, ...], group: int) -> Case:
 
 
 def helpers() -> Iterator[Case]:
-    """The kernels around the products, and that of GPTQ."""
-    floats = dict.fromkeys(("parts", "scales", "sums"), "*fp32")
+    """The kernels around the products, and those of quantising."""
+    floats = dict.fromkeys(("scales", "sums"), "*fp32")
     for dp4a in (False, True):
-        types = {"x": "*bf16", "codes": "*i8" if dp4a else "*bf16", **floats, "columns": "i32"}
-        yield "prepare", triton_decode.prepare_activations, types, {"DP4A": dp4a}
+        types = {"x": "*bf16", "codes": "*i8" if dp4a else "*fp16", **floats, "columns": "i32"}
+        constants = {"WIDTHS": (1, 2, 3, 4, 8), "DP4A": dp4a}
+        yield "prepare", triton_decode.prepare_activations, types, constants
     types = {"y": "*bf16", "chosen": "*i64", "routing": "*fp32", "out": "*bf16"}
     types |= dict.fromkeys(("width", "experts", "slots_per_row"), "i32")
     yield "combine", triton_decode.combine_slots, types, {"BH": 512}
@@ -111,6 +118,18 @@ def helpers() -> Iterator[Case]:
     types |= dict.fromkeys(("rows", "columns", *strides), "i32")
     constants = {"COMPENSATE": True, "N": 128, "BR": triton_gptq.ROWS}
     yield "gptq", triton_gptq.quantise_column_block, types, constants
+    for top, columns in ((1, 128), (3, 32), (3, 128), (3, 256)):
+        yield search(top, columns)
+
+
+def search(top: int, columns: int) -> Case:
+    types: dict[str, str] = dict.fromkeys(triton_search.UNKNOWN, "i32")
+    pointers = ("weights", "importance", "candidates", "scales", "offsets")
+    types |= dict.fromkeys(pointers, "*fp32")
+    types |= dict.fromkeys(("top", "step", "smallest", "largest"), "fp32")
+    constants = triton_search.launch_constants(top, columns) | {"BR": triton_search.ROWS}
+    name = "of 1 bit" if top == 1 else "of ranges"
+    return f"search {name} group {columns}", triton_search.search_rows, types, constants
 
 
 def cases(all_: bool) -> Iterator[Case]:
@@ -135,6 +154,8 @@ def cases(all_: bool) -> Iterator[Case]:
 def compiled(kernel: Any, types: Mapping[str, Any], constants: Mapping[str, Any], arch: int) -> Any:
     """A kernel in machine code; pointers, rows and columns are taken to be divisible by 16."""
     names = list(kernel.arg_names)
+    constants = dict(constants)
+    options = {"num_warps": constants.pop("num_warps", WARPS)}
     aligned = [["tt.divisibility", 16]]
     attributes: dict[tuple[int, ...], Any] = {}
     for name, kind in types.items():
@@ -149,7 +170,7 @@ def compiled(kernel: Any, types: Mapping[str, Any], constants: Mapping[str, Any]
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=attributes,
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": WARPS})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def tool(name: str, code: bytes, option: str) -> str:

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from grid_errors import squared_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from mcsharp_sdk.kernels.support import missing_support
-from mcsharp_sdk.quantization.grid import top_code
-from mcsharp_sdk.quantization.search import GridSettings, GroupGrid, fit_group, search_by_torch
+from mcsharp_sdk.quantization.search import GridSettings, fit_group, search_by_torch
 
 pytestmark = pytest.mark.skipif(bool(missing_support()), reason=missing_support())
-
-
-def squared_error(weights: Tensor, bits: int, importance: Tensor, found: GroupGrid) -> Tensor:
-    """Σ_k d_k (w_k − scale·(code_k − zero))² of each row, float64 [n, R]."""
-    scales, zeros = (tensor.double().unsqueeze(-2) for tensor in (found.scales, found.zeros))
-    codes = (weights.double() / scales + zeros).round().clamp(0, top_code(bits))
-    squares = (weights.double() - scales * (codes - zeros)).square()
-    return (importance.double().unsqueeze(-1) * squares).sum(-2)
 
 
 @settings(deadline=None)  # the first call compiles

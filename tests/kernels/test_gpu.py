@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from expert_stacks import random_layer, relative_error, silu_layer
+from grid_errors import share_as_good, share_of_equal_grids
 from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 from torch import Tensor
@@ -23,6 +24,7 @@ from mcsharp_sdk.kernels.tilings import MATRIX_TILINGS, TILINGS, Tiling
 from mcsharp_sdk.quantization import GridSettings, factorise, gptq, quantise_gptq
 from mcsharp_sdk.quantization.grid import PackedWeight
 from mcsharp_sdk.quantization.hessian import accumulate
+from mcsharp_sdk.quantization.search import fit_group, search_by_torch
 from mcsharp_sdk.recipe.schema import Recipe
 
 pytestmark = pytest.mark.skipif(
@@ -179,6 +181,19 @@ def test_columns_are_quantised_as_by_the_loop(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(gptq, "_column_loop", lambda exact: gptq._quantise_columns)
     loop = quantise_gptq(weights, factor, (2, 1, 3), GridSettings())
     assert (kernel.codes != loop.codes).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("columns", [32, 100, 128, 256])
+def test_grids_are_those_that_torch_finds(columns: int, bits: int) -> None:
+    generator = torch.Generator().manual_seed(columns + bits)
+    weights = (torch.randn(2, columns + 9, 1003, generator=generator) * 0.02).cuda()[:, 4:-5]
+    importance = torch.rand(1, columns, generator=generator).cuda()
+    settings = GridSettings(group_size=columns)
+    kernel = fit_group(weights, bits, importance, settings)
+    expected = search_by_torch(weights, bits, importance, settings)
+    assert share_as_good(weights, bits, importance, kernel, expected) > 0.99
+    assert share_of_equal_grids(kernel, expected) > 0.97
 
 
 @pytest.mark.parametrize("weighed", [False, True])
