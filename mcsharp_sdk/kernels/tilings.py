@@ -20,10 +20,11 @@ class Tiling(NamedTuple):
 
 
 TILINGS = {
-    "gemv_128": Tiling(True, 128),
-    "gemv_64": Tiling(True, 64),
+    "gemv_16": Tiling(True, 16),
+    "gemv_32": Tiling(True, 32),
     "gemm_16": Tiling(False, 16),
     "gemm_32": Tiling(False, 32),
     "gemm_64": Tiling(False, 64),
+    "gemm_128": Tiling(False, 128),
 }
 """Name -> tiling."""

@@ -97,8 +97,8 @@ def test_8_bit_activations_are_as_far_off_as_in_the_interpreter(bits: tuple[int,
 def test_a_recorded_layer_follows_the_routing() -> None:
     layer, gate_up, down = random_layer(MIXED, 256, 128, 128)
     gpu = on_gpu(layer)
-    given = [part.cuda() for part in routed(1, 256, len(MIXED), 2)]
-    given[0] = given[0].bfloat16()
+    hidden, chosen, routing = routed(1, 256, len(MIXED), 2)
+    given = hidden.bfloat16().cuda(), chosen.cuda(), routing.cuda()
     run_experts(gpu, *given)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -107,7 +107,8 @@ def test_a_recorded_layer_follows_the_routing() -> None:
     for experts in ([2, 0], [5, len(MIXED)], [1, 4]):
         given[1].copy_(torch.tensor([experts]))
         graph.replay()
-        expected = silu_layer(*(part.cpu() for part in given), gate_up, down)
+        x, chosen, routing = (part.cpu() for part in given)
+        expected = silu_layer(x, chosen, routing, gate_up, down)
         assert relative_error(out.cpu(), expected) < ROUNDING[torch.bfloat16]
 
 
