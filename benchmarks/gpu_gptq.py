@@ -1,8 +1,9 @@
 """How long does GPTQ take for the experts of a layer on a GPU, and where does the time go?
 
-Hessians of 16-bit inputs, in fp32 and in TF32, their factors, and the columns with one launch per block against one
-launch per operation, all in one process, beside the time that the Hessians take at the speed of one
-large matmul. At the end, what these parts sum to for all layers and experts of the model.
+Hessians of 16-bit inputs, in fp32 and in TF32, their factors, and the columns with one launch per
+block against one launch per operation, all in one process, beside the time that the Hessians take
+at the speed of one large matmul. At the end, what these parts sum to for all layers and experts of
+the model.
 
     python benchmarks/gpu_gptq.py [--shape mixtral-8x7b --tokens 65536 --experts 2]
 """
@@ -33,7 +34,9 @@ from mcsharp_sdk.quantization import (
     quantise_gptq,
 )
 
-ROUNDS = 3
+ROUNDS = 1
+"""Behind two runs to warm up: parts take up to seconds."""
+
 TOKENS = 65536
 """Per expert: what 128 sequences of 2048 give Mixtral's on average."""
 

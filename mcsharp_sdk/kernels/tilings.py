@@ -25,11 +25,12 @@ class Tiling(NamedTuple):
 
 
 TILINGS = {
-    "gemv_128": Tiling("gemv", 128),
-    "gemv_64": Tiling("gemv", 64),
+    "gemv_16": Tiling("gemv", 16),
+    "gemv_32": Tiling("gemv", 32),
     "gemm_16": Tiling("gemm", 16),
     "gemm_32": Tiling("gemm", 32),
     "gemm_64": Tiling("gemm", 64),
+    "gemm_128": Tiling("gemm", 128),
     "dense": Tiling("dense"),
 }
 """Name -> tiling."""

@@ -31,25 +31,7 @@ from mcsharp_sdk.kernels.triton_codes import (
     scale_and_zero,
     scale_pointers,
 )
-
-LARGEST = tl.constexpr(15)
-"""Activations are scaled to at most 2^15, half of fp16's range."""
-
-UNIT = tl.constexpr(24)
-"""A code in the lowest bits of an fp16 number is code · 2^-24."""
-
-
-@triton.jit
-def power_of_two(exponent):
-    """2^exponent as fp32, for exponents of normal numbers."""
-    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def exponent_of(value):
-    """The smallest e with |value| < 2^e, from -60 to 118; value fp32."""
-    exponent = ((value.to(tl.int32, bitcast=True) >> 23) & 255) - 126
-    return tl.minimum(tl.maximum(exponent, -60), 118)
+from mcsharp_sdk.kernels.triton_halves import LARGEST, UNIT, exponent_of, power_of_two
 
 
 @triton.jit
@@ -309,7 +291,7 @@ def dot_rows(
     activations, matrix, n,
     ORDER: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DP4A: tl.constexpr,
     EMULATE: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr,
-    UNROLL: tl.constexpr, STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Rows ``n`` of a matrix times the activations of a slot, fp32 [rows].
 
@@ -326,9 +308,7 @@ def dot_rows(
     if not DP4A:
         part += ORDER * (tl.cdiv(columns, BLOCK) * BLOCK)
     blocks = columns // BLOCK
-    for first in tl.range(
-        0, blocks, WORDS // (4 * WIDTH), loop_unroll_factor=UNROLL, num_stages=STAGES
-    ):
+    for first in tl.range(0, blocks, WORDS // (4 * WIDTH), loop_unroll_factor=UNROLL):
         block = first + tl.arange(0, WORDS) // (4 * WIDTH)
         inside = (block < blocks)[:, None]
         block = tl.minimum(block, blocks - 1)
@@ -353,7 +333,7 @@ def grouped_gemv(
     x, codes, x_scales, x_sums, out, chosen, table, weights, rows, columns, slots_per_row,
     WIDTHS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, DP4A: tl.constexpr,
     EMULATE: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr,
-    UNROLL: tl.constexpr, STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One matrix of the chosen experts times their activations; grid (row tiles, slots).
 
@@ -384,7 +364,7 @@ def grouped_gemv(
         if width == WIDTHS[i]:
             matrix = matrix_at(weights[i], place, rows, columns, GROUP, WIDTHS[i])
             total = dot_rows(
-                activations, matrix, n, i, WIDTHS[i], GROUP, DP4A, EMULATE, TAIL, BN, WORDS, UNROLL, STAGES
+                activations, matrix, n, i, WIDTHS[i], GROUP, DP4A, EMULATE, TAIL, BN, WORDS, UNROLL
             )
     out += slot * last + tl.program_id(0) * STEP
     at = tl.arange(0, STEP)

@@ -17,9 +17,11 @@ from mcsharp_sdk.kernels.triton_codes import (
     BLOCK,
     gathered_codes,
     matrix_at,
+    packed_place,
     padded,
     scale_and_zero,
 )
+from mcsharp_sdk.kernels.triton_halves import fields, with_third_bits
 
 
 @triton.jit
@@ -67,9 +69,8 @@ def field_weights(
     """Weights, fp32 [rows, bytes], of field ``t`` of each byte.
 
     ``low`` are the bytes, shifted into the mantissa of a float, where under a fitting exponent a
-    field makes a power of two + code; ``high`` those of the third bits, two places further.
-    ``scale`` and ``zero`` are broadcast. Exponents that the compiler does not know stay in
-    registers.
+    field makes a power of two + code; ``high`` those of the third bits, two places further. Scale
+    and zero point are broadcast. Exponents that the compiler does not know stay in registers.
     """
     LO: tl.constexpr = 2 if BITS == 3 else BITS
     LOW: tl.constexpr = 14 if BITS == 3 else 15
@@ -109,6 +110,49 @@ def full_blocks(
 
 
 @triton.jit
+def blocks_of_codes(
+    halves, sums, count, row, matrix, n, has_token, total,
+    BITS: tl.constexpr, GROUP: tl.constexpr, EMULATE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """As :func:`full_blocks` for groups of whole blocks, in units of the activations' factors.
+
+    Codes themselves are multiplied (:mod:`~mcsharp_sdk.kernels.triton_halves`); scale and zero
+    point are applied to the sums of a block, which for many tokens costs more than it saves.
+    """
+    LO: tl.constexpr = 2 if BITS == 3 else BITS
+    FIELD: tl.constexpr = 16 * LO
+    _, s, z, rows, columns = matrix
+    lane = tl.arange(0, FIELD)
+    s += n.to(tl.int64) * tl.cdiv(columns, GROUP)
+    length = padded(rows) * BITS // 8
+    byte, shift = packed_place(n, rows, BITS, 0, LO)
+    top_byte, top_shift = packed_place(n, rows, BITS, 2, 1)
+    for block in tl.range(0, columns // BLOCK, num_stages=STAGES):
+        start = row[:, None] + block * (16 * BITS)
+        low = tl.load(start + lane[None, :]).to(tl.int16)
+        if BITS == 3:
+            top = tl.load(start + 32 + (lane % 16)[None, :]).to(tl.int16)
+            top = top << (2 - lane // 16).to(tl.int16)[None, :]
+        g = block * BLOCK // GROUP
+        zero = tl.load(z + g * length + byte).to(tl.int32) >> shift & (2**LO - 1)
+        if BITS == 3:
+            zero |= (tl.load(z + g * length + top_byte).to(tl.int32) >> top_shift & 1) << 2
+        zero = (zero.to(tl.float32) * 0.25 + (2**BITS - 1) * 0.5)[:, None]
+        part = tl.zeros(total.shape, tl.float32)
+        for t in tl.static_range(8 // LO):
+            code = low if LO == 8 else fields(low, t, LO, EMULATE)
+            if BITS == 3:
+                code = with_third_bits(code, top, t, EMULATE)
+            k = block * BLOCK + t * FIELD + lane
+            tokens = tl.load(halves[None, :] + k[:, None], mask=has_token[None, :], other=0.0)
+            part = multiply(code.to(tl.float16, bitcast=True), tokens, part, EMULATE)
+        scale = tl.load(s + g).to(tl.float32)[:, None]
+        ones = tl.load(sums + block * count, mask=has_token, other=0.0)[None, :]
+        total += scale * (part - zero * ones)
+    return total
+
+
+@triton.jit
 def last_block(
     x, row, matrix, n, has_token, total,
     BITS: tl.constexpr, GROUP: tl.constexpr, EMULATE: tl.constexpr,
@@ -130,10 +174,11 @@ def last_block(
 
 @triton.jit
 def grouped_gemm(
-    x, unknown_zero, out, order, tiles, table, weights, rows, columns, slots_per_row,
+    x, halves, factors, sums, count, unknown_zero, out, order, tiles, table, weights, rows, columns,
+    slots_per_row,
     WIDTHS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, TO_SLOTS: tl.constexpr,
     EMULATE: tl.constexpr, TAIL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     """One matrix of all experts times the activations of their slots; grid (row tiles, tiles).
 
@@ -141,6 +186,10 @@ def grouped_gemm(
     ``order`` of a tile of at most BM; empty tiles name the expert that has no width. ``table`` and
     ``weights`` are as in :func:`~mcsharp_sdk.kernels.triton_decode.grouped_gemv`, and so are GATED
     and ``unknown_zero``.
+    With CODES, for groups of whole blocks, ``halves``, ``factors`` and ``sums`` of
+    :func:`~mcsharp_sdk.kernels.triton_halves.prepare_rows` stand for the ``count`` rows of x, and x
+    itself for columns behind full blocks alone.
+
     With TO_SLOTS x has a row per position and ``out`` one per slot. Without it is the other way
     round, and slot i has row i // slots_per_row of x.
     """
@@ -160,15 +209,36 @@ def grouped_gemm(
     n = lane // STEP * last + tl.minimum(m, last - 1)
     total = tl.zeros((BN, BM), tl.float32)
     x += source * columns
+    halves += source * columns
+    factors += source
+    sums += source
     for i in tl.static_range(len(WIDTHS)):
         if width == WIDTHS[i]:
             matrix = matrix_at(weights[i], place, rows, columns, GROUP, WIDTHS[i])
             # Written so that the compiler sees that full blocks lie at multiples of 16 bytes.
             length = padded(columns) * WIDTHS[i] // 8 if TAIL else columns // 128 * (16 * WIDTHS[i])
             row = matrix[0] + n.to(tl.int64) * length
-            total = full_blocks(
-                x, row, matrix, n, has_token, total, unknown_zero, WIDTHS[i], GROUP, EMULATE, STAGES
-            )
+            if CODES:
+                total = blocks_of_codes(
+                    halves,
+                    sums,
+                    count,
+                    row,
+                    matrix,
+                    n,
+                    has_token,
+                    total,
+                    WIDTHS[i],
+                    GROUP,
+                    EMULATE,
+                    STAGES,
+                )
+                total *= tl.load(factors, mask=has_token, other=0.0)[None, :]
+            else:
+                total = full_blocks(
+                    x, row, matrix, n, has_token, total, unknown_zero,
+                    WIDTHS[i], GROUP, EMULATE, STAGES,
+                )  # fmt: skip
             if TAIL:
                 total = last_block(x, row, matrix, n, has_token, total, WIDTHS[i], GROUP, EMULATE)
     if GATED:

@@ -39,8 +39,8 @@ def exponent_of(value):
 def prepare_rows(x, halves, factors, sums, columns, AT_ONCE: tl.constexpr):
     """What products with codes need of each row of x [n, K]; grid (n,).
 
-    ``halves`` fp16 [n, K] is x / (factor · 2⁻²⁴), ``factors`` fp32 [n], a power of two, and ``sums``
-    fp32 [n, full blocks] the sum of each block of ``halves``, times 2⁻²⁴: x · code comes out as
+    ``halves`` fp16 [n, K] are x / (factor · 2⁻²⁴), ``factors`` fp32 [n] powers of two, and ``sums``
+    fp32 [full blocks, n] those of each block of ``halves``, times 2⁻²⁴: x · code comes out as
     factor · (halves · subnormal code).
     """
     row = tl.program_id(0).to(tl.int64)
@@ -63,7 +63,8 @@ def prepare_rows(x, halves, factors, sums, columns, AT_ONCE: tl.constexpr):
         value *= power_of_two(exponent)
         tl.store(halves + k, value.to(tl.float16), mask=k < columns)
         inside = first + block < full
-        tl.store(sums + row * full + first + block, tl.sum(value, 1) * 2.0**-24, mask=inside)
+        to = sums + (first + block) * tl.num_programs(0) + row
+        tl.store(to, tl.sum(value, 1) * 2.0**-24, mask=inside)
 
 
 @triton.jit
@@ -75,9 +76,14 @@ def fields(value, t: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr):
         return (value >> SHIFT) & MASK
     else:  # noqa: RET505 - both branches are compiled unless one is left out here
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 moved; shr.u32 moved, $1, $2; and.b32 $0, moved, $3; }",
+            """{
+            .reg .b32 by, moved;
+            and.b32 by, $2, 31;
+            shr.u32 moved, $1, by;
+            and.b32 $0, moved, $3;
+            }""",
             "=r,r,r,r",
-            [value, tl.full(value.shape, SHIFT, tl.int32), tl.full(value.shape, MASK, tl.int16)],
+            [value, tl.full(value.shape, SHIFT, tl.int16), tl.full(value.shape, MASK, tl.int16)],
             dtype=tl.int16,
             is_pure=True,
             pack=2,
@@ -92,9 +98,14 @@ def with_third_bits(code, top, t: tl.constexpr, EMULATE: tl.constexpr):
         return code | ((top >> (2 * t)) & 4)
     else:  # noqa: RET505
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 moved; shr.u32 moved, $2, $3; lop3.b32 $0, moved, $4, $1, 0xEA; }",
+            """{
+            .reg .b32 by, moved;
+            and.b32 by, $3, 31;
+            shr.u32 moved, $2, by;
+            lop3.b32 $0, moved, $4, $1, 0xEA;
+            }""",
             "=r,r,r,r,r",
-            [code, top, tl.full(code.shape, 2 * t, tl.int32), tl.full(code.shape, 4, tl.int16)],
+            [code, top, tl.full(code.shape, 2 * t, tl.int16), tl.full(code.shape, 4, tl.int16)],
             dtype=tl.int16,
             is_pure=True,
             pack=2,

@@ -20,25 +20,30 @@ from mcsharp_sdk.kernels.triton_decode import (
 )
 from mcsharp_sdk.kernels.triton_dequantise import dequantise_rows
 from mcsharp_sdk.kernels.triton_gemm import grouped_gemm
+from mcsharp_sdk.kernels.triton_halves import prepare_rows
 from mcsharp_sdk.quantization.packing import BLOCK
 
 EMULATE = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, which knows neither assembly nor bfloat16."""
 
-GEMV_ROWS = (32, 16)
-"""Rows of a program for few tokens: the first that gives at least ``GEMV_PROGRAMS`` of them."""
+GEMV_ROWS = 16
+"""Rows of a program for few tokens."""
 
-GEMV_PROGRAMS = 512
-GEMV_WORDS = 64
-GEMV_UNROLL = 1
-GEMV_STAGES = 1
-GEMV_WARPS = 8
+GEMV_WORDS = ((8192, 64), (0, 32))
+"""Columns from which on so many words of a row are taken at a time."""
 
 GEMM_ROWS = 64
-GEMM_STAGES = 2
-GEMM_WARPS = 4
 GEMM_TOKENS = (16, 32, 64, 128)
-"""Rows of a program, and tokens of one: the smallest that holds an expert's share of the slots."""
+"""Rows of a program, and tokens of one: the smallest that holds ``SHARE`` times what an expert gets
+of the slots on average."""
+
+SHARE = 1.25
+
+CODE_TOKENS = 32
+"""Tokens of a program up to which codes themselves are multiplied, instead of weights."""
+
+PREPARED_BLOCKS = 16
+"""Blocks of activations that are read at once."""
 
 DEQUANTISE_ROWS = 64
 COMBINE_COLUMNS = 512
@@ -92,7 +97,7 @@ def gemv(
     chosen : int64 [slots], slots a multiple of T: the expert of each.
     gated : give SiLU of the first half of the rows times the second half.
     dp4a : round activations to 8 bits, 128 at a time.
-    step : rows of a program, one of ``GEMV_ROWS``; by default as many as keep the GPU busy.
+    step : rows of a program; by default ``GEMV_ROWS``.
 
     Returns
     -------
@@ -112,9 +117,7 @@ def gemv(
     )
     height = stack.rows // 2 if gated else stack.rows
     out = torch.empty(len(chosen), height, dtype=given.dtype, device=x.device)
-    if step is None:
-        share = [r for r in GEMV_ROWS if stack.rows * len(chosen) >= r * GEMV_PROGRAMS]
-        step = share[0] if share else GEMV_ROWS[-1]
+    step = step or GEMV_ROWS
     grouped_gemv[(triton.cdiv(height, step // 2 if gated else step), len(chosen))](
         x,
         codes,
@@ -134,10 +137,8 @@ def gemv(
         EMULATE=EMULATE,
         TAIL=columns % BLOCK != 0,
         BN=step,
-        WORDS=GEMV_WORDS,
-        UNROLL=GEMV_UNROLL,
-        STAGES=GEMV_STAGES,
-        num_warps=GEMV_WARPS,
+        WORDS=next(words for least, words in GEMV_WORDS if columns >= least),
+        UNROLL=2 if dp4a else 1,
     )
     return out
 
@@ -152,7 +153,8 @@ def sort_slots(chosen: Tensor, experts: int, height: int | None = None) -> Tiles
     """
     slots = len(chosen)
     if height is None:
-        height = next((t for t in GEMM_TOKENS if slots <= t * experts), GEMM_TOKENS[-1])
+        held = (t for t in GEMM_TOKENS if slots * SHARE <= t * experts)
+        height = next(held, GEMM_TOKENS[-1])
     order = torch.argsort(chosen, stable=True)
     numbers = torch.arange(max(experts + 1, slots // height + experts), device=chosen.device)
     starts = torch.searchsorted(chosen[order], numbers[: experts + 1])
@@ -194,8 +196,12 @@ def gemm(
     height = stack.rows // 2 if gated else stack.rows
     out = torch.empty(slots, height, dtype=x.dtype, device=x.device)
     step = GEMM_ROWS // 2 if gated else GEMM_ROWS
+    codes = stack.group_size % BLOCK == 0 and tiles.height <= CODE_TOKENS
+    prepared = _halves(x) if codes else (x, x, x)
     grouped_gemm[(triton.cdiv(height, step), len(tiles.tiles))](
         x,
+        *prepared,
+        len(x),
         0,
         out,
         tiles.order,
@@ -213,8 +219,8 @@ def gemm(
         TAIL=columns % BLOCK != 0,
         BM=tiles.height,
         BN=GEMM_ROWS,
-        STAGES=GEMM_STAGES,
-        num_warps=GEMM_WARPS,
+        STAGES=3 if tiles.height <= CODE_TOKENS else 2,
+        CODES=codes,
     )
     return out
 
@@ -259,6 +265,16 @@ def dequantised(
         BN=DEQUANTISE_ROWS,
     )
     return out
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`~mcsharp_sdk.kernels.triton_halves.prepare_rows` makes of x [n, K]."""
+    rows, columns = x.shape
+    halves = torch.empty(rows, columns, dtype=torch.float16, device=x.device)
+    factors = torch.empty(rows, device=x.device)
+    sums = torch.empty(columns // BLOCK, rows, device=x.device)
+    prepare_rows[(rows,)](x, halves, factors, sums, columns, AT_ONCE=PREPARED_BLOCKS, num_warps=8)
+    return halves, factors, sums
 
 
 def combine(y: Tensor, chosen: Tensor, routing: Tensor, experts: int) -> Tensor:

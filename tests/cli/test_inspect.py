@@ -197,10 +197,10 @@ def test_on_a_gpu_experts_are_shown_by_layers(
         assert (layers.tilings[256], layers.tilings[4096]) == ("gemm", "dense")
     (case,) = kernel_choice.products_of(packed).layers
     assert (case.experts, case.slots, case.rows) == (4, 2, 2 * case.intermediate)
-    crossovers.save("cuda", {case.key(): ((1, "gemv_64"), (16, "gemm_16"))})
+    crossovers.save("cuda", {case.key(): ((1, "gemv_32"), (16, "gemm_16"))})
     (layers,) = kernel_choice.kernel_choices(packed).layers
     assert layers.chosen == "measured"
-    assert (layers.tilings[8], layers.tilings[16]) == ("gemv_64", "gemm_16")
+    assert (layers.tilings[8], layers.tilings[16]) == ("gemv_32", "gemm_16")
     assert run("inspect", packed, "--kernels") == 0
     assert "all of a layer at once" in capsys.readouterr().out
 

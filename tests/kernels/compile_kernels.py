@@ -25,11 +25,12 @@ from mcsharp_sdk.kernels import (
     triton_dequantise,
     triton_gemm,
     triton_gptq,
+    triton_halves,
     triton_search,
 )
 
-WARPS = 8
-ROWS, WORDS, UNROLL, STAGES = 32, 64, 1, 1
+WARPS = 4
+ROWS, WORDS, UNROLL = 16, 32, 1
 WEIGHT = ("*u8", "*fp16", "*u8")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -59,15 +60,18 @@ def gemv(widths: tuple[int, ...], dp4a: bool, gated: bool, group: int, tail: boo
         "BN": ROWS,
         "WORDS": WORDS,
         "UNROLL": UNROLL,
-        "STAGES": STAGES,
     }
-    name = f"gemv {widths} {'dp4a' if dp4a else 'magic'} group {group}"
+    name = f"gemv {widths} {'dp4a' if dp4a else 'halves'} group {group}"
     return name, triton_decode.grouped_gemv, types, constants
 
 
 def gemm(widths: tuple[int, ...], gated: bool, group: int, tail: bool, tokens: int) -> Case:
     types = {
         "x": "*bf16",
+        "halves": "*fp16",
+        "factors": "*fp32",
+        "sums": "*fp32",
+        "count": "i32",
         "unknown_zero": "i32",
         "out": "*bf16",
         "order": "*i64",
@@ -86,6 +90,7 @@ def gemm(widths: tuple[int, ...], gated: bool, group: int, tail: bool, tokens: i
         "BM": tokens,
         "BN": 64,
         "STAGES": 2,
+        "CODES": group % 128 == 0 and tokens <= 32,
     }
     return f"gemm {widths} group {group} x {tokens}", triton_gemm.grouped_gemm, types, constants
 
@@ -109,6 +114,8 @@ def helpers() -> Iterator[Case]:
         types = {"x": "*bf16", "codes": "*i8" if dp4a else "*fp16", **floats, "columns": "i32"}
         constants = {"WIDTHS": (1, 2, 3, 4, 8), "DP4A": dp4a}
         yield "prepare", triton_decode.prepare_activations, types, constants
+    types = {"x": "*bf16", "halves": "*fp16", "factors": "*fp32", "sums": "*fp32", "columns": "i32"}
+    yield "prepare rows", triton_halves.prepare_rows, types, {"AT_ONCE": 16}
     types = {"y": "*bf16", "chosen": "*i64", "routing": "*fp32", "out": "*bf16"}
     types |= dict.fromkeys(("width", "experts", "slots_per_row"), "i32")
     yield "combine", triton_decode.combine_slots, types, {"BH": 512}
@@ -209,7 +216,8 @@ def main() -> None:
             raise SystemExit(f"{name}: no machine code came out")
         line = f"sm_{options.capability} {name}: {found[1]} registers, {found[2]} bytes spilled"
         if name.startswith("gemv") and len(constants["WIDTHS"]) == 1:
-            codes = constants["BN"] * 128 / (32 * WARPS)
+            width = 2 if constants["WIDTHS"] == (3,) else constants["WIDTHS"][0]
+            codes = constants["BN"] * constants["WORDS"] * (32 // width) / (32 * WARPS)
             per_code = instructions_in_longest_loop(result.asm["cubin"]) / codes
             line += f", {per_code:.1f} instructions per code"
         print(line)

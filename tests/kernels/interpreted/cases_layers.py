@@ -76,7 +76,7 @@ def test_a_layer_runs_as_was_measured_on_this_machine(
     assert {name for _, name in steps} <= set(MATRIX_TILINGS)
 
     monkeypatch.setenv("MCSHARP_CROSSOVERS", str(tmp_path / "crossovers.json"))
-    crossovers.save("cpu", {case.key(): ((1, "gemv_64"), (3, "gemm_32"))})
+    crossovers.save("cpu", {case.key(): ((1, "gemv_32"), (3, "gemm_32"))})
     heights: list[int | None] = []
     sort_slots = triton_launch.sort_slots
 
