@@ -216,7 +216,8 @@ def block_products(
     word = tl.load(words + (block * (4 * BITS) + lane)[:, None], cache_modifier=".cg")
     top = word
     if BITS == 3:  # the third bits, moved to where the first bits are in ``word``
-        top = tl.load(words + (block * (4 * BITS) + 8 + lane % 4)[:, None], cache_modifier=".cg")
+        place = block * (4 * BITS) + 8 + tl.arange(0, block.shape[0]) % 4
+        top = tl.load(words + place[:, None], cache_modifier=".cg")
         top >>= (lane // 4)[:, None]
     codes = whole_codes(word, top, BITS)
     at = block * 128 + lane * (4 if DP4A else 2)
@@ -238,6 +239,21 @@ def block_products(
 def added_up(total, DP4A: tl.constexpr, EMULATE: tl.constexpr):
     """Sums of products as fp32."""
     return total.to(tl.float32) if DP4A else add_halves(total, EMULATE)
+
+
+@triton.jit
+def block_scales(
+    matrix, n, first, blocks, GROUP: tl.constexpr, AT_ONCE: tl.constexpr
+):  # fmt: skip
+    """Scales of some blocks from ``first`` on, fp32 [blocks, rows], 0 where there are none.
+
+    They are few, so that the compiler lets each thread load those that it needs. Loaded for each
+    word, they would be passed from thread to thread.
+    """
+    block = first + tl.arange(0, AT_ONCE)
+    g = tl.minimum(block, blocks - 1) * BLOCK // GROUP
+    scales = scale_pointers(matrix, n[None, :], g[:, None], GROUP)
+    return tl.load(scales, mask=(block < blocks)[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -299,6 +315,7 @@ def dot_rows(
     the widths that activations were prepared for.
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    AT_ONCE: tl.constexpr = WORDS // (4 * WIDTH)
     x, codes, x_scales, x_sums = activations
     columns = matrix[4]
     row = matrix[0] + n.to(tl.int64) * (padded(columns) * BITS // 8)
@@ -308,16 +325,16 @@ def dot_rows(
     if not DP4A:
         part += ORDER * (tl.cdiv(columns, BLOCK) * BLOCK)
     blocks = columns // BLOCK
-    for first in tl.range(0, blocks, WORDS // (4 * WIDTH), loop_unroll_factor=UNROLL):
+    for first in tl.range(0, blocks, AT_ONCE, loop_unroll_factor=UNROLL):
         block = first + tl.arange(0, WORDS) // (4 * WIDTH)
         inside = (block < blocks)[:, None]
         block = tl.minimum(block, blocks - 1)
         found = block_products(words, part, block, matrix, n, inside, BITS, GROUP, DP4A, EMULATE)
         factor = tl.load(x_scales + block)[:, None]
         if GROUP % 128 == 0:
-            g = (block * BLOCK // GROUP)[:, None]
-            scales = scale_pointers(matrix, n[None, :], g, GROUP)
-            factor *= tl.load(scales, mask=inside, other=0.0).to(tl.float32)
+            scale = block_scales(matrix, n, first, blocks, GROUP, AT_ONCE)
+            scale = tl.broadcast_to(scale[:, None, :], (AT_ONCE, 4 * WIDTH, BN))
+            factor *= tl.reshape(scale, (WORDS, BN))
         products += factor * found
     total = tl.sum(products, 0)
     if GROUP % 128 == 0:
@@ -364,8 +381,9 @@ def grouped_gemv(
         if width == WIDTHS[i]:
             matrix = matrix_at(weights[i], place, rows, columns, GROUP, WIDTHS[i])
             total = dot_rows(
-                activations, matrix, n, i, WIDTHS[i], GROUP, DP4A, EMULATE, TAIL, BN, WORDS, UNROLL
-            )
+                activations, matrix, n, i, WIDTHS[i], GROUP, DP4A, EMULATE, TAIL, BN,
+                WORDS // 2 if WIDTHS[i] == 1 else WORDS, UNROLL,
+            )  # fmt: skip
     out += slot * last + tl.program_id(0) * STEP
     at = tl.arange(0, STEP)
     if GATED:

@@ -26,11 +26,8 @@ from mcsharp_sdk.quantization.packing import BLOCK
 EMULATE = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, which knows neither assembly nor bfloat16."""
 
-GEMV_ROWS = 16
-"""Rows of a program for few tokens."""
-
-GEMV_WORDS = ((8192, 64), (0, 32))
-"""Columns from which on so many words of a row are taken at a time."""
+GEMV_TILES = ((8192, 8, 64), (0, 16, 32))
+"""For few tokens: columns from which on, rows of a program, and words of each at a time."""
 
 GEMM_ROWS = 64
 GEMM_TOKENS = (16, 32, 64, 128)
@@ -97,7 +94,7 @@ def gemv(
     chosen : int64 [slots], slots a multiple of T: the expert of each.
     gated : give SiLU of the first half of the rows times the second half.
     dp4a : round activations to 8 bits, 128 at a time.
-    step : rows of a program; by default ``GEMV_ROWS``.
+    step : rows of a program; by default as ``GEMV_TILES`` has it.
 
     Returns
     -------
@@ -117,7 +114,8 @@ def gemv(
     )
     height = stack.rows // 2 if gated else stack.rows
     out = torch.empty(len(chosen), height, dtype=given.dtype, device=x.device)
-    step = step or GEMV_ROWS
+    tile = next((rows, words) for least, rows, words in GEMV_TILES if columns >= least)
+    step = step or tile[0]
     grouped_gemv[(triton.cdiv(height, step // 2 if gated else step), len(chosen))](
         x,
         codes,
@@ -137,7 +135,7 @@ def gemv(
         EMULATE=EMULATE,
         TAIL=columns % BLOCK != 0,
         BN=step,
-        WORDS=next(words for least, words in GEMV_WORDS if columns >= least),
+        WORDS=tile[1],
         UNROLL=2 if dp4a else 1,
     )
     return out
