@@ -112,7 +112,7 @@ def helpers() -> Iterator[Case]:
     floats = dict.fromkeys(("scales", "sums"), "*fp32")
     for dp4a in (False, True):
         types = {"x": "*bf16", "codes": "*i8" if dp4a else "*fp16", **floats, "columns": "i32"}
-        constants = {"WIDTHS": (1, 2, 3, 4, 8), "DP4A": dp4a}
+        constants: dict[str, Any] = {"WIDTHS": (1, 2, 3, 4, 8), "DP4A": dp4a}
         yield "prepare", triton_decode.prepare_activations, types, constants
     types = {"x": "*bf16", "halves": "*fp16", "factors": "*fp32", "sums": "*fp32", "columns": "i32"}
     yield "prepare rows", triton_halves.prepare_rows, types, {"AT_ONCE": 16}
