@@ -57,8 +57,8 @@ def run_experts(
     chosen : int64 [T, k]; ``layer.experts`` marks a dropped slot, which costs nothing.
     routing : [T, k], any float dtype.
     dp4a : for few tokens, round the inputs of both matrices to 8 bits, 128 at a time.
-    tiling : how to divide the work, of :func:`tilings_of`; by default what was measured to be fastest, or else the
-        numbers that are built in.
+    tiling : how to divide the work, of :func:`tilings_of`; by default what was measured to be
+        fastest, or else what is built in.
     of : tokens and slots that the way is chosen by, where rows are slots already; by default
         those of ``chosen``.
 
