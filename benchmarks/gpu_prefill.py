@@ -1,7 +1,7 @@
 """How fast is a layer of mixed-width experts on a GPU for a long prompt?
 
-Ours, dense bf16 expert by expert, the 4-bit products of torch and, where it is installed, of
-GPTQModel, and two limits: the time that the products take at the speed of one large bf16 matmul,
+Ours, dense bf16 expert by expert and by torch's grouped product, the 4-bit products of torch and,
+where it is installed, of GPTQModel, and two limits: the time that the products take at the speed of one large bf16 matmul,
 and the time that reading the packed weights of the chosen experts, reading the activations and
 writing the results takes at the speed of a copy. All in turns in one process; each row has its
 share of the higher limit.
@@ -21,6 +21,7 @@ from gpu_timing import (
     SHAPES,
     Shape,
     copied_bytes_per_second,
+    dense_weights,
     expert_bytes,
     leave_without_gpu,
     matmul_flops_per_second,
@@ -44,6 +45,21 @@ def expert_by_expert(products: Products, x: Tensor, chosen: Tensor, routing: Ten
             y = products.expert(expert, x[token])
             out.index_add_(0, token, y * routing[token, slot].to(x.dtype).unsqueeze(-1))
     return out
+
+
+def dense_at_once(
+    gate_up: Tensor, down: Tensor, x: Tensor, chosen: Tensor, routing: Tensor
+) -> Tensor:
+    """All experts in bf16, [E, 2I, H] and [E, H, I], by torch's grouped product."""
+    order = torch.argsort(chosen.flatten(), stable=True)
+    numbers = torch.arange(1, len(gate_up) + 1, device=x.device)
+    ends = torch.searchsorted(chosen.flatten()[order], numbers).to(torch.int32)
+    token = order // chosen.shape[1]
+    gate, up = torch._grouped_mm(x[token], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+    inner = torch.nn.functional.silu(gate) * up
+    y = torch._grouped_mm(inner, down.transpose(1, 2), offs=ends)
+    weights = routing.flatten()[order].to(x.dtype).unsqueeze(-1)
+    return torch.zeros_like(x).index_add_(0, token, y * weights)
 
 
 def random_prompt(shape: Shape, count: int, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
@@ -84,12 +100,14 @@ def main() -> None:
     shape = SHAPES[options.shape]
     layer = random_layer(shape, options.bits)
     others = {"dense bf16": dense_products(layer), **four_bit_peers(shape)}
+    weights = dense_weights(layer)
     speeds = matmul_flops_per_second(torch.bfloat16), copied_bytes_per_second()
     print(f"{options.shape}, widths {options.bits}; a layer's experts")
     for count in options.tokens:
         prompt = random_prompt(shape, count)
         runs = {"ours": partial(run_experts, layer, *prompt)}
         runs |= {name: partial(expert_by_expert, p, *prompt) for name, p in others.items()}
+        runs["dense bf16, all at once"] = partial(dense_at_once, *weights, *prompt)
         report(count, milliseconds(runs), limits(layer, prompt[1], *speeds))
 
 

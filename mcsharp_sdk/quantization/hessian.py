@@ -25,8 +25,9 @@ CHUNK_TOKENS = 2048
 GRAM_COLUMNS = 192
 """Columns of a Hessian that are added at a time."""
 
-EXACT_TOKENS, EXACT_COLUMNS = 32768, 2048
-"""The same on tensor cores, which need no conversion and large products."""
+EXACT_TOKENS, EXACT_COLUMNS = 2048, 2048
+"""The same on tensor cores, which like large products, but cut off what sums are too long for: 1e-4
+of a Hessian where 65536 tokens are added up at a time."""
 
 TRIANGLE_STEP = 256
 """Columns or rows that are multiplied by a triangular matrix at a time."""

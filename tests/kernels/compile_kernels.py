@@ -123,8 +123,8 @@ def helpers() -> Iterator[Case]:
     types = dict.fromkeys(pointers, "*fp32")
     strides = ("exact_stride", "updates_stride", "updates_row", "updates_column", "errors_stride")
     types |= dict.fromkeys(("rows", "columns", *strides), "i32")
-    constants = {"COMPENSATE": True, "N": 128, "BR": triton_gptq.ROWS}
-    yield "gptq", triton_gptq.quantise_column_block, types, constants
+    block = {"COMPENSATE": True, "N": 128, "BR": triton_gptq.ROWS}
+    yield "gptq", triton_gptq.quantise_column_block, types, block
     for top, columns in ((1, 128), (3, 32), (3, 128), (3, 256)):
         yield search(top, columns)
 
