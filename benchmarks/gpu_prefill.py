@@ -1,10 +1,10 @@
 """How fast is a layer of mixed-width experts on a GPU for a long prompt?
 
 Ours, dense bf16 expert by expert and by torch's grouped product, the 4-bit products of torch and,
-where it is installed, of GPTQModel, and two limits: the time that the products take at the speed of one large bf16 matmul,
-and the time that reading the packed weights of the chosen experts, reading the activations and
-writing the results takes at the speed of a copy. All in turns in one process; each row has its
-share of the higher limit.
+where it is installed, of GPTQModel, and two limits: the time that the products take at the speed
+of one large bf16 matmul, and the time that reading the packed weights of the chosen experts,
+reading the activations and writing the results takes at the speed of a copy. All in turns in one
+process; each row has its share of the higher limit.
 
     python benchmarks/gpu_prefill.py [--shape mixtral-8x7b --bits 2 3 --tokens 128 1024 4096]
 """
