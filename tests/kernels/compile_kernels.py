@@ -113,7 +113,7 @@ def helpers() -> Iterator[Case]:
     for dp4a in (False, True):
         types = {"x": "*bf16", "codes": "*i8" if dp4a else "*fp16", **floats, "columns": "i32"}
         constants: dict[str, Any] = {"WIDTHS": (1, 2, 3, 4, 8), "DP4A": dp4a}
-        yield "prepare", triton_decode.prepare_activations, types, constants
+        yield "prepare", triton_halves.prepare_activations, types, constants
     types = {"x": "*bf16", "halves": "*fp16", "factors": "*fp32", "sums": "*fp32", "columns": "i32"}
     yield "prepare rows", triton_halves.prepare_rows, types, {"AT_ONCE": 16}
     types = {"y": "*bf16", "chosen": "*i64", "routing": "*fp32", "out": "*bf16"}
@@ -217,7 +217,8 @@ def main() -> None:
         line = f"sm_{options.capability} {name}: {found[1]} registers, {found[2]} bytes spilled"
         if name.startswith("gemv") and len(constants["WIDTHS"]) == 1:
             width = 2 if constants["WIDTHS"] == (3,) else constants["WIDTHS"][0]
-            codes = constants["BN"] * constants["WORDS"] * (32 // width) / (32 * WARPS)
+            words = constants["WORDS"] // (2 if width == 1 else 1)  # see grouped_gemv
+            codes = constants["BN"] * words * (32 // width) / (32 * WARPS)
             per_code = instructions_in_longest_loop(result.asm["cubin"]) / codes
             line += f", {per_code:.1f} instructions per code"
         print(line)
