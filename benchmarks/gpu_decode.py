@@ -115,18 +115,24 @@ def main() -> None:
     chosen = [expert for token in tokens for expert in token.experts]
     limit = expert_bytes(layer, chosen) / copied_bytes_per_second() * 1e3
     print(f"{options.shape}, widths {options.bits}, one token at a time; a layer's experts")
-    report(milliseconds(runs), limit)
+    report(milliseconds(runs), limit, shape.layers)
 
 
-def report(spent: Mapping[str, float], limit: float) -> None:
-    """Print a row for each; all in ms for all tokens."""
+def report(spent: Mapping[str, float], limit: float, layers: int) -> None:
+    """Print a row for each; all in ms for all tokens. Tokens per second are those of the experts of
+    all layers, without attention and the rest of the model."""
     spent = {**spent, "reading the packed weights": limit}
     column = max(len(name) for name in spent)
-    print(f"{'':{column}} {'µs/token':>9} {'x dense':>8} {'share of bandwidth':>19}")
+    print(
+        f"{'':{column}} {'µs/token':>9} {'tokens/s':>9} {'x dense':>8} {'share of bandwidth':>19}"
+    )
     for name, time in spent.items():
         share = f"{limit / time:.0%}" if name.startswith(("ours", "reading")) else ""
         ratio = spent["dense bf16"] / time
-        print(f"{name:{column}} {time / TOKENS * 1e3:9.1f} {ratio:8.2f} {share:>19}")
+        per_second = 1e3 * TOKENS / (time * layers)
+        print(
+            f"{name:{column}} {time / TOKENS * 1e3:9.1f} {per_second:9.0f} {ratio:8.2f} {share:>19}"
+        )
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ behind it: how long that takes by itself is printed first. A host that caches th
 look faster than a disk is.
 
     python benchmarks/overlap.py [--layers 2] [--quantizer rtn] [--device cpu] [--rounds 3] \
-        [--disk MB_PER_SECOND]
+        [--disk MB_PER_SECOND] [--text FILE --sequences 128 --length 2048]
 
-``--quantizer rtn`` computes least, so that reading weighs most; ``gptq`` is what is used. With
+``--quantizer rtn`` computes least, so that reading weighs most; ``gptq`` is what is used, with
+``--clip-search`` as recipes have it. Without a text a short one that comes along is used. With
 ``--disk`` every read of weights also sleeps for as long as a disk of that speed would take: a model
 of a slow disk or a network, not one.
 """
@@ -70,13 +71,19 @@ def slow_down(megabytes: float) -> None:
 
 
 def compress(folder: Path, given: argparse.Namespace) -> None:
-    """Quantise the model; prints seconds of the stage and the peak of memory as JSON."""
+    """Quantise the model; prints seconds of the stage and the device's peak of memory as JSON."""
+    import torch
+
     import mcsharp_sdk
 
     if given.disk:
         slow_down(given.disk)
-    stage = {"type": STAGE, "bits": 2, "quantizer": given.quantizer, "clip_search": "none"}
-    calibration = {"source": "embedded", "sequences": 8, "length": 128, "sampling": "first"}
+    stage = {"type": STAGE, "bits": 2, "quantizer": given.quantizer}
+    stage["clip_search"] = given.clip_search
+    calibration = {"source": "embedded", "sequences": given.sequences, "length": given.length}
+    calibration["sampling"] = "first"
+    if given.text:
+        calibration |= {"source": "text", "path": str(given.text)}
     recipe = mcsharp_sdk.Recipe.from_dict(
         {"version": 1, "calibration": calibration, "stages": [stage]}
     )
@@ -88,7 +95,10 @@ def compress(folder: Path, given: argparse.Namespace) -> None:
         progress=False,
         overwrite=True,
     )
-    print(json.dumps({"seconds": done.seconds[STAGE], "peak": done.peak_memory}))
+    peak = done.peak_memory
+    if given.device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated(given.device)
+    print(json.dumps({"seconds": done.seconds[STAGE], "peak": peak}))
 
 
 def run(scratch: str, overlap: str) -> dict[str, float]:
@@ -113,6 +123,10 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=7168)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--quantizer", default="rtn")
+    parser.add_argument("--clip-search", default="none")
+    parser.add_argument("--text", type=lambda name: Path(name).resolve())
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--disk", type=float, help="megabytes per second of a disk to model")
     parser.add_argument("--rounds", type=int, default=3)
