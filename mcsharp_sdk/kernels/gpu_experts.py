@@ -21,16 +21,16 @@ from mcsharp_sdk.kernels.tilings import TILINGS, Kind, Tiling
 from mcsharp_sdk.quantization.packing import packed_bytes
 
 DECODE_TOKENS = 4
-"""Tokens up to which each slot reads its expert's weights by itself, where nothing was measured. A
-model."""
+"""Tokens up to which each slot reads its expert's weights by itself, where nothing was measured."""
 
 DENSE_TOKENS = 2048
 DENSE_SLOTS = 512
 """Tokens, and slots of an expert on average, from which on weights are dequantised for torch's
-product, where nothing was measured. Measured on an H100: see ``docs/gpu.md``."""
+product, where nothing was measured. These are from an H100: see ``docs/performance.md``."""
 
 GEMV_AT_ONCE = 64
-"""Most tokens of a launch of the matrix-vector kernels: their scratch is 16 bytes an activation."""
+"""Most tokens of a launch of the matrix-vector kernels: their scratch is 2 bytes an activation
+and width."""
 
 WORKSPACE_BYTES = 256 * 2**20
 """Scratch for many tokens; beyond it they are done some at a time."""
@@ -169,10 +169,10 @@ def workspace_bytes(
 ) -> int:
     """Scratch that one token with so many slots takes among many, result not included.
 
-    With ``own_rows`` each slot has its own input, made of a copy of the token, and its own output.
+    The inputs of ``down`` count twice: they are laid out anew where there are few per expert. With ``own_rows`` each slot has its own input, made of a copy of the token, and its own output.
     """
     gate_up, inner, hidden = layer.gate_up.rows, layer.down.columns, layer.down.rows
-    elements = inner + hidden + (gate_up + inner if layer.between is not None else 0)
+    elements = 2 * inner + hidden + (gate_up + inner if layer.between is not None else 0)
     if own_rows:
         elements += 4 * layer.gate_up.columns + hidden  # a copy, its weighing in fp32, the input
     return slots * elements * dtype.itemsize
