@@ -169,7 +169,8 @@ def workspace_bytes(
 ) -> int:
     """Scratch that one token with so many slots takes among many, result not included.
 
-    The inputs of ``down`` count twice: they are laid out anew where there are few per expert. With ``own_rows`` each slot has its own input, made of a copy of the token, and its own output.
+    The inputs of ``down`` count twice: they are laid out anew where there are few per expert. With
+    ``own_rows`` each slot has its own input, made of a copy of the token, and its own output.
     """
     gate_up, inner, hidden = layer.gate_up.rows, layer.down.columns, layer.down.rows
     elements = 2 * inner + hidden + (gate_up + inner if layer.between is not None else 0)
