@@ -148,13 +148,8 @@ def search_groups(
 ) -> tuple[Tensor, Tensor]:
     """Scale and offset of the zero point from the grid's middle of each row, fp32 [n, R] both.
 
-    Parameters
-    ----------
-    weights : fp32 [n, g, R], the group's columns, transposed; g is at most ``LONGEST_GROUP``.
-    importance : fp32 [n or 1, g].
-    codes : the largest code, and the distance of zero points.
-    limits : smallest and largest scale, normal fp16 numbers.
-    search : ``clip_ratios``, ``neighbours`` and ``refinements`` of the settings.
+    As :func:`~mcsharp_sdk.kernels.gptq_rows.search_groups`, on a GPU; groups have at most
+    ``LONGEST_GROUP`` columns.
     """
     if weights.stride(-1) != 1:
         weights = weights.contiguous()
