@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -123,7 +123,7 @@ def _show(found: Inspection) -> None:
 
 
 def _kernels(directory: Path, device: str, dtype: str, measure: bool, json: bool) -> None:
-    from mcsharp_sdk.evaluation.kernel_choice import TOKENS, kernel_choices
+    from mcsharp_sdk.evaluation.kernel_choice import LAYER_TOKENS, TOKENS, kernel_choices
 
     if measure:
         _measure(directory, device, dtype)
@@ -131,8 +131,7 @@ def _kernels(directory: Path, device: str, dtype: str, measure: bool, json: bool
     if json:
         print_json(found)
         return
-    tokens = [f"{n} tokens" for n in TOKENS]
-    columns = ["matrix", "number", "bits", "rows", "columns", "chosen", *tokens]
+    columns = ["matrix", "number", "bits", "rows", "columns", "chosen", *_counts(TOKENS)]
     rows = [
         (m.matrix, m.count, m.bits, m.rows, m.columns, m.chosen, *m.kernels.values())
         for m in found.matrices
@@ -141,7 +140,7 @@ def _kernels(directory: Path, device: str, dtype: str, measure: bool, json: bool
     if found.layers:
         print_table(
             "Experts, all of a layer at once by triton",
-            ["layers", "bits", "chosen", *tokens],
+            ["layers", "bits", "chosen", *_counts(LAYER_TOKENS)],
             [
                 (each.layers, "/".join(map(str, each.widths)), each.chosen, *each.tilings.values())
                 for each in found.layers
@@ -149,6 +148,10 @@ def _kernels(directory: Path, device: str, dtype: str, measure: bool, json: bool
         )
     for reason, names in _by_reason(found.refusals).items():
         print_text(f"{', '.join(names)}: not used, since {reason}")
+
+
+def _counts(tokens: Sequence[int]) -> list[str]:
+    return [f"{n} tokens" for n in tokens]
 
 
 def _measure(directory: Path, device: str, dtype: str) -> None:

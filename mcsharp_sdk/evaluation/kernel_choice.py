@@ -26,8 +26,11 @@ from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.source import read_config
 from mcsharp_sdk.runtime.layout import PackedLayout
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 4096)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256)
 """Tokens of one product that choices are shown for."""
+
+LAYER_TOKENS = (*TOKENS, 4096)
+"""The same for whole layers, which long prompts run in another way."""
 
 _CODES = re.compile(r"^(?P<path>.*?\.)\d+(?P<rest>\..*?)[._]qweight$")
 _BUCKET = re.compile(r"^(?P<experts>.*)\.width_(?P<bits>\d+)\.(?P<matrix>\w+?)(_qweight)?$")
@@ -184,7 +187,7 @@ def _choice(name: str, case: Case, count: int) -> KernelChoice:
 
 
 def _layer_choice(case: LayerCase, layers: int) -> LayerChoice:
-    choices = {tokens: explain_tiling(case, tokens) for tokens in TOKENS}
+    choices = {tokens: explain_tiling(case, tokens) for tokens in LAYER_TOKENS}
     return LayerChoice(
         layers=layers,
         widths=case.widths,
