@@ -173,6 +173,32 @@ def last_block(
 
 
 @triton.jit
+def matrix_products(
+    activations, count, matrix, n, has_token, total, unknown_zero,
+    BITS: tl.constexpr, GROUP: tl.constexpr, EMULATE: tl.constexpr, TAIL: tl.constexpr,
+    STAGES: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    """``total`` [rows, tokens], zeros, plus the product over all columns."""
+    x, halves, factors, sums = activations
+    columns = matrix[4]
+    # Written so that the compiler sees that full blocks lie at multiples of 16 bytes.
+    length = padded(columns) * BITS // 8 if TAIL else columns // 128 * (16 * BITS)
+    row = matrix[0] + n.to(tl.int64) * length
+    if CODES:
+        total = blocks_of_codes(
+            halves, sums, count, row, matrix, n, has_token, total, BITS, GROUP, EMULATE, STAGES
+        )
+        total *= tl.load(factors, mask=has_token, other=0.0)[None, :]
+    else:
+        total = full_blocks(
+            x, row, matrix, n, has_token, total, unknown_zero, BITS, GROUP, EMULATE, STAGES
+        )
+    if TAIL:
+        total = last_block(x, row, matrix, n, has_token, total, BITS, GROUP, EMULATE)
+    return total
+
+
+@triton.jit
 def grouped_gemm(
     x, halves, factors, sums, count, unknown_zero, out, order, tiles, table, weights, rows, columns,
     slots_per_row,
@@ -184,11 +210,10 @@ def grouped_gemm(
 
     ``order`` [slots] lists the slots by expert. ``tiles`` [n, 3]: expert, first and end position in
     ``order`` of a tile of at most BM; empty tiles name the expert that has no width. ``table`` and
-    ``weights`` are as in :func:`~mcsharp_sdk.kernels.triton_decode.grouped_gemv`, and so are GATED
-    and ``unknown_zero``.
-    With CODES, for groups of whole blocks, ``halves``, ``factors`` and ``sums`` of
-    :func:`~mcsharp_sdk.kernels.triton_halves.prepare_rows` stand for the ``count`` rows of x, and x
-    itself for columns behind full blocks alone.
+    ``weights`` are as in :func:`~mcsharp_sdk.kernels.triton_decode.grouped_gemv`, and so is GATED;
+    ``unknown_zero`` is 0. With CODES, for groups of whole blocks, ``halves``, ``factors`` and
+    ``sums`` of :func:`~mcsharp_sdk.kernels.triton_halves.prepare_rows` stand for the ``count`` rows
+    of x, and x itself for columns behind full blocks alone.
 
     With TO_SLOTS x has a row per position and ``out`` one per slot. Without it is the other way
     round, and slot i has row i // slots_per_row of x.
@@ -215,32 +240,10 @@ def grouped_gemm(
     for i in tl.static_range(len(WIDTHS)):
         if width == WIDTHS[i]:
             matrix = matrix_at(weights[i], place, rows, columns, GROUP, WIDTHS[i])
-            # Written so that the compiler sees that full blocks lie at multiples of 16 bytes.
-            length = padded(columns) * WIDTHS[i] // 8 if TAIL else columns // 128 * (16 * WIDTHS[i])
-            row = matrix[0] + n.to(tl.int64) * length
-            if CODES:
-                total = blocks_of_codes(
-                    halves,
-                    sums,
-                    count,
-                    row,
-                    matrix,
-                    n,
-                    has_token,
-                    total,
-                    WIDTHS[i],
-                    GROUP,
-                    EMULATE,
-                    STAGES,
-                )
-                total *= tl.load(factors, mask=has_token, other=0.0)[None, :]
-            else:
-                total = full_blocks(
-                    x, row, matrix, n, has_token, total, unknown_zero,
-                    WIDTHS[i], GROUP, EMULATE, STAGES,
-                )  # fmt: skip
-            if TAIL:
-                total = last_block(x, row, matrix, n, has_token, total, WIDTHS[i], GROUP, EMULATE)
+            total = matrix_products(
+                (x, halves, factors, sums), count, matrix, n, has_token, total, unknown_zero,
+                WIDTHS[i], GROUP, EMULATE, TAIL, STAGES, CODES,
+            )  # fmt: skip
     if GATED:
         gate, up = tl.split(tl.reshape(total, (2, STEP, BM)).permute(1, 2, 0))
         total = gate * tl.sigmoid(gate) * up

@@ -96,27 +96,13 @@ def gemv(
     -------
     [slots, R or R/2] in x's dtype; undefined where a slot is dropped.
     """
-    given, (tokens, columns) = x, x.shape
-    blocks = triton.cdiv(columns, BLOCK)
-    widths = compiled_widths(stack)
-    sums, scales = (torch.empty(tokens, blocks, device=x.device) for _ in range(2))
-    if dp4a:
-        codes = x = torch.empty_like(x, dtype=torch.int8)
-    else:
-        size = (tokens, len(widths), blocks * BLOCK)
-        codes = torch.empty(size, dtype=torch.float16, device=x.device)
-    prepare_activations[(blocks, tokens)](
-        given, codes, scales, sums, columns, WIDTHS=widths, DP4A=dp4a
-    )
+    tokens, columns = x.shape
     height = stack.rows // 2 if gated else stack.rows
-    out = torch.empty(len(chosen), height, dtype=given.dtype, device=x.device)
+    out = torch.empty(len(chosen), height, dtype=x.dtype, device=x.device)
     tile = next((rows, words) for least, rows, words in GEMV_TILES if columns >= least)
     step = step or tile[0]
     grouped_gemv[(triton.cdiv(height, step // 2 if gated else step), len(chosen))](
-        x,
-        codes,
-        scales,
-        sums,
+        *_activations(x, compiled_widths(stack), dp4a=dp4a),
         out,
         chosen,
         table,
@@ -124,7 +110,7 @@ def gemv(
         stack.rows,
         columns,
         len(chosen) // tokens,
-        WIDTHS=widths,
+        WIDTHS=compiled_widths(stack),
         GROUP=stack.group_size,
         GATED=gated,
         DP4A=dp4a,
@@ -135,6 +121,22 @@ def gemv(
         UNROLL=2 if dp4a else 1,
     )
     return out
+
+
+def _activations(
+    x: Tensor, widths: tuple[int, ...], *, dp4a: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [T, K] as products read it, and its codes, scales and sums of ``prepare_activations``."""
+    tokens, columns = x.shape
+    blocks = triton.cdiv(columns, BLOCK)
+    sums, scales = (torch.empty(tokens, blocks, device=x.device) for _ in range(2))
+    if dp4a:
+        codes = torch.empty_like(x, dtype=torch.int8)
+    else:
+        size = (tokens, len(widths), blocks * BLOCK)
+        codes = torch.empty(size, dtype=torch.float16, device=x.device)
+    prepare_activations[(blocks, tokens)](x, codes, scales, sums, columns, WIDTHS=widths, DP4A=dp4a)
+    return codes if dp4a else x, codes, scales, sums
 
 
 def sort_slots(chosen: Tensor, experts: int, height: int | None = None) -> Tiles:
