@@ -21,6 +21,7 @@ from gpu_timing import (
     SHAPES,
     Shape,
     copied_bytes_per_second,
+    dense_weights,
     expert_bytes,
     graphed,
     graphed_if_possible,
@@ -103,7 +104,7 @@ def main() -> None:
     shape = SHAPES[options.shape]
     layer, tokens = random_layer(shape, options.bits), random_tokens(shape)
     steps = own_steps(layer)
-    steps["dense bf16"] = partial(one_after_the_other, dense_products(layer))
+    steps["dense bf16"] = partial(one_after_the_other, dense_products(dense_weights(layer)))
     runs: dict[str, Callable[[], object]] = {
         name: graphed(partial(every_token, step, tokens)) for name, step in steps.items()
     }

@@ -13,10 +13,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
-from gpu_timing import GROUP, Shape, dense_weights
+from gpu_timing import GROUP, Shape
 from torch import Tensor
-
-from mcsharp_sdk.kernels.expert_layer import ExpertLayer
 
 BITS = 4
 WORD = 32
@@ -44,11 +42,11 @@ class Products:
         return self.down[number](torch.nn.functional.silu(gate) * up)
 
 
-def dense_products(layer: ExpertLayer) -> Products:
-    """Those of the experts in bf16."""
+def dense_products(weights: tuple[Tensor, Tensor]) -> Products:
+    """Those of experts in bf16, by their matrices as of ``gpu_timing.dense_weights``."""
     gate_up, down = (
         [partial(torch.nn.functional.linear, weight=matrix) for matrix in weight]
-        for weight in dense_weights(layer)
+        for weight in weights
     )
     return Products(gate_up, down)
 

@@ -99,8 +99,8 @@ def main() -> None:
     torch.manual_seed(0)
     shape = SHAPES[options.shape]
     layer = random_layer(shape, options.bits)
-    others = {"dense bf16": dense_products(layer), **four_bit_peers(shape)}
     weights = dense_weights(layer)
+    others = {"dense bf16": dense_products(weights), **four_bit_peers(shape)}
     speeds = matmul_flops_per_second(torch.bfloat16), copied_bytes_per_second()
     print(f"{options.shape}, widths {options.bits}; a layer's experts")
     for count in options.tokens:

@@ -16,7 +16,8 @@ from mcsharp_sdk.kernels.matrix import PackedStack
 from mcsharp_sdk.kernels.tilings import Tiling
 
 GEMV_TOKENS = 2
-"""Tokens up to which each reads the weights by itself, where nothing was measured. A model."""
+"""Tokens up to which each reads the weights by itself, where nothing was measured. An estimate
+from measurements of layers."""
 
 
 def refuses(case: Case) -> str:

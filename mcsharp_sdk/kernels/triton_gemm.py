@@ -1,9 +1,9 @@
 """Triton kernel for many tokens: a matrix product per expert over the tokens that chose it.
 
 The slots, one per token and chosen expert, are sorted by expert, and each expert's are cut into
-tiles; one launch serves all tiles, whatever the expert's width. Weights are dequantised in
-registers, rounded to the activations' type as ``chunked`` does, and go to the tensor cores; sums
-are fp32. Any shape and group size is taken.
+tiles; one launch serves all tiles, whatever the expert's width. What goes to the tensor cores are
+codes as fp16 numbers where tiles are small, and else weights, dequantised in registers and rounded
+to the activations' type as ``chunked`` does; sums are fp32. Any shape and group size is taken.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

@@ -20,14 +20,14 @@ DAMPING_RAISES = 3
 """How often the damping is multiplied by ten before an expert is given up."""
 
 CHUNK_TOKENS = 2048
-"""Tokens that are converted to fp32 at a time."""
+"""Tokens that are added at a time: on a CPU they are converted to fp32, and tensor cores cut off
+what long sums lose, 1e-4 of a Hessian of 65536 tokens that are added at once."""
 
 GRAM_COLUMNS = 192
 """Columns of a Hessian that are added at a time."""
 
-EXACT_TOKENS, EXACT_COLUMNS = 2048, 2048
-"""The same on tensor cores, which like large products, but cut off what sums are too long for: 1e-4
-of a Hessian where 65536 tokens are added up at a time."""
+EXACT_COLUMNS = 2048
+"""The same on tensor cores, which like large products."""
 
 TRIANGLE_STEP = 256
 """Columns or rows that are multiplied by a triangular matrix at a time."""
@@ -58,9 +58,9 @@ class InverseFactor:
 def accumulate(hessian: Tensor, inputs: Tensor, weight: Tensor | None = None) -> None:
     """Add 2 Σ_t σ_t² x_t x_tᵀ to a Hessian, in place.
 
-    Products and sums are fp32 whatever the dtype of the inputs. Products rounded to bf16 would be
-    faster, but where a few columns are hundreds of times larger than the rest, as in the residual
-    stream of language models, their rounding can exceed the damping.
+    Products are exact or fp32, and sums fp32, whatever the dtype of the inputs. Products rounded to
+    bf16 would be faster, but where a few columns are hundreds of times larger than the rest, as in
+    the residual stream of language models, their rounding can exceed the damping.
 
     Parameters
     ----------
@@ -68,10 +68,9 @@ def accumulate(hessian: Tensor, inputs: Tensor, weight: Tensor | None = None) ->
     inputs : [T, K], any float dtype.
     weight : [T], σ_t, e.g. the routing weights; ones if left out.
     """
-    exact = _has_exact_products(inputs)
-    at_once = EXACT_TOKENS if exact else CHUNK_TOKENS
-    weights: Sequence[Tensor | None] = [None] if weight is None else weight.split(at_once)
-    for chunk, sigma in zip_longest(inputs.split(at_once), weights):
+    exact = _has_exact_products(inputs, weighed=weight is not None)
+    weights: Sequence[Tensor | None] = [None] if weight is None else weight.split(CHUNK_TOKENS)
+    for chunk, sigma in zip_longest(inputs.split(CHUNK_TOKENS), weights):
         if exact:
             _add_exact_products(hessian, chunk, sigma)
             continue
@@ -81,16 +80,21 @@ def accumulate(hessian: Tensor, inputs: Tensor, weight: Tensor | None = None) ->
         _add_gram(hessian, rows)
 
 
-def _has_exact_products(inputs: Tensor) -> bool:
-    """Whether this is a GPU that multiplies such 16-bit floats exactly and adds up in fp32."""
-    known = inputs.dtype in (torch.float16, torch.bfloat16) and hasattr(torch.ops.aten.mm, "dtype")
-    return known and inputs.is_cuda and torch.version.hip is None
+def _has_exact_products(inputs: Tensor, *, weighed: bool) -> bool:
+    """Whether this is a GPU that multiplies such 16-bit floats exactly and adds up in fp32.
+
+    Weighed inputs may leave the range of fp16: routing weights are above 1 in some families.
+    """
+    dtypes = (torch.bfloat16,) if weighed else (torch.bfloat16, torch.float16)
+    if not inputs.is_cuda or inputs.dtype not in dtypes:
+        return False
+    return torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
 
 
 def _add_exact_products(hessian: Tensor, inputs: Tensor, sigma: Tensor | None) -> None:
     """Add 2 Σ_t σ_t² x_t x_tᵀ of 16-bit x, [T, K], to [K, K] on tensor cores.
 
-    σ² x is the sum of two 16-bit numbers, so that rounding takes 2⁻¹⁶ of it with bfloat16.
+    σ² x is the sum of two bf16 numbers, so that rounding takes 2⁻¹⁶ of it.
     """
     factors = [inputs]
     if sigma is not None:

@@ -196,13 +196,14 @@ def test_grids_are_those_that_torch_finds(columns: int, bits: int) -> None:
     assert share_of_equal_grids(kernel, expected) > 0.97
 
 
-@pytest.mark.parametrize("weighed", [False, True])
-def test_hessians_of_16_bit_inputs_are_those_of_float64(weighed: bool) -> None:
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("most", [0, 1, 16], ids=["not weighed", "weighed", "weighed by up to 16"])
+def test_hessians_of_16_bit_inputs_are_those_of_float64(dtype: torch.dtype, most: int) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(3000, 200, generator=generator)
     inputs[:, :3] *= 300  # as in residual streams
-    inputs = inputs.bfloat16()
-    weight = torch.rand(3000, generator=generator) if weighed else None
+    inputs = inputs.to(dtype)
+    weight = most * torch.rand(3000, generator=generator) if most else None
     hessian = torch.zeros(200, 200, device="cuda")
     accumulate(hessian, inputs.cuda(), None if weight is None else weight.cuda())
     rows = inputs.double() if weight is None else inputs.double() * weight.double()[:, None]

@@ -93,7 +93,7 @@ def test_both_ways_through_the_experts_give_the_sum_of_the_chosen_ones() -> None
     torch.manual_seed(0)
     shape = Shape(hidden=256, inner=128, experts=4, slots=2, layers=1)
     layer = random_layer(shape, [2, 3], "cpu")
-    products = gpu_peers.dense_products(layer)
+    products = gpu_peers.dense_products(dense_weights(layer))
     gate_up, down = (weight.double() for weight in dense_weights(layer))
     tokens = gpu_decode.random_tokens(shape, "cpu")
     x, chosen, routing = (
