@@ -51,16 +51,36 @@ def packed_place(k, count, BITS: tl.constexpr, LOW: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit
-def gathered_codes(pointers, k, count, ok, BITS: tl.constexpr):
-    """Codes ``k``, int32, of packed rows that start at ``pointers``; shapes are broadcast."""
-    LO: tl.constexpr = 2 if BITS == 3 else BITS  # 3 bits are a part of 2 and one of 1
+def code_places(k, count, BITS: tl.constexpr):
+    """Bytes and shifts of codes ``k`` of ``count``: of all bits, or at 3 bits of two and of one."""
+    LO: tl.constexpr = 2 if BITS == 3 else BITS
     byte, shift = packed_place(k, count, BITS, 0, LO)
+    top_byte, top_shift = packed_place(k, count, BITS, 2, 1)
+    return byte, shift, top_byte, top_shift
+
+
+@triton.jit
+def codes_at(pointers, places, ok, BITS: tl.constexpr):
+    """Codes, int32, at :func:`code_places` of packed rows that start at ``pointers``; broadcast."""
+    LO: tl.constexpr = 2 if BITS == 3 else BITS
+    byte, shift, top_byte, top_shift = places
     code = (tl.load(pointers + byte, mask=ok, other=0).to(tl.int32) >> shift) & ((1 << LO) - 1)
     if BITS == 3:
-        byte, shift = packed_place(k, count, BITS, 2, 1)
-        high = tl.load(pointers + byte, mask=ok, other=0).to(tl.int32) >> shift
-        code |= (high & 1) << 2
+        top = tl.load(pointers + top_byte, mask=ok, other=0).to(tl.int32) >> top_shift
+        code |= (top & 1) << 2
     return code
+
+
+@triton.jit
+def gathered_codes(pointers, k, count, ok, BITS: tl.constexpr):
+    """Codes ``k``, int32, of packed rows that start at ``pointers``; shapes are broadcast."""
+    return codes_at(pointers, code_places(k, count, BITS), ok, BITS)
+
+
+@triton.jit
+def zero_point(code, BITS: tl.constexpr):
+    """The zero point that a code stands for, fp32."""
+    return code.to(tl.float32) * 0.25 + (2**BITS - 1) * 0.5
 
 
 @triton.jit
@@ -76,4 +96,4 @@ def scale_and_zero(matrix, n, g, ok, GROUP: tl.constexpr, BITS: tl.constexpr):
     pointers = scale_pointers(matrix, n, g, GROUP)
     scale = tl.load(pointers, mask=ok, other=0.0).to(tl.float32)
     code = gathered_codes(z + g * (padded(rows) * BITS // 8), n, rows, ok, BITS)
-    return scale, code.to(tl.float32) * 0.25 + (2**BITS - 1) * 0.5
+    return scale, zero_point(code, BITS)

@@ -24,12 +24,14 @@ import triton.language as tl
 
 from mcsharp_sdk.kernels.triton_codes import (
     BLOCK,
+    code_places,
+    codes_at,
     gathered_codes,
     matrix_at,
-    packed_place,
     padded,
     scale_and_zero,
     scale_pointers,
+    zero_point,
 )
 from mcsharp_sdk.kernels.triton_halves import add_halves, multiply_halves
 
@@ -163,26 +165,18 @@ def block_scales(
 def block_offsets(x_sums, matrix, n, BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr):
     """What zero points add up to in all full blocks, fp32 [rows]; for groups of whole blocks."""
     AT_ONCE: tl.constexpr = 32
-    LO: tl.constexpr = 2 if BITS == 3 else BITS
     _, s, z, rows, columns = matrix
     blocks, length = columns // BLOCK, padded(rows) * BITS // 8
     s += n.to(tl.int64) * tl.cdiv(columns, GROUP)
-    byte, shift = packed_place(n, rows, BITS, 0, LO)
-    top_byte, top_shift = packed_place(n, rows, BITS, 2, 1)
+    places = code_places(n[None, :], rows, BITS)
     total = tl.zeros((AT_ONCE, BN), tl.float32)
     for first in range(0, blocks, AT_ONCE):
         block = first + tl.arange(0, AT_ONCE)
         inside = block < blocks
         ok = inside[:, None]
         g = block * BLOCK // GROUP
-        zeros = (z + g * length)[:, None]
-        code = tl.load(zeros + byte[None, :], mask=ok, other=0).to(tl.int32) >> shift[None, :]
-        code &= 2**LO - 1
-        if BITS == 3:
-            top = tl.load(zeros + top_byte[None, :], mask=ok, other=0).to(tl.int32)
-            code |= ((top >> top_shift[None, :]) & 1) << 2
+        zero = zero_point(codes_at((z + g * length)[:, None], places, ok, BITS), BITS)
         scale = tl.load(s[None, :] + g[:, None], mask=ok, other=0.0).to(tl.float32)
-        zero = code.to(tl.float32) * 0.25 + (2**BITS - 1) * 0.5
         total += scale * zero * tl.load(x_sums + block, mask=inside, other=0.0)[:, None]
     return tl.sum(total, 0)
 

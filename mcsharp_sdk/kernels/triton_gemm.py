@@ -15,11 +15,13 @@ import triton.language as tl
 
 from mcsharp_sdk.kernels.triton_codes import (
     BLOCK,
+    code_places,
+    codes_at,
     gathered_codes,
     matrix_at,
-    packed_place,
     padded,
     scale_and_zero,
+    zero_point,
 )
 from mcsharp_sdk.kernels.triton_halves import fields, with_third_bits
 
@@ -125,8 +127,8 @@ def blocks_of_codes(
     lane = tl.arange(0, FIELD)
     s += n.to(tl.int64) * tl.cdiv(columns, GROUP)
     length = padded(rows) * BITS // 8
-    byte, shift = packed_place(n, rows, BITS, 0, LO)
-    top_byte, top_shift = packed_place(n, rows, BITS, 2, 1)
+    places = code_places(n, rows, BITS)
+    known = tl.full(n.shape, True, tl.int1)
     for block in tl.range(0, columns // BLOCK, num_stages=STAGES):
         start = row[:, None] + block * (16 * BITS)
         low = tl.load(start + lane[None, :]).to(tl.int16)
@@ -134,10 +136,7 @@ def blocks_of_codes(
             top = tl.load(start + 32 + (lane % 16)[None, :]).to(tl.int16)
             top = top << (2 - lane // 16).to(tl.int16)[None, :]
         g = block * BLOCK // GROUP
-        zero = tl.load(z + g * length + byte).to(tl.int32) >> shift & (2**LO - 1)
-        if BITS == 3:
-            zero |= (tl.load(z + g * length + top_byte).to(tl.int32) >> top_shift & 1) << 2
-        zero = (zero.to(tl.float32) * 0.25 + (2**BITS - 1) * 0.5)[:, None]
+        zero = zero_point(codes_at(z + g * length, places, known, BITS), BITS)[:, None]
         part = tl.zeros(total.shape, tl.float32)
         for t in tl.static_range(8 // LO):
             code = low if LO == 8 else fields(low, t, LO, EMULATE)
