@@ -42,22 +42,6 @@ def _has_product(device: str) -> bool:
     return set(found) == {CAPABILITY}
 
 
-def by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Order of slots by the expert that each chose, and where each expert's end in it.
-
-    Parameters
-    ----------
-    chosen : int64 [slots], up to ``experts``, which marks a dropped slot and comes last.
-
-    Returns
-    -------
-    int64 [slots] and int32 [experts].
-    """
-    order = torch.argsort(chosen, stable=True)
-    above = torch.arange(1, experts + 1, device=chosen.device)
-    return order, torch.searchsorted(chosen[order], above, out_int32=True)
-
-
 def products(
     stack: MatrixStack,
     table: Tensor,
@@ -73,7 +57,7 @@ def products(
     ----------
     table : of :func:`~mcsharp_sdk.kernels.expert_layer.expert_table`.
     x : [slots, K], 16-bit floats, contiguous, by expert.
-    ends : of :func:`by_expert`.
+    ends : int32 [experts], where the slots of each end.
     gated : give SiLU of the first half of the rows times the second half.
     order : int64 [slots], to have the result by slot, which ``gated`` leaves by expert.
 

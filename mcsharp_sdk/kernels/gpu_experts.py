@@ -18,7 +18,7 @@ from mcsharp_sdk.kernels import crossovers, gpu_dense
 from mcsharp_sdk.kernels.case import BUILT_IN, MEASURED, Choice, LayerCase
 from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack
 from mcsharp_sdk.kernels.tilings import TILINGS, Kind, Tiling
-from mcsharp_sdk.quantization.packing import packed_bytes
+from mcsharp_sdk.quantization.packing import BLOCK, packed_bytes
 
 DECODE_TOKENS = 4
 """Tokens up to which each slot reads its expert's weights by itself, where nothing was measured."""
@@ -92,8 +92,15 @@ def in_parts(run: Callable[..., Tensor], at_once: int, *tensors: Tensor) -> Tens
     """``run`` on so many rows of all tensors at a time, put together."""
     if len(tensors[0]) <= at_once:
         return run(*tensors)
-    parts = zip(*(tensor.split(at_once) for tensor in tensors), strict=True)
-    return torch.cat([run(*part) for part in parts])
+    out, done = torch.empty(0), 0
+    for part in zip(*(tensor.split(at_once) for tensor in tensors), strict=True):
+        rows = run(*part)
+        if not done:
+            out = rows.new_empty(len(tensors[0]), *rows.shape[1:])
+        out[done : done + len(rows)] = rows
+        done += len(rows)
+        del rows  # before the next part takes its scratch
+    return out
 
 
 def case_of(layer: ExpertLayer, slots: int, hidden: Tensor) -> LayerCase:
@@ -169,11 +176,13 @@ def workspace_bytes(
 ) -> int:
     """Scratch that one token with so many slots takes among many, result not included.
 
-    The inputs of ``down`` count twice: they are laid out anew where there are few per expert. With
-    ``own_rows`` each slot has its own input, made of a copy of the token, and its own output.
+    The inputs of ``down`` count twice, with a sum in fp32 of each block: they are laid out anew
+    where there are few per expert. With ``own_rows`` each slot has its own input, made of a copy of
+    the token, and its own output.
     """
     gate_up, inner, hidden = layer.gate_up.rows, layer.down.columns, layer.down.rows
-    elements = 2 * inner + hidden + (gate_up + inner if layer.between is not None else 0)
+    laid_out = inner + 2 * inner // BLOCK
+    elements = inner + laid_out + hidden + (gate_up + inner if layer.between is not None else 0)
     if own_rows:
         elements += 4 * layer.gate_up.columns + hidden  # a copy, its weighing in fp32, the input
     return slots * elements * dtype.itemsize
@@ -225,10 +234,10 @@ def _many_tokens(
 
 
 def _long_prompt(layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
-    from mcsharp_sdk.kernels.triton_launch import combine
+    from mcsharp_sdk.kernels.triton_launch import combine, sort_slots
 
     flat = chosen.reshape(-1)
-    order, ends = gpu_dense.by_expert(flat, layer.experts)
+    order, ends, *_ = sort_slots(flat, layer.experts)
     gated = layer.between is None
     rows = hidden[order // chosen.shape[1]]
     inner = gpu_dense.products(layer.gate_up, layer.table, rows, ends, gated=gated)

@@ -17,6 +17,7 @@ from mcsharp_sdk.kernels.triton_decode import combine_slots, grouped_gemv
 from mcsharp_sdk.kernels.triton_dequantise import dequantise_rows
 from mcsharp_sdk.kernels.triton_gemm import grouped_gemm
 from mcsharp_sdk.kernels.triton_halves import prepare_activations, prepare_rows
+from mcsharp_sdk.kernels.triton_sort import sort_by_expert
 from mcsharp_sdk.quantization.packing import BLOCK
 
 EMULATE = bool(triton.knobs.runtime.interpret)
@@ -38,6 +39,10 @@ CODE_TOKENS = 32
 PREPARED_BLOCKS = 16
 """Blocks of activations that are read at once."""
 
+SORTED_SLOTS = 1024
+SORTED_TILES = 128
+"""Slots, and tiles of an expert, that a program sorts at once."""
+
 DEQUANTISE_ROWS = 64
 COMBINE_COLUMNS = 512
 
@@ -48,11 +53,13 @@ WIDTH_SETS = ((1, 2, 3), (1, 2, 3, 4), (1, 2, 3, 4, 8))
 class Tiles(NamedTuple):
     """Slots in the order of their experts, cut into tiles.
 
-    ``order`` int64 [slots]; ``tiles`` int32 [n, 3]: expert, first and end position in ``order``;
-    ``height`` is the largest number of slots in a tile.
+    ``order`` int64 [slots]; ``ends`` int32 [experts]: where those of each end in it; ``tiles``
+    int32 [n, 3]: expert, first and end position in ``order``; ``height`` is the largest number of
+    slots in a tile.
     """
 
     order: Tensor
+    ends: Tensor
     tiles: Tensor
     height: int
 
@@ -151,19 +158,24 @@ def sort_slots(chosen: Tensor, experts: int, height: int | None = None) -> Tiles
     if height is None:
         held = (t for t in GEMM_TOKENS if slots * SHARE <= t * experts)
         height = next(held, GEMM_TOKENS[-1])
-    order = torch.argsort(chosen, stable=True)
-    numbers = torch.arange(max(experts + 1, slots // height + experts), device=chosen.device)
-    starts = torch.searchsorted(chosen[order], numbers[: experts + 1])
-    counts = (starts.diff() + height - 1) // height
-    ends = counts.cumsum(0)
-    tile = numbers[: slots // height + min(experts, slots)]
-    expert = torch.searchsorted(ends, tile, right=True)
-    known = expert.clamp(max=experts - 1)
-    first = starts[known] + (tile - (ends - counts)[known]) * height
-    end = torch.minimum(first + height, starts[known + 1])
-    used = expert < experts
-    tiles = torch.stack([expert, first * used, end * used], dim=1).to(torch.int32)
-    return Tiles(order, tiles, height)
+    order = torch.empty_like(chosen)
+    ends = torch.empty(experts, dtype=torch.int32, device=chosen.device)
+    count = slots // height + min(experts, slots)
+    tiles = torch.empty(count, 3, dtype=torch.int32, device=chosen.device)
+    sort_by_expert[(experts + 1,)](
+        chosen,
+        order,
+        ends,
+        tiles,
+        slots,
+        experts,
+        count,
+        height,
+        BINS=triton.next_power_of_2(experts + 2),
+        SLOTS=SORTED_SLOTS,
+        TILES=SORTED_TILES,
+    )
+    return Tiles(order, ends, tiles, height)
 
 
 def gemm(

@@ -27,6 +27,7 @@ from mcsharp_sdk.kernels import (
     triton_gptq,
     triton_halves,
     triton_search,
+    triton_sort,
 )
 
 WARPS = 4
@@ -119,6 +120,11 @@ def helpers() -> Iterator[Case]:
     types = {"y": "*bf16", "chosen": "*i64", "routing": "*fp32", "out": "*bf16"}
     types |= dict.fromkeys(("width", "experts", "slots_per_row"), "i32")
     yield "combine", triton_decode.combine_slots, types, {"BH": 512}
+    types = {"chosen": "*i64", "order": "*i64", "ends": "*i32", "tiles": "*i32"}
+    types |= dict.fromkeys(("slots", "experts", "tile_count", "height"), "i32")
+    for bins in (4, 16, 512):
+        constants = {"BINS": bins, "SLOTS": 1024, "TILES": 128}
+        yield f"sort into {bins}", triton_sort.sort_by_expert, types, constants
     pointers = ("exact", "updates", "top", "codes", "errors")
     types = dict.fromkeys(pointers, "*fp32")
     strides = ("exact_stride", "updates_stride", "updates_row", "updates_column", "errors_stride")

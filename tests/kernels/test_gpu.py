@@ -11,6 +11,7 @@ import pytest
 import torch
 from expert_stacks import random_layer, relative_error, silu_layer
 from grid_errors import share_as_good, share_of_equal_grids
+from sorted_slots import check_sorted
 from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 from torch import Tensor
@@ -26,6 +27,9 @@ from mcsharp_sdk.quantization.grid import PackedWeight
 from mcsharp_sdk.quantization.hessian import accumulate
 from mcsharp_sdk.quantization.search import fit_group, search_by_torch
 from mcsharp_sdk.recipe.schema import Recipe
+
+if not gpu_support.missing_support("cuda"):
+    from mcsharp_sdk.kernels import triton_launch
 
 pytestmark = pytest.mark.skipif(
     bool(gpu_support.missing_support("cuda")), reason="needs an NVIDIA GPU and triton"
@@ -97,6 +101,13 @@ def test_every_width_in_every_way(bits: int, tiling: str) -> None:
 @pytest.mark.parametrize("bits", [(1,), (2,), (3,), MIXED], ids=str)
 def test_8_bit_activations_are_as_far_off_as_in_the_interpreter(bits: tuple[int, ...]) -> None:
     assert error_of(bits * 4, (512, 256, 128), 2, dp4a=True) < 0.03
+
+
+@pytest.mark.parametrize("experts", [1, 8, 256])
+def test_slots_are_sorted_by_expert_and_cut_into_tiles(experts: int) -> None:
+    chosen = torch.randint(0, experts + 1, (5000,), generator=torch.Generator().manual_seed(0))
+    found = triton_launch.sort_slots(chosen.cuda(), experts)
+    check_sorted(found, chosen.tolist(), experts)
 
 
 @needs_product

@@ -52,14 +52,6 @@ def test_weights_of_a_removed_expert_are_nothing() -> None:
     assert not found[1].any()
 
 
-def test_slots_are_ordered_by_expert_with_dropped_ones_last() -> None:
-    chosen = torch.tensor([2, 4, 0, 2, 4, 3, 0])
-    order, ends = gpu_dense.by_expert(chosen, 4)
-    assert order.tolist() == [2, 6, 0, 3, 5, 1, 4]
-    assert ends.tolist() == [2, 2, 4, 5]
-    assert ends.dtype == torch.int32
-
-
 def test_a_layer_agrees_with_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, gate_up, down = random_layer(BITS, 256, 128, 128)
     hidden, chosen, routing = routed(9, 256)

@@ -68,19 +68,6 @@ def test_ragged_experts_of_every_width_share_a_launch(columns: int, group: int) 
         assert not counts[expert] or relative_error(by_slot[mine], expected) < HALF, width
 
 
-@pytest.mark.parametrize("slots", [0, 1, 17, 130])
-def test_tiles_cover_each_slot_once_under_its_expert(slots: int) -> None:
-    chosen = torch.randint(0, 5, (slots,), generator=torch.Generator().manual_seed(slots))
-    order, tiles, height = sort_slots(chosen, 4)
-    covered = []
-    for expert, first, end in tiles.tolist():
-        assert end - first <= height
-        covered += [(expert, slot) for slot in order[first:end].tolist()]
-    assert sorted(covered) == sorted(
-        (expert, slot) for slot, expert in enumerate(chosen.tolist()) if expert < 4
-    )
-
-
 @pytest.mark.parametrize(("tokens", "bits", "columns"), [(1, 4, 128), (5, 4, 128), (1, 3, 72)])
 def test_a_linear_layer_agrees_with_float64(tokens: int, bits: int, columns: int) -> None:
     stack, exact = random_stack([bits], 40, columns, 64)
