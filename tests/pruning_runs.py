@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mcsharp_sdk
+from mcsharp_sdk.engine.run_directory import LayerStore
 from mcsharp_sdk.models.experts import is_experts
 from mcsharp_sdk.recipe.schema import Recipe
 
@@ -45,6 +48,24 @@ def run(model: Path, recipe: Recipe, work: Path) -> Any:
     return mcsharp_sdk.compress(
         recipe, model, work / "out", run_dir=work / "run", progress=False, overwrite=True
     )
+
+
+@contextmanager
+def cut_off_after(layers: int) -> Iterator[None]:
+    """What runs inside must be interrupted when so many layers are written, and is."""
+    write, done = LayerStore.write, 0
+
+    def write_or_end(self: LayerStore, *arguments: Any) -> None:
+        nonlocal done
+        if done == layers:
+            raise KeyboardInterrupt
+        done += 1
+        write(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerStore, "write", write_or_end)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def load(folder: Path, **settings: Any) -> Any:

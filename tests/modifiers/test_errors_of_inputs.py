@@ -12,11 +12,11 @@ from pruning_runs import (
     QUANTISE,
     SEQUENCES,
     calibration_tokens,
+    cut_off_after,
     expert_calls,
     load,
     pruning_recipe,
     run,
-    write_text,
 )
 from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
@@ -26,7 +26,6 @@ from transformers import AutoConfig
 import mcsharp_sdk
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.engine import memory_plan
-from mcsharp_sdk.engine.run_directory import LayerStore
 from mcsharp_sdk.errors import InputProblems
 from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import MATRICES, Matrix
@@ -36,11 +35,6 @@ from mcsharp_sdk.models.stream import stream_layers
 from mcsharp_sdk.modifiers.original_model import OriginalExperts, OriginalLayer
 
 COARSE = {**QUANTISE, "bits": 2, "other_bits": 3, "propagation": 0.5}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def made(folder: Path, family: str) -> Path:
@@ -143,23 +137,12 @@ def test_the_first_layers_attention_has_no_errors_to_make_up_for(
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
 def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
-    family: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, text: Path, tmp_path: Path
 ) -> None:
     model, recipe = made(tmp_path / "model", family), pruning_recipe(text, COARSE)
     whole = run(model, recipe, tmp_path / "whole").output
-    write = LayerStore.write
-    done: list[int] = []
-
-    def cut_off(self: LayerStore, *arguments: Any) -> None:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(arguments[0])
-        write(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LayerStore, "write", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            run(model, recipe, tmp_path / "cut")
+    with cut_off_after(2):
+        run(model, recipe, tmp_path / "cut")
     resumed = run(model, recipe, tmp_path / "cut").output
     one, other = stored(whole), stored(resumed)
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -27,13 +27,6 @@ GROUP = 16
 GRID = GridSettings(group_size=GROUP, **QUICK_SEARCH)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("".join(chr(33 + (i * i + i // 7) % 90) for i in range(4000)))
-    return file
-
-
 def measure(model: Path, text: Path, work: Path, **settings: Any) -> ExpertStatistics:
     run(model, text, work, **settings)
     return ExpertStatistics.load(work / "run" / ExpertStatistics.FILE)

@@ -15,11 +15,11 @@ from pruning_runs import (
     QUANTISE,
     SEQUENCES,
     calibration_tokens,
+    cut_off_after,
     expert_calls,
     load,
     pruning_recipe,
     run,
-    write_text,
 )
 from stock_models import stir
 from tiny_models import save_tiny_model, tiny_model
@@ -38,11 +38,6 @@ COARSE = {**QUANTISE, "bits": 2, "other_bits": 2}
 CALIBRATE = {"type": "RouterCalibration", "ridge": 1e-3}
 TOKENS = SEQUENCES * LENGTH
 HELD_OUT = torch.arange(TOKENS) % 8 == 7
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def made(folder: Path, family: str) -> Path:
@@ -159,23 +154,11 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
     models: dict[str, Path],
     text: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = pruning_recipe(text, COARSE, CALIBRATE)
     whole = run(models["mixtral"], recipe, tmp_path / "whole").output
-    write = LayerStore.write
-    done: list[int] = []
-
-    def cut_off(self: LayerStore, *arguments: Any) -> None:
-        if len(done) == writes_until_the_cut:
-            raise KeyboardInterrupt
-        done.append(arguments[0])
-        write(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LayerStore, "write", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            run(models["mixtral"], recipe, tmp_path / "cut")
+    with cut_off_after(writes_until_the_cut):
+        run(models["mixtral"], recipe, tmp_path / "cut")
     resumed = run(models["mixtral"], recipe, tmp_path / "cut").output
     one, other = stored(whole), stored(resumed)
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -13,38 +13,22 @@ from pruning_runs import (
     QUANTISE,
     SEQUENCES,
     calibration_tokens,
+    cut_off_after,
     expert_calls,
     experts_of,
     load,
     pruning_recipe,
     run,
-    write_text,
 )
 from pydantic import ValidationError
 from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 
 from mcsharp_sdk.artifacts import TokenProtectionRule
-from mcsharp_sdk.engine.run_directory import LayerStore
 from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.topology import MoeBlock
 from mcsharp_sdk.modifiers import protection_measurement
 from mcsharp_sdk.modifiers.token_protection import TokenProtection
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """mixtral has k = 2; deepseek_v3 has k = 3, unsorted slots, sigmoid scores, a dense layer."""
-    folders = {}
-    for family in ("mixtral", "deepseek_v3"):
-        folders[family] = save_tiny_model(tmp_path_factory.mktemp(family), family)
-        save_tiny_tokenizer(folders[family])
-    return folders
 
 
 def measure(
@@ -182,22 +166,10 @@ def test_a_measurement_that_was_cut_off_ends_with_the_same_file(
     models: dict[str, Path],
     text: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = measure(models["mixtral"], text, tmp_path / "undisturbed")
-    write = LayerStore.write
-    done: list[int] = []
-
-    def cut_off(self: LayerStore, *arguments: Any) -> None:
-        if len(done) == writes_until_the_cut:
-            raise KeyboardInterrupt
-        done.append(arguments[0])
-        write(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LayerStore, "write", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            measure(models["mixtral"], text, tmp_path / "again")
+    with cut_off_after(writes_until_the_cut):
+        measure(models["mixtral"], text, tmp_path / "again")
     assert measure(models["mixtral"], text, tmp_path / "again") == expected
 
 

@@ -18,12 +18,9 @@ from pruning_runs import (
     load,
     pruning_recipe,
     run,
-    write_text,
 )
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from tiny_models import save_tiny_model
-from tiny_tokenizer import save_tiny_tokenizer
 from torch.nn import functional as F
 
 import mcsharp_sdk
@@ -49,20 +46,6 @@ from mcsharp_sdk.modifiers.top_any_training import (
 from mcsharp_sdk.pruning.top_any import kept_counts, soft_keep
 
 SHORT: dict[str, Any] = {"type": "TopAnyRouter", "steps": 30, "batch_tokens": 96, "patience": None}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folders = {}
-    for family in ("mixtral", "deepseek_v3"):
-        folders[family] = save_tiny_model(tmp_path_factory.mktemp(family), family)
-        save_tiny_tokenizer(folders[family])
-    return folders
 
 
 def train(model: Path, text: Path, work: Path, **changes: Any) -> Any:
