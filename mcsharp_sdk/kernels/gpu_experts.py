@@ -8,7 +8,7 @@ not depend on the routing or on how many widths there are, and nothing waits for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mcsharp_sdk.kernels import crossovers, gpu_dense
 from mcsharp_sdk.kernels.case import BUILT_IN, MEASURED, Choice, LayerCase
-from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack
+from mcsharp_sdk.kernels.expert_layer import ExpertLayer
 from mcsharp_sdk.kernels.tilings import TILINGS, Kind, Tiling
 from mcsharp_sdk.quantization.packing import BLOCK, packed_bytes
 
@@ -157,11 +157,8 @@ def _tiling(case: LayerCase, tokens: int, *, measured: bool) -> Tiling:
 
 
 def _fits_gemv(case: LayerCase) -> bool:
-    return case.group_size % 4 == 0 and all(
-        whole_words(columns, width)
-        for columns in (case.hidden, case.intermediate)
-        for width in case.widths
-    )
+    inputs = (case.hidden, case.intermediate)
+    return all(takes_gemv(columns, case.widths, case.group_size) for columns in inputs)
 
 
 def tokens_at_once(
@@ -188,15 +185,10 @@ def workspace_bytes(
     return slots * elements * dtype.itemsize
 
 
-def whole_words(columns: int, bits: int) -> bool:
-    """Whether packed rows consist of whole 32-bit words."""
-    return packed_bytes(columns, bits) % 4 == 0
-
-
-def takes_gemv(stack: MatrixStack) -> bool:
-    """Whether rows are whole words at every width that occurs, in groups of whole words."""
-    words = all(whole_words(stack.columns, width) for width in stack.widths)
-    return words and stack.group_size % 4 == 0
+def takes_gemv(columns: int, widths: Iterable[int], group_size: int) -> bool:
+    """Whether packed rows are whole 32-bit words at every width, in groups of whole words."""
+    words = all(packed_bytes(columns, width) % 4 == 0 for width in widths)
+    return words and group_size % 4 == 0
 
 
 def _few_tokens(

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mcsharp_sdk.kernels.case import Case
 from mcsharp_sdk.kernels.expert_layer import MatrixStack, expert_table
-from mcsharp_sdk.kernels.gpu_experts import GEMV_AT_ONCE, in_parts, takes_gemv, whole_words
+from mcsharp_sdk.kernels.gpu_experts import GEMV_AT_ONCE, in_parts, takes_gemv
 from mcsharp_sdk.kernels.gpu_support import HALF_PRECISION, missing_support
 from mcsharp_sdk.kernels.matrix import PackedStack
-from mcsharp_sdk.kernels.tilings import Tiling
+from mcsharp_sdk.kernels.tilings import Kind, Tiling
 
 GEMV_TOKENS = 2
 """Tokens up to which each reads the weights by itself, where nothing was measured. An estimate
@@ -31,7 +31,7 @@ def refuses_dp4a(case: Case) -> str:
     """Why a case cannot be done with 8-bit activations; empty if it can."""
     if reason := refuses(case):
         return reason
-    if not whole_words(case.columns, case.bits) or case.group_size % 4:
+    if not takes_gemv(case.columns, [case.bits], case.group_size):
         return "rows are not whole 32-bit words in groups of whole words"
     return ""
 
@@ -73,12 +73,17 @@ def _run(
     single = MatrixStack({stack.bits: stack.weight}, stack.group_size, stack.columns)
     table = _table(stack.bits, matrices, x.device)
     chosen = _chosen(x.device, slots, counts)
-    size = tiling.size if tiling else None
-    if tiling.kind == "gemv" if tiling else len(x) <= GEMV_TOKENS and takes_gemv(single):
+    kind, size = tiling or Tiling(_built_in_kind(stack, len(x)))
+    if kind == "gemv":
         run = partial(gemv, single, table, gated=False, dp4a=dp4a, step=size)
         return in_parts(run, GEMV_AT_ONCE, x.contiguous(), chosen)
     tiles = sort_slots(chosen, matrices, size)
     return gemm(single, table, x.contiguous(), tiles, gated=False, to_slots=False)
+
+
+def _built_in_kind(stack: PackedStack, tokens: int) -> Kind:
+    fits = takes_gemv(stack.columns, [stack.bits], stack.group_size)
+    return "gemv" if fits and tokens <= GEMV_TOKENS else "gemm"
 
 
 def _chosen(device: torch.device, slots: Sequence[int], counts: Sequence[int]) -> Tensor:

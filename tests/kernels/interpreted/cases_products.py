@@ -121,6 +121,6 @@ def test_a_case_is_refused_with_its_reason(
 
 
 def test_rows_that_are_not_whole_words_are_left_to_the_grouped_product() -> None:
-    assert takes_gemv(random_stack([1], 8, 96, 32)[0])
-    assert not takes_gemv(random_stack([1], 8, 72, 24)[0])
-    assert not takes_gemv(random_stack([4], 8, 128, 50)[0])
+    assert takes_gemv(96, [1, 3], 32)
+    assert not takes_gemv(72, [4, 1], 24)
+    assert not takes_gemv(128, [4], 50)
