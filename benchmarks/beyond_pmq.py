@@ -70,6 +70,13 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Stages]] 
         allocator: ("all", {"allocator": allocator}, {}, ())
         for allocator in ("hessian", "block_score_predictor", "block_score_oracle")
     },
+    "hessian of the loss": ("loss hessian", {"allocator": "hessian"}, {}, ()),
+    "best, 2 and 3 bits, quality best, rotated": (
+        "best",
+        {"widths": [2, 3]},
+        ROTATED,
+        ({"type": "RouterCalibration"},),
+    ),
     **{
         f"uniform, {name}": ("best", {"allocator": "uniform"}, settings, ())
         for name, settings in QUANTISERS.items()

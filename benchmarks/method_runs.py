@@ -27,6 +27,7 @@ STATISTICS: Mapping[str, Mapping[str, Any]] = {
     "released": {"mode": "released"},
     "best": {},
     "all": {"loss_tokens": 4096, "block_scores": True},
+    "loss hessian": {"loss_tokens": 4096, "hessian": "loss"},
 }
 """Name -> settings of ExpertStats."""
 
@@ -127,7 +128,8 @@ class Runs:
         """A file of expert statistics, measured as ``STATISTICS[name]`` says."""
         stage = {"type": "ExpertStats", "group_size": self.group_size, **STATISTICS[name]}
         recipe = {**self.recipe([stage], seed), "exports": []}
-        file = self.work / f"statistics_{name}_seed_{seed}_{_hash(recipe)}.json"
+        named = name.replace(" ", "_")
+        file = self.work / f"statistics_{named}_seed_{seed}_{_hash(recipe)}.json"
         if not file.exists():
             folder = self.work / f"{file.stem}.run"
             self._compress(recipe, self.work / f"{file.stem}.none", folder)
