@@ -58,12 +58,12 @@ class McSharpQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from mcsharp_sdk.runtime.compressed_model import make_savable
-        from mcsharp_sdk.runtime.modules import PackedLinear
+        from mcsharp_sdk.runtime.modules import ExpertBucket, PackedLinear
         from mcsharp_sdk.runtime.pruned_routing import ExpertPruner, set_expert_pruning
 
         model._weight_conversions = []
         for module in model.modules():
-            if isinstance(module, PackedLinear | ExpertPruner):
+            if isinstance(module, PackedLinear | ExpertBucket | ExpertPruner):
                 module.requires_grad_(False)
         make_savable(model)
         layout = PackedLayout.from_dict(self.quantization_config.to_dict())
@@ -72,6 +72,10 @@ class McSharpQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
         return True
 
     @property

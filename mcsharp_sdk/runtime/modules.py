@@ -24,6 +24,7 @@ from mcsharp_sdk.models.experts import (
 )
 from mcsharp_sdk.quantization.grid import PackedWeight
 from mcsharp_sdk.quantization.rotation import expert_signs, rotate
+from mcsharp_sdk.runtime import operators
 from mcsharp_sdk.runtime.layout import (
     TENSORS,
     bucket_name,
@@ -69,9 +70,12 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., R], in x's dtype."""
-        weight = PackedWeight(self.qweight, self.scales, self.zeros)
-        matrix = PackedMatrix(weight, self.bits, self.group_size, self.in_features)
-        out = packed_linear(x, matrix)
+        packed = (self.qweight, self.scales, self.zeros)
+        sizes = (self.bits, self.group_size, self.in_features)
+        if operators.are_wanted(x):
+            out = operators.linear(x, *packed, *sizes)
+        else:
+            out = packed_linear(x, PackedMatrix(PackedWeight(*packed), *sizes))
         return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:
@@ -159,9 +163,20 @@ class PackedExpertsMixin:
     num_experts: int
     has_bias: bool
     removed: tuple[int, ...]
+    number: int
     children: Callable[[], Iterator[nn.Module]]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]  # of nn.Module, which is beside it
+        self.number = operators.number_of(self)
+
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As :meth:`weighted_sum`, which compilers do not look into."""
+        if operators.are_wanted(hidden):
+            return operators.experts(hidden, top_k_index, top_k_weights, self.number)
+        return self.weighted_sum(hidden, top_k_index, top_k_weights)
+
+    def weighted_sum(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of the selected experts.
 
         Parameters
@@ -233,6 +248,7 @@ def pack_experts_module(
         bucket = ExpertBucket(chosen, shapes, width, group_size, len(bits) if rotated else 0)
         experts.add_module(bucket_name(width), bucket)
     experts.removed = tuple(removed(bits))
+    experts.number = operators.number_of(experts)
     original = type(experts)
     if original not in _PACKED_CLASSES:
         _PACKED_CLASSES[original] = type(

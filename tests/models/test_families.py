@@ -247,6 +247,16 @@ def test_a_loaded_model_equals_the_stock_class_with_dequantised_weights(
     assert not torch.allclose(expected, logits(stock_model(made.original), tokens()), atol=1e-2)
 
 
+@pytest.mark.parametrize("family", those_with("load"))
+def test_a_loaded_model_is_one_graph_for_a_compiler(
+    family: str, case: Callable[[str], Case]
+) -> None:
+    loaded = case(family).loaded
+    torch.compiler.reset()
+    compiled: Any = torch.compile(loaded, backend="eager", fullgraph=True)
+    close(logits(compiled, tokens()), logits(loaded, tokens()), near=1e-5)
+
+
 @pytest.mark.parametrize("family", those_with("generate"))
 def test_a_loaded_model_generates_what_the_stock_class_does(
     family: str, case: Callable[[str], Case]
