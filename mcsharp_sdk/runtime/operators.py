@@ -57,7 +57,7 @@ def _(x: Tensor, qweight: Tensor, scales: Tensor, *others: Any) -> Tensor:
 @torch.library.custom_op("mcsharp::packed_experts", mutates_args=())
 def experts(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, number: int) -> Tensor:
     """Weighted sum of the chosen experts of the module with this number, [T, hidden]."""
-    return _experts[number].weighted_sum(hidden, top_k_index, top_k_weights)
+    return _experts[number].weighted_sum(hidden, top_k_index, top_k_weights).contiguous()
 
 
 @experts.register_fake
