@@ -247,6 +247,7 @@ def test_a_loaded_model_equals_the_stock_class_with_dequantised_weights(
     assert not torch.allclose(expected, logits(stock_model(made.original), tokens()), atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", those_with("load"))
 def test_a_loaded_model_is_one_graph_for_a_compiler(
     family: str, case: Callable[[str], Case]
