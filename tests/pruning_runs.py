@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import save_tiny_model
+from tiny_tokenizer import save_tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +28,15 @@ def write_text(folder: Path) -> Path:
     file = folder / "text.txt"
     file.write_text("".join(chr(33 + (i * i + i // 7) % 90) for i in range(4000)))
     return file
+
+
+def write_models(folder: Path) -> dict[str, Path]:
+    """mixtral has k = 2; deepseek_v3 has k = 3, unsorted slots, sigmoid scores, a dense layer."""
+    folders = {}
+    for family in ("mixtral", "deepseek_v3"):
+        folders[family] = save_tiny_model(folder / family, family)
+        save_tiny_tokenizer(folders[family])
+    return folders
 
 
 def calibration_tokens(text: Path) -> Tensor:

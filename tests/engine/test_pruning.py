@@ -18,11 +18,10 @@ from pruning_runs import (
     load,
     pruning_recipe,
     run,
+    write_models,
     write_text,
 )
 from safetensors import safe_open
-from tiny_models import save_tiny_model
-from tiny_tokenizer import save_tiny_tokenizer
 
 import mcsharp_sdk
 from mcsharp_sdk.artifacts import TokenProtectionRule
@@ -41,11 +40,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folders = {}
-    for family in ("mixtral", "deepseek_v3"):
-        folders[family] = save_tiny_model(tmp_path_factory.mktemp(family), family)
-        save_tiny_tokenizer(folders[family])
-    return folders
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @torch.no_grad()

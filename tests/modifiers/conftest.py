@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pruning_runs import write_text
-from tiny_models import save_tiny_model
-from tiny_tokenizer import save_tiny_tokenizer
+from pruning_runs import write_models, write_text
 
 
 @pytest.fixture(scope="session")
@@ -17,9 +15,4 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """mixtral has k = 2; deepseek_v3 has k = 3, unsorted slots, sigmoid scores, a dense layer."""
-    folders = {}
-    for family in ("mixtral", "deepseek_v3"):
-        folders[family] = save_tiny_model(tmp_path_factory.mktemp(family), family)
-        save_tiny_tokenizer(folders[family])
-    return folders
+    return write_models(tmp_path_factory.mktemp("models"))
