@@ -6,6 +6,7 @@ the sizes of real models, with launches left out.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -49,27 +50,21 @@ SMALL = 64 * 2**10
 """Bytes for what docs/gpu.md does not name: scales and sums of blocks, the order of slots."""
 
 
-class Unlaunched:
-    """In place of a kernel: takes a grid and arguments, and does nothing but what is given."""
-
-    def __init__(self, effect: Callable[..., object] = lambda *arguments, **constants: None):
-        self.effect = effect
-
-    def __getitem__(self, grid: object) -> Callable[..., object]:
-        return self.effect
-
-
 @pytest.fixture(autouse=True)
 def _no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    def in_any_order(chosen: Tensor, order: Tensor, *others: Any, **constants: Any) -> None:
+    """In place of each kernel something that takes a grid and arguments, and launches nothing."""
+
+    def nothing(*arguments: Any, **constants: Any) -> None: ...
+
+    def any_order(chosen: Tensor, order: Tensor, *others: Any, **constants: Any) -> None:
         order.zero_()
 
     def product(x: Tensor, weights: Tensor, *, offs: Tensor) -> Tensor:
         return x.new_empty(len(x), weights.shape[-1])
 
     for kernel in KERNELS:
-        monkeypatch.setattr(triton_launch, kernel, Unlaunched())
-    monkeypatch.setattr(triton_launch, "sort_by_expert", Unlaunched(in_any_order))
+        monkeypatch.setattr(triton_launch, kernel, defaultdict(lambda: nothing))
+    monkeypatch.setattr(triton_launch, "sort_by_expert", defaultdict(lambda: any_order))
     monkeypatch.setattr(torch, "_grouped_mm", product)
 
 
