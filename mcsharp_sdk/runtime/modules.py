@@ -163,17 +163,17 @@ class PackedExpertsMixin:
     num_experts: int
     has_bias: bool
     removed: tuple[int, ...]
-    number: int
+    operator_number: int
     children: Callable[[], Iterator[nn.Module]]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]  # of nn.Module, which is beside it
-        self.number = operators.number_of(self)
+        self.operator_number = operators.number_of(self)
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As :meth:`weighted_sum`, which compilers do not look into."""
         if operators.are_wanted(hidden):
-            return operators.experts(hidden, top_k_index, top_k_weights, self.number)
+            return operators.experts(hidden, top_k_index, top_k_weights, self.operator_number)
         return self.weighted_sum(hidden, top_k_index, top_k_weights)
 
     def weighted_sum(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ def pack_experts_module(
         bucket = ExpertBucket(chosen, shapes, width, group_size, len(bits) if rotated else 0)
         experts.add_module(bucket_name(width), bucket)
     experts.removed = tuple(removed(bits))
-    experts.number = operators.number_of(experts)
+    experts.operator_number = operators.number_of(experts)
     original = type(experts)
     if original not in _PACKED_CLASSES:
         _PACKED_CLASSES[original] = type(

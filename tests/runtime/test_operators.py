@@ -116,6 +116,6 @@ def test_operators_do_what_they_say_of_themselves(mixtral: Path) -> None:
     sizes = (linear.bits, linear.group_size, linear.in_features)
     torch.library.opcheck(operators.linear, (x, *packed, *sizes))
     given = (torch.randn(5, 64), torch.tensor([[0, 1]] * 5), torch.rand(5, 2))
-    torch.library.opcheck(operators.experts, (*given, packed_experts(model).number))
+    torch.library.opcheck(operators.experts, (*given, packed_experts(model).operator_number))
     given = (torch.randn(64, 5).T, *given[1:])
-    torch.library.opcheck(operators.experts, (*given, packed_experts(model).number))
+    torch.library.opcheck(operators.experts, (*given, packed_experts(model).operator_number))
