@@ -43,6 +43,9 @@ Table = Mapping[str, Mapping[str, Steps]]
 """Device (:func:`device_name`) -> what is multiplied (``key`` of a case) -> steps."""
 
 
+_NOTHING: Mapping[str, Steps] = {}
+
+
 def crossover_file() -> Path | None:
     """The file that crossovers are kept in; None if they are switched off."""
     return _file(os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME"))
@@ -58,14 +61,19 @@ def _file(given: str | None, cache_home: str | None) -> Path | None:
 
 
 def fastest(case: Case | LayerCase, tokens: int) -> str:
-    """Name of what was measured to be fastest on this machine; empty if nothing was measured.
+    """Name of what was measured to be fastest on this machine; empty if nothing was measured."""
+    found = measured(case.device)
+    steps = found.get(case.key(), ()) if found else ()
+    return next((name for first, name in reversed(steps) if first <= tokens), "")
+
+
+def measured(device: str) -> Mapping[str, Steps]:
+    """What was measured on a kind of device; the same object until something else holds.
 
     A file that cannot be read is left out with a warning.
     """
     file = crossover_file()
-    found = {} if file is None else _of_device(file, case.device)
-    steps = found.get(case.key(), ()) if found else ()
-    return next((name for first, name in reversed(steps) if first <= tokens), "")
+    return _NOTHING if file is None else _of_device(file, device)
 
 
 def warn_unfit(case: Case | LayerCase, name: str) -> None:
@@ -154,10 +162,10 @@ def save(device: str, found: Mapping[str, Steps]) -> Path:
 @cache
 def _of_device(file: Path, device: str) -> Mapping[str, Steps]:
     try:
-        return read(file).get(device_name(device), {})
+        return read(file).get(device_name(device), _NOTHING)
     except InputError as error:
         warnings.warn(f"measured crossovers are not used: {error}", RuntimeWarning, stacklevel=2)
-        return {}
+        return _NOTHING
 
 
 def _plain(table: Table) -> dict[str, Any]:

@@ -8,6 +8,7 @@ what bf16 rounds off. Everything else is exact, zero points included.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -36,29 +37,59 @@ def integer_dot(
     x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int]
 ) -> Tensor:
     """As :class:`mcsharp_sdk.kernels.linear.Kernel` says."""
+    memory, ends = stack.memory(), accumulate(counts)
+    spans = [
+        (*memory.addresses(slot), stack.bits, end - count, end)
+        for slot, count, end in zip(slots, counts, ends, strict=True)
+    ]
+    form = (stack.rows, stack.columns, stack.group_size)
+    return products(x, spans, np.arange(len(x)), form).to(x.dtype)
+
+
+def products(
+    x: Tensor,
+    spans: Sequence[tuple[int, int, int, int, int, int]],
+    order: np.ndarray,
+    form: tuple[int, int, int],
+    slots_per_row: int = 1,
+) -> Tensor:
+    """Products of matrices of one shape, of any widths, with the slots that each one has.
+
+    Parameters
+    ----------
+    x : [T, K] floating point; T times ``slots_per_row`` slots take its rows in turn.
+    spans : of each matrix in use the addresses of its codes, scales and zero points, its width, and
+        first and last+1 place of its slots in ``order``.
+    order : int64 [N], slots by matrix.
+    form : rows, columns and group size of the matrices.
+
+    Returns
+    -------
+    fp32 [T * slots_per_row, R], by slots; rows of slots that are not in ``order`` are not written.
+    """
     from mcsharp_sdk.kernels import integer_products
 
-    unit = min(stack.group_size, BLOCK)
-    blocks = -(-stack.columns // BLOCK)
-    units = blocks * BLOCK // unit
-    values: np.ndarray = np.empty((len(x), 2 * BLOCK * blocks), np.int8)
+    rows, columns, group_size = form
+    unit = min(group_size, BLOCK)
+    units = -(-columns // unit)
+    activations = _filled_up(x.detach().float(), units * unit).contiguous().numpy()
+    values: np.ndarray = np.empty((len(x), 2 * units * unit), np.int8)
     grid: np.ndarray = np.empty((2, len(x), units), np.float32)
-    scales, weights = grid
-    activations = x.detach().float().contiguous().numpy()
     integer_products.quantise_activations(
-        activations, activations.view(np.int32), unit, values, scales, weights
+        activations, activations.view(np.int32), unit, values, grid[0], grid[1]
     )
-    ends = np.cumsum(counts)
-    spans = np.stack([np.asarray(slots), ends - counts, ends], axis=1).astype(np.int64)
-    addresses, _kept = stack.addresses()
-    form = (stack.rows, stack.columns, stack.bits, stack.group_size)
-    out = torch.empty(len(x), stack.rows, dtype=torch.float32)
-    target = out.numpy()
+    out = torch.empty(len(x) * slots_per_row, rows)
+    table, target = np.array(spans), out.numpy()
 
     def job(share: int, shares: int) -> None:
         integer_products.integer_dot(
-            values, (scales, weights), *addresses, spans, form, target, share, shares
+            values, grid, slots_per_row, table, order, form, target, share, shares
         )
 
-    in_shares(job, stack.rows * stack.columns * (len(x) + len(slots)))
-    return out.to(x.dtype)
+    in_shares(job, rows * columns * (len(order) + len(spans)))
+    return out
+
+
+def _filled_up(x: Tensor, columns: int) -> Tensor:
+    missing = columns - x.shape[1]
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, takewhile
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ KERNELS: dict[str, Kernel] = {
 
 EVERY_DTYPE = (*HALF_PRECISION, torch.float32, torch.float64)
 ANY_NUMBER = 2**62
+MANY_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,16 @@ def explain_choice(case: Case) -> Choice:
 def candidates(case: Case) -> list[str]:
     """The kernels that may be chosen for a case, whatever its number of tokens, without forcing."""
     return [p.kernel for p in PREFERENCES if _is_candidate(p.kernel, case)]
+
+
+def tokens_taken(kernel: str, stack: PackedStack, dtype: torch.dtype) -> int:
+    """Up to how many tokens, from one on, a kernel is chosen for a product on a CPU.
+
+    None if it is not chosen for one; no more than are worth telling apart, ``MANY_TOKENS``.
+    """
+    form = (stack.rows, stack.columns, stack.bits, stack.group_size)
+    cases = (Case(*form, tokens, dtype, "cpu") for tokens in range(1, MANY_TOKENS + 1))
+    return sum(1 for _ in takewhile(lambda case: choose_kernel(case) == kernel, cases))
 
 
 def _is_candidate(name: str, case: Case) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -58,12 +59,25 @@ class PackedStack:
         weight = PackedWeight(*(part[slot] for part in parts))
         return PackedMatrix(weight, self.bits, self.group_size, self.columns)
 
-    def addresses(self) -> tuple[tuple[int, int, int], list[Tensor]]:
-        """Where codes, scales and zero-point codes are in memory, and what has to stay alive.
+    def memory(self) -> StackMemory:
+        """Where the matrices lie.
 
         Scales are read as float16, also where a model was cast to another dtype as a whole.
         """
         parts = (self.weight.qweight, self.weight.scales.half(), self.weight.zeros)
-        kept = [part.contiguous() for part in parts]
-        codes, scales, zeros = (part.data_ptr() for part in kept)
-        return (codes, scales, zeros), kept
+        return StackMemory(*(part.contiguous() for part in parts))
+
+
+class StackMemory(NamedTuple):
+    """Codes, fp16 scales and zero-point codes of stacked matrices; they live as long as this."""
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def addresses(self, slot: int) -> tuple[int, int, int]:
+        """Where the three parts of one matrix are."""
+        codes, scales, zeros = (
+            part.data_ptr() + slot * part.stride(0) * part.element_size() for part in self
+        )
+        return codes, scales, zeros

@@ -16,6 +16,7 @@ import numba
 
 from mcsharp_sdk.kernels.simd import (
     field,
+    four_bits,
     load_byte,
     load_bytes,
     load_word,
@@ -23,7 +24,7 @@ from mcsharp_sdk.kernels.simd import (
     store_byte,
     store_bytes,
     store_word,
-    two_bits,
+    two_fields,
     with_third_bit,
 )
 
@@ -53,12 +54,12 @@ def packed_row(columns, bits):
 def codes_of(source, bits, vector):
     """Codes of the 32 columns from 32·vector on, of the full block at ``source``."""
     if bits == 1:
-        return two_bits(source, 2 * vector)
+        return two_fields(source, 2 * vector, 1)
     if bits == 2:
         return field(load_bytes(source), 2 * vector, 3)
     if bits == 3:
         low = field(load_bytes(source), 2 * vector, 3)
-        return with_third_bit(low, two_bits(source + 32, 2 * vector))
+        return with_third_bit(low, two_fields(source + 32, 2 * vector, 1))
     if bits == 4:
         return field(load_bytes(source + 32 * (vector & 1)), 4 * (vector >> 1), 15)
     return load_bytes(source + 32 * vector)
@@ -67,40 +68,65 @@ def codes_of(source, bits, vector):
 @compiled
 def unpack_short_block(source, bits, columns, target, stride):
     """Codes of a block of fewer than 128 columns, 0 behind them; targets as ``unpack``."""
-    for vector in range(BLOCK // VECTOR):
-        store_bytes(target + stride * vector, no_bytes())
     padded = (columns + 7) // 8 * 8
-    low = 0
-    while low < bits:
-        width = 2 if bits == 3 and low == 0 else bits - low
-        length = padded * width // 8
-        for place in range(8 // width):
-            shift, first = width * place, length * place
-            if length % 8:
-                unpack_bytes(source, length, shift, width, low, target, stride, first)
-            else:
-                unpack_words(source, length, shift, width, low, target, stride, first)
-        source += length
-        low += width
+    for vector in range(padded // VECTOR, BLOCK // VECTOR):
+        store_bytes(target + stride * vector, no_bytes())
+    if padded == BLOCK // 2:
+        unpack_half_block(source, bits, target, stride)
+        return
+    width = 2 if bits == 3 else bits
+    unpack_plane(source, padded, width, 0, target, stride)
+    if bits == 3:
+        unpack_plane(source + padded // 4, padded, 1, 2, target, stride)
+
+
+@compiled
+def unpack_half_block(source, bits, target, stride):
+    """Codes of 64 columns, as many models have them left over."""
+    for vector in range(2):
+        to, shift = target + stride * vector, 4 * vector
+        if bits == 1:
+            store_bytes(to, four_bits(source, shift))
+        elif bits == 2:
+            store_bytes(to, two_fields(source, shift, 2))
+        elif bits == 3:
+            third = four_bits(source + BLOCK // 8, shift)
+            store_bytes(to, with_third_bit(two_fields(source, shift, 2), third))
+        elif bits == 4:
+            store_bytes(to, field(load_bytes(source), shift, 15))
+        else:
+            store_bytes(to, load_bytes(source + VECTOR * vector))
+
+
+@compiled
+def unpack_plane(source, padded, width, low, target, stride):
+    """Add codes of a width that divides 8, ``low`` bits up; the first plane is written."""
+    length = padded * width // 8
+    for place in range(8 // width):
+        shift, first = width * place, length * place
+        if length % 8:
+            unpack_bytes(source, length, shift, width, low, target, stride, first)
+        else:
+            unpack_words(source, length, shift, width, low, target, stride, first)
 
 
 @inlined
 def unpack_bytes(source, length, shift, width, low, target, stride, first):
-    """Add the codes at one place of each byte, ``low`` bits up, to columns from ``first`` on."""
+    """The codes at one place of each byte to columns from ``first`` on."""
     for byte in range(length):
-        code = (load_byte(source + byte) >> shift) & (2**width - 1)
+        code = (load_byte(source + byte) >> shift) & ((1 << width) - 1)
         to = target + stride * ((first + byte) // VECTOR) + (first + byte) % VECTOR
-        store_byte(to, load_byte(to) | (code << low))
+        store_byte(to, (load_byte(to) if low else 0) | (code << low))
 
 
 @inlined
 def unpack_words(source, length, shift, width, low, target, stride, first):
     """As ``unpack_bytes``, eight bytes at a time; ``length`` and ``first`` are multiples of 8."""
-    every = (2**width - 1) * 0x0101010101010101
+    every = ((1 << width) - 1) * 0x0101010101010101
     for byte in range(0, length, 8):
         codes = (load_word(source + byte) >> shift) & every
         to = target + stride * ((first + byte) // VECTOR) + (first + byte) % VECTOR
-        store_word(to, load_word(to) | (codes << low))
+        store_word(to, (load_word(to) if low else 0) | (codes << low))
 
 
 @inlined

@@ -21,7 +21,7 @@ from numba.extending import intrinsic, models, register_model
 
 from mcsharp_sdk.kernels.support import cpu_features, has_vnni
 
-I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
 
 BYTES_PER_VECTOR = 32
@@ -50,7 +50,6 @@ class _VectorModel(models.PrimitiveModel):
 Bytes = Vector("Bytes", I8, BYTES_PER_VECTOR)
 Ints = Vector("Ints", I32, 8)
 Floats = Vector("Floats", FLOAT, 8)
-Quad = Vector("Quad", FLOAT, 4)
 Lanes = Vector("Lanes", FLOAT, 16)
 
 
@@ -143,13 +142,23 @@ def field(builder: Any, value: Any, shift: Any, mask: Any) -> Any:
     return builder.and_(builder.bitcast(words, Bytes.llvm), masks)
 
 
+@operation(Bytes, types.int64, types.int64, types.int64)
+def two_fields(builder: Any, address: Any, shift: Any, width: Any) -> Any:
+    """``width`` bits from ``shift`` on of 16 bytes, and behind them the next bits of the same."""
+    words = pick(builder, load(builder, address, ir.VectorType(I32, 4)), [0, 1, 2, 3] * 2)
+    width = builder.trunc(width, I32)
+    further = builder.mul(splat(builder, width, 8), constant(I32, [0] * 4 + [1] * 4))
+    shifts = builder.add(splat(builder, builder.trunc(shift, I32), 8), further)
+    fields = builder.bitcast(builder.lshr(words, shifts), Bytes.llvm)
+    mask = builder.sub(builder.shl(ir.Constant(I32, 1), width), ir.Constant(I32, 1))
+    return builder.and_(fields, splat(builder, builder.trunc(mask, I8), BYTES_PER_VECTOR))
+
+
 @operation(Bytes, types.int64, types.int64)
-def two_bits(builder: Any, address: Any, shift: Any) -> Any:
-    """Bit ``shift`` of 16 bytes, and behind them bit ``shift + 1`` of the same 16 bytes."""
-    words = load(builder, address, ir.VectorType(I32, 4))
-    words = pick(builder, words, [0, 1, 2, 3] * 2)
-    shifts = splat(builder, builder.trunc(shift, I32), 8)
-    shifts = builder.add(shifts, constant(I32, [0] * 4 + [1] * 4))
+def four_bits(builder: Any, address: Any, shift: Any) -> Any:
+    """Bit ``shift`` of eight bytes, and behind them the next three bits of the same, in turn."""
+    words = splat(builder, load(builder, address, I64), 4)
+    shifts = builder.add(splat(builder, shift, 4), constant(I64, [0, 1, 2, 3]))
     bits = builder.bitcast(builder.lshr(words, shifts), Bytes.llvm)
     return builder.and_(bits, constant(I8, [1] * BYTES_PER_VECTOR))
 
@@ -203,15 +212,16 @@ def add_scaled(builder: Any, total: Any, x: Any, factor: Any) -> Any:
     return call(builder, "llvm.fma.v8f32", Floats.llvm, x, factors, total)
 
 
-@operation(types.float32, Floats)
-def sum_lanes(builder: Any, x: Any) -> Any:
-    """The sum of a vector."""
-    lanes = 8
-    while lanes > 1:
-        lanes //= 2
-        upper = pick(builder, x, list(range(lanes, 2 * lanes)))
-        x = builder.fadd(pick(builder, x, list(range(lanes))), upper)
-    return builder.extract_element(x, ir.Constant(I32, 0))
+@operation(types.float32, types.int64)
+def load_float(builder: Any, address: Any) -> Any:
+    """One fp32 number."""
+    return load(builder, address, FLOAT)
+
+
+@operation(types.void, types.int64, types.float32)
+def store_float(builder: Any, address: Any, value: Any) -> None:
+    """Write one fp32 number."""
+    store(builder, address, value)
 
 
 @operation(types.float32, types.int64)
@@ -220,22 +230,10 @@ def load_half(builder: Any, address: Any) -> Any:
     return builder.fpext(load(builder, address, HALF), FLOAT)
 
 
-@operation(types.void, *[types.int64] * 5)
-def transpose_halves(builder: Any, r0: Any, r1: Any, r2: Any, r3: Any, target: Any) -> None:
-    """Eight fp16 numbers at each of four addresses, to fp32 [8, 4]."""
-    halves = [load(builder, row, ir.VectorType(HALF, 8)) for row in (r0, r1, r2, r3)]
-    rows = [builder.fpext(row, Floats.llvm) for row in halves]
-    lanes = constant(I32, list(range(16)))
-    first = builder.shuffle_vector(rows[0], rows[1], lanes)
-    second = builder.shuffle_vector(rows[2], rows[3], lanes)
-    order = [8 * row + column for column in range(8) for row in range(4)]
-    store(builder, target, builder.shuffle_vector(first, second, constant(I32, order)))
-
-
 @operation(types.int64, types.int64)
 def load_byte(builder: Any, address: Any) -> Any:
     """One byte."""
-    return builder.zext(load(builder, address, I8), ir.IntType(64))
+    return builder.zext(load(builder, address, I8), I64)
 
 
 @operation(types.void, types.int64, types.int64)
@@ -247,7 +245,7 @@ def store_byte(builder: Any, address: Any, value: Any) -> None:
 @operation(types.int64, types.int64)
 def load_word(builder: Any, address: Any) -> Any:
     """Eight bytes as one number."""
-    return load(builder, address, ir.IntType(64))
+    return load(builder, address, I64)
 
 
 @operation(types.void, types.int64, types.int64)
@@ -260,42 +258,6 @@ def store_word(builder: Any, address: Any, value: Any) -> None:
 def no_bytes(builder: Any) -> Any:
     """Zeros."""
     return constant(I8, [0] * BYTES_PER_VECTOR)
-
-
-@operation(Quad, types.float32)
-def quad(builder: Any, value: Any) -> Any:
-    """The same number four times."""
-    return splat(builder, value, 4)
-
-
-@operation(Quad, types.int64)
-def load_quad(builder: Any, address: Any) -> Any:
-    """Four fp32 numbers."""
-    return load(builder, address, Quad.llvm)
-
-
-@operation(types.void, types.int64, Quad)
-def store_quad(builder: Any, address: Any, value: Any) -> None:
-    """Write four fp32 numbers."""
-    store(builder, address, value)
-
-
-@operation(Quad, types.int64)
-def load_byte_quad(builder: Any, address: Any) -> Any:
-    """Four bytes, as fp32."""
-    return builder.uitofp(load(builder, address, ir.VectorType(I8, 4)), Quad.llvm)
-
-
-@operation(Quad, Quad, types.float32)
-def scaled(builder: Any, x: Any, factor: Any) -> Any:
-    """``x * factor``."""
-    return builder.fmul(x, splat(builder, factor, 4))
-
-
-@operation(Quad, Quad, Quad, Quad)
-def add_product(builder: Any, total: Any, x: Any, y: Any) -> Any:
-    """``total + x * y``."""
-    return builder.fadd(total, builder.fmul(x, y))
 
 
 @operation(Lanes, types.int64)

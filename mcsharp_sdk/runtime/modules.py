@@ -114,10 +114,15 @@ class ExpertBucket(nn.Module):
         """Whether the inputs of both matrices are turned."""
         return self.rotated_of > 0
 
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """The packed tensors by name; looking them up as attributes takes longer."""
+        return self._parameters
+
     def stack(self, matrix: Matrix) -> PackedStack:
         """One matrix of all experts of this bucket."""
-        parts = (getattr(self, tensor_name(matrix, part)) for part in TENSORS)
-        return PackedStack(PackedWeight(*parts), self.bits, self.group_size, self.columns[matrix])
+        packed = PackedWeight(*(self.tensors[tensor_name(matrix, part)] for part in TENSORS))
+        return PackedStack(packed, self.bits, self.group_size, self.columns[matrix])
 
     def forward(
         self,

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.kernels import gpu_support
+from mcsharp_sdk.kernels import cpu_experts, crossovers, gpu_support
 from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack, PerSlot, expert_table
 from mcsharp_sdk.kernels.gpu_experts import in_parts, run_experts, tokens_at_once
-from mcsharp_sdk.kernels.linear import VARIABLE, WHOLE_LAYERS
+from mcsharp_sdk.kernels.linear import VARIABLE, WHOLE_LAYERS, tokens_taken
 from mcsharp_sdk.models.experts import MATRICES, activate, finish
 from mcsharp_sdk.quantization.grid import REMOVED
 from mcsharp_sdk.quantization.rotation import expert_signs, rotate
@@ -21,7 +21,7 @@ from mcsharp_sdk.quantization.rotation import expert_signs, rotate
 if TYPE_CHECKING:
     from mcsharp_sdk.runtime.modules import ExpertBucket
 
-WholeLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
+WholeLayer = Callable[..., Tensor]
 """hidden [T, H], top_k_index and top_k_weights [T, k] -> [T, H]."""
 
 TRITON, TRITON_DP4A = WHOLE_LAYERS
@@ -33,6 +33,10 @@ TURNING_BYTES_PER_COLUMN = 18
 """Of a row being turned: it, its signs and two products in fp32, and the result."""
 
 _KNOWN = "_whole_layer_facts"
+_FEW = "_whole_layer_tokens"
+
+Run = Callable[..., Tensor]
+"""A layer and what a ``WholeLayer`` takes, with ``of`` as in ``run_experts`` -> [T, H]."""
 
 
 def whole_layer(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -> WholeLayer | None:
@@ -47,13 +51,11 @@ def whole_layer(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -
     buckets : its packed weights.
     hidden : what it is to be run on.
     """
-    if not gpu_support.serves(hidden) or not buckets:
-        return None
-    if os.environ.get(VARIABLE, TRITON) not in WHOLE_LAYERS:
+    if not buckets or (run_layer := _way(experts, buckets, hidden)) is None:
         return None
     if experts.removed and experts.has_bias:  # whose biases are left
         return None
-    if any(p.device != hidden.device for bucket in buckets for p in bucket.parameters()):
+    if any(t.device != hidden.device for bucket in buckets for t in bucket.tensors.values()):
         return None
     gate_up, down = (
         MatrixStack(
@@ -72,10 +74,10 @@ def whole_layer(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -
         between=_between(experts, silu=silu, rotated=buckets[0].rotated),
         behind=partial(finish, experts) if behind else None,
     )
-    run: WholeLayer = partial(_run, layer)
+    run: WholeLayer = partial(run_layer, layer)
     weighs_input, rotated = getattr(experts, "weighs_input", False), buckets[0].rotated
     if weighs_input or rotated:
-        run = partial(_with_a_row_each, layer, weighs_input=weighs_input, rotated=rotated)
+        run = partial(_with_a_row_each, layer, run, weighs_input=weighs_input, rotated=rotated)
         run = partial(_some_at_a_time, layer, run)
     return partial(_run_without_removed, run, table) if experts.removed else run
 
@@ -89,7 +91,16 @@ def _between(experts: Any, *, silu: bool, rotated: bool) -> PerSlot | None:
     return None if silu else partial(activate, experts)
 
 
-def _run(
+def _way(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -> Run | None:
+    """What runs a layer on ``hidden``'s device; None if nothing does."""
+    if gpu_support.serves(hidden):
+        return _on_gpu if os.environ.get(VARIABLE, TRITON) in WHOLE_LAYERS else None
+    if cpu_experts.serves(hidden) and len(hidden) <= _few_tokens(experts, buckets, hidden.dtype):
+        return _on_cpu
+    return None
+
+
+def _on_gpu(
     layer: ExpertLayer,
     hidden: Tensor,
     index: Tensor,
@@ -98,6 +109,30 @@ def _run(
 ) -> Tensor:
     dp4a = os.environ.get(VARIABLE) == TRITON_DP4A
     return run_experts(layer, hidden, index, weights, dp4a=dp4a, of=of)
+
+
+def _on_cpu(
+    layer: ExpertLayer,
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    of: tuple[int, int] | None = None,
+) -> Tensor:
+    return cpu_experts.run_experts(layer, hidden, index, weights)
+
+
+def _few_tokens(experts: Any, buckets: Sequence[ExpertBucket], dtype: torch.dtype) -> int:
+    """Up to how many tokens ``integer_dot`` is chosen for all matrices of a layer; kept."""
+    found = (
+        crossovers.measured("cpu"),
+        (dtype, os.environ.get(VARIABLE), torch.get_num_threads()),
+    )
+    known, tokens = experts.__dict__.get(_FEW, (None, 0))
+    if known is None or known[0] is not found[0] or known[1] != found[1]:
+        stacks = [bucket.stack(matrix) for bucket in buckets for matrix in MATRICES]
+        tokens = min(tokens_taken(cpu_experts.KERNEL, stack, dtype) for stack in stacks)
+        experts.__dict__[_FEW] = found, tokens
+    return tokens
 
 
 def _run_without_removed(
@@ -118,6 +153,7 @@ def _some_at_a_time(
 
 def _with_a_row_each(
     layer: ExpertLayer,
+    run: Run,
     hidden: Tensor,
     index: Tensor,
     weights: Tensor,
@@ -132,7 +168,7 @@ def _with_a_row_each(
         rows, factors = (rows * factors).to(hidden.dtype), torch.ones_like(factors)
     if rotated:
         rows = _turned(rows, slots[:, 0], layer.experts)
-    out = _run(layer, rows, slots, factors.float(), (index.shape[0], index.shape[1]))
+    out = run(rows, slots, factors.float(), of=(index.shape[0], index.shape[1]))
     return out.view(*index.shape, -1).sum(1)
 
 

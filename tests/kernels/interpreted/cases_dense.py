@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from expert_stacks import random_layer, random_stack, relative_error, silu_layer
+from packed_layers import BITS, routed
 from torch import Tensor
 
 from mcsharp_sdk.kernels import gpu_dense, gpu_experts
@@ -16,15 +17,6 @@ from mcsharp_sdk.kernels.tilings import TILINGS
 from mcsharp_sdk.kernels.triton_launch import dequantised
 
 DENSE = TILINGS["dense"]
-BITS = (1, 2, 3, 2)
-
-
-def routed(tokens: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, two different experts per token or a dropped slot, routing weights."""
-    generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, hidden, generator=generator).half()
-    order = torch.rand(tokens, len(BITS) + 1, generator=generator).argsort(1)
-    return x, order[:, :2], torch.rand(tokens, 2, generator=generator)
 
 
 @pytest.mark.parametrize("group", [32, 100, 128, 256])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from expert_stacks import random_layer, relative_error, silu_layer
-from tiny_models import tiny_model
+from packed_layers import BITS, packed_experts, routed
 
 from mcsharp_sdk.kernels import (
     crossovers,
@@ -22,21 +22,9 @@ from mcsharp_sdk.kernels.case import LayerCase
 from mcsharp_sdk.kernels.gpu_experts import case_of, run_experts, workspace_bytes
 from mcsharp_sdk.kernels.tilings import MATRIX_TILINGS, TILINGS
 from mcsharp_sdk.kernels.timed_cases import time_layer
-from mcsharp_sdk.models.experts import is_experts
-from mcsharp_sdk.models.normal_form import normalise
 from mcsharp_sdk.runtime import whole_layers
-from mcsharp_sdk.runtime.modules import ExpertBucket, pack_experts_module
-from mcsharp_sdk.runtime.whole_layers import gates_by_silu, whole_layer
-
-BITS = (1, 2, 3, 2)
-
-
-def routed(tokens: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, two different experts per token or a dropped slot, routing weights."""
-    generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, hidden, generator=generator).half()
-    order = torch.rand(tokens, len(BITS) + 1, generator=generator).argsort(1)
-    return x, order[:, :2], torch.rand(tokens, 2, generator=generator)
+from mcsharp_sdk.runtime.modules import ExpertBucket
+from mcsharp_sdk.runtime.whole_layers import gates_by_silu
 
 
 @pytest.mark.parametrize(("tokens", "dp4a"), [(0, False), (2, False), (2, True), (9, False)])
@@ -191,28 +179,8 @@ def test_families_run_in_kernels_as_without_them(
     for tokens in (1, 5):
         hidden, chosen, routing = routed(tokens, hidden_size)
         chosen = chosen.where(chosen < len(BITS), experts.num_experts)
-        assert whole_layer(experts, buckets, hidden) is None
         expected = experts.float()(hidden.float(), chosen, routing)
         monkeypatch.setattr(gpu_support, "serves", lambda x: True)
         given = experts.half()(hidden, chosen, routing.half())
         monkeypatch.undo()
         assert relative_error(given, expected.double()) < 4e-3
-
-
-def packed_experts(family: str, *, rotated: bool, removed: bool) -> Any:
-    """The experts of a family's first sparse layer, packed at mixed widths with random weights."""
-    model = tiny_model(family)
-    normalise(model)
-    experts: Any = next(module for module in model.modules() if is_experts(module))
-    widths = (*BITS[:-1], 0) if removed else BITS
-    bits = [widths[expert % len(widths)] for expert in range(experts.num_experts)]
-    pack_experts_module(experts, bits, group_size=32, rotated=rotated)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in experts.named_parameters():
-        if parameter.dtype == torch.uint8:
-            parameter.random_(0, 256, generator=generator)
-        elif name.endswith("scales"):
-            parameter.uniform_(-0.1, 0.1, generator=generator)
-        else:
-            parameter.data.normal_(generator=generator)
-    return experts.requires_grad_(False)

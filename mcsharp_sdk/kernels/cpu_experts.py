@@ -1,0 +1,92 @@
+"""All routed experts of a layer at once on a CPU, for few tokens: two calls of compiled code.
+
+Small experts take less time to compute than it takes to call for each of them. Products are those
+of ``integer_dot``, for experts of all widths together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack
+from mcsharp_sdk.kernels.gpu_support import HALF_PRECISION
+from mcsharp_sdk.kernels.integer_dot import products
+from mcsharp_sdk.kernels.matrix import PackedStack
+
+KERNEL = "integer_dot"
+"""The kernel whose products these are."""
+
+Places = Mapping[tuple[int, int], list[int]]
+"""Width of an expert and its place among those of its width -> its slots."""
+
+
+def serves(x: Tensor) -> bool:
+    """Whether x may be taken: 16-bit floats on a CPU, no gradient."""
+    if x.device.type != "cpu" or x.dtype not in HALF_PRECISION:
+        return False
+    return not (x.requires_grad and torch.is_grad_enabled())
+
+
+def run_experts(layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
+    """Weighted sum of the chosen experts.
+
+    Parameters
+    ----------
+    hidden : [T, H], 16-bit floats; T may be 0.
+    chosen : int64 [T, k]; ``layer.experts`` marks a dropped slot, which costs nothing.
+    routing : [T, k], any float dtype.
+
+    Returns
+    -------
+    [T, H] in hidden's dtype; summed in fp32, over a token's slots in their order. Between the
+    matrices, too, are fp32 numbers where the layer has no code of its own there.
+    """
+    slots = chosen.reshape(-1)
+    places = _by_expert(layer.table[slots].tolist())
+    order = [slot for taken in places.values() for slot in taken]
+    if not order:
+        return torch.zeros_like(hidden)
+    kept = None if len(order) == len(slots) else torch.tensor(order)
+    given = np.array(order)
+    inner = _products(layer.gate_up, hidden, places, given, chosen.shape[1])
+    if layer.between is None:
+        gate, up = inner.chunk(2, -1)
+        inner = torch.nn.functional.silu(gate).mul_(up)
+    else:
+        inner = layer.between(inner.to(hidden.dtype), slots.clamp(max=layer.experts - 1))
+    out = _products(layer.down, inner, places, given, 1)
+    if layer.behind is not None:
+        out = layer.behind(out.to(hidden.dtype), slots.clamp(max=layer.experts - 1)).float()
+    if kept is not None:
+        out = torch.zeros_like(out).index_copy_(0, kept, out[kept])
+    weights = routing.to(out.dtype).unsqueeze(1)
+    return torch.bmm(weights, out.view(*chosen.shape, -1)).squeeze(1).to(hidden.dtype)
+
+
+def _by_expert(table: Sequence[Sequence[int]]) -> Places:
+    """Slots by expert, from each slot's row of the layer's table; dropped ones have no width."""
+    places: dict[tuple[int, int], list[int]] = {}
+    for slot, (width, place) in enumerate(table):
+        if width:
+            places.setdefault((width, place), []).append(slot)
+    return places
+
+
+def _products(
+    stack: MatrixStack, x: Tensor, places: Places, order: np.ndarray, slots_per_row: int
+) -> Tensor:
+    """What each slot's expert makes of its row of x, fp32 [slots, R]; see ``products``."""
+    memory = {
+        width: PackedStack(weight, width, stack.group_size, stack.columns).memory()
+        for width, weight in stack.weights.items()
+    }
+    spans, end = [], 0
+    for (width, place), slots in places.items():
+        spans.append((*memory[width].addresses(place), width, end, end + len(slots)))
+        end += len(slots)
+    form = (stack.rows, stack.columns, stack.group_size)
+    return products(x, spans, order, form, slots_per_row)

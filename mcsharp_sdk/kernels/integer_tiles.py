@@ -1,0 +1,195 @@
+"""Sums of a tile, four rows of a packed matrix times one token, compiled by numba.
+
+Within a block, columns are taken in *units* of min(128, group size), which have one scale and one
+zero point. The group size is a multiple of 32 that divides 128, or a multiple of 128. All is
+addresses and numbers: handing arrays on costs as much as the products of a short row.
+
+Imported only where numba is installed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mcsharp_sdk.kernels.packed_codes import BLOCK, VECTOR, codes_of, compiled, inlined
+from mcsharp_sdk.kernels.simd import (
+    add_scaled,
+    dot,
+    joined,
+    load_bytes,
+    load_float,
+    load_half,
+    no_floats,
+    no_ints,
+    store_float,
+)
+from mcsharp_sdk.kernels.simd_quads import (
+    add_product,
+    load_byte_quad,
+    load_quad,
+    quad,
+    scaled,
+    store_quad,
+    sum_of_four,
+    transpose_eight_halves,
+    transpose_four_halves,
+)
+
+TILE = 4
+"""Rows that are multiplied together."""
+
+QUAD = 16
+"""Bytes of four fp32 numbers, one for each row of a tile."""
+
+
+@inlined
+def stored_sums(rows, bits, vectors, blocks, x, factors):
+    """Four rows times one token, without zero points, codes taken as they are stored.
+
+    Parameters
+    ----------
+    rows : addresses of the four rows.
+    vectors : per unit.
+    blocks : full ones.
+    x : address of the token's quantised activations.
+    factors : address of fp32 [units, 4], scales of weights times scales of activations.
+    """
+    r0, r1, r2, r3 = rows
+    a0, a1, a2, a3 = no_floats(), no_floats(), no_floats(), no_floats()
+    for block in range(blocks):
+        skip = 16 * bits * block
+        for part in range(BLOCK // VECTOR // vectors):
+            h0, h1, h2, h3 = no_ints(), no_ints(), no_ints(), no_ints()
+            l0, l1, l2, l3 = no_ints(), no_ints(), no_ints(), no_ints()
+            for vector in range(vectors * part, vectors * (part + 1)):
+                at = x + 2 * BLOCK * block + 2 * VECTOR * vector
+                high, low = load_bytes(at), load_bytes(at + VECTOR)
+                row = codes_of(r0 + skip, bits, vector)
+                h0, l0 = dot(h0, row, high), dot(l0, row, low)
+                row = codes_of(r1 + skip, bits, vector)
+                h1, l1 = dot(h1, row, high), dot(l1, row, low)
+                row = codes_of(r2 + skip, bits, vector)
+                h2, l2 = dot(h2, row, high), dot(l2, row, low)
+                row = codes_of(r3 + skip, bits, vector)
+                h3, l3 = dot(h3, row, high), dot(l3, row, low)
+            a0 = add_scaled(a0, joined(h0, l0), load_float(factors))
+            a1 = add_scaled(a1, joined(h1, l1), load_float(factors + 4))
+            a2 = add_scaled(a2, joined(h2, l2), load_float(factors + 8))
+            a3 = add_scaled(a3, joined(h3, l3), load_float(factors + 12))
+            factors += QUAD
+    return sum_of_four(a0, a1, a2, a3)
+
+
+@inlined
+def stored_sums_of_width(rows, bits, vectors, blocks, x, factors):
+    if bits == 1:
+        return stored_sums(rows, 1, vectors, blocks, x, factors)
+    if bits == 2:
+        return stored_sums(rows, 2, vectors, blocks, x, factors)
+    if bits == 3:
+        return stored_sums(rows, 3, vectors, blocks, x, factors)
+    if bits == 4:
+        return stored_sums(rows, 4, vectors, blocks, x, factors)
+    return stored_sums(rows, 8, vectors, blocks, x, factors)
+
+
+@compiled
+def stored_tile_sums(rows, bits, vectors, blocks, x, factors):
+    """``stored_sums``, compiled for each width and number of vectors."""
+    if vectors == 4:
+        return stored_sums_of_width(rows, bits, 4, blocks, x, factors)
+    if vectors == 2:
+        return stored_sums_of_width(rows, bits, 2, blocks, x, factors)
+    return stored_sums_of_width(rows, bits, 1, blocks, x, factors)
+
+
+@inlined
+def unpacked_sums(codes, vectors, units, x, factors):
+    """As ``stored_sums``, of codes that lie unpacked: of each 32 columns those of each row."""
+    a0, a1, a2, a3 = no_floats(), no_floats(), no_floats(), no_floats()
+    for u in range(units):
+        h0, h1, h2, h3 = no_ints(), no_ints(), no_ints(), no_ints()
+        l0, l1, l2, l3 = no_ints(), no_ints(), no_ints(), no_ints()
+        for vector in range(u * vectors, (u + 1) * vectors):
+            at = x + 2 * VECTOR * vector
+            high, low = load_bytes(at), load_bytes(at + VECTOR)
+            tile = codes + TILE * VECTOR * vector
+            row = load_bytes(tile)
+            h0, l0 = dot(h0, row, high), dot(l0, row, low)
+            row = load_bytes(tile + VECTOR)
+            h1, l1 = dot(h1, row, high), dot(l1, row, low)
+            row = load_bytes(tile + 2 * VECTOR)
+            h2, l2 = dot(h2, row, high), dot(l2, row, low)
+            row = load_bytes(tile + 3 * VECTOR)
+            h3, l3 = dot(h3, row, high), dot(l3, row, low)
+        a0 = add_scaled(a0, joined(h0, l0), load_float(factors))
+        a1 = add_scaled(a1, joined(h1, l1), load_float(factors + 4))
+        a2 = add_scaled(a2, joined(h2, l2), load_float(factors + 8))
+        a3 = add_scaled(a3, joined(h3, l3), load_float(factors + 12))
+        factors += QUAD
+    return sum_of_four(a0, a1, a2, a3)
+
+
+@compiled
+def unpacked_tile_sums(codes, vectors, units, x, factors):
+    """``unpacked_sums``, compiled for each number of vectors."""
+    if vectors == 4:
+        return unpacked_sums(codes, 4, units, x, factors)
+    if vectors == 2:
+        return unpacked_sums(codes, 2, units, x, factors)
+    return unpacked_sums(codes, 1, units, x, factors)
+
+
+@compiled
+def tile_grid(rows, groups, zero_codes, middle, scales, zeros):
+    """Scales, and scales times zero points, of four rows, both to fp32 [groups, 4].
+
+    Parameters
+    ----------
+    rows : addresses of the fp16 scales of each row.
+    zero_codes : address of uint8 [groups, 128], at the first of the four rows.
+    middle : zero point of code 0.
+    """
+    r0, r1, r2, r3 = rows
+    group = 0
+    while group + 8 <= groups:
+        skip = 2 * group
+        transpose_eight_halves(r0 + skip, r1 + skip, r2 + skip, r3 + skip, scales + QUAD * group)
+        group += 8
+    if group + 4 <= groups:
+        skip = 2 * group
+        transpose_four_halves(r0 + skip, r1 + skip, r2 + skip, r3 + skip, scales + QUAD * group)
+        group += 4
+    while group < groups:
+        skip, to = 2 * group, scales + QUAD * group
+        store_float(to, load_half(r0 + skip))
+        store_float(to + 4, load_half(r1 + skip))
+        store_float(to + 8, load_half(r2 + skip))
+        store_float(to + 12, load_half(r3 + skip))
+        group += 1
+    none = quad(np.float32(0))
+    for group in range(groups):
+        code = load_byte_quad(zero_codes + BLOCK * group)
+        zero = add_product(quad(middle), code, quad(np.float32(0.25)))
+        scale = load_quad(scales + QUAD * group)
+        store_quad(zeros + QUAD * group, add_product(none, scale, zero))
+
+
+@compiled
+def token_factors(scales, zeros, groups, stretch, units, x_scales, x_weights, factors):
+    """Factors of sums for one token; returns what zero points take off the four rows.
+
+    Parameters
+    ----------
+    scales, zeros : what ``tile_grid`` wrote.
+    stretch : units per group.
+    x_scales, x_weights : addresses of fp32 [units].
+    factors : address of fp32 [units, 4], written.
+    """
+    off = quad(np.float32(0))
+    for group in range(groups):
+        scale, zero = load_quad(scales + QUAD * group), load_quad(zeros + QUAD * group)
+        for u in range(stretch * group, min(units, stretch * (group + 1))):
+            store_quad(factors + QUAD * u, scaled(scale, load_float(x_scales + 4 * u)))
+            off = add_product(off, zero, quad(load_float(x_weights + 4 * u)))
+    return off

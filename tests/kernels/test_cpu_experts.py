@@ -1,0 +1,207 @@
+"""All experts of a layer at once on a CPU: against float64, and when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from expert_stacks import random_layer, relative_error, silu_layer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from packed_layers import BITS, packed_experts, routed
+from torch import Tensor
+
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.kernels import Case, cpu_experts, crossovers, support, threads
+from mcsharp_sdk.kernels.cpu_experts import run_experts
+from mcsharp_sdk.kernels.expert_layer import ExpertLayer
+from mcsharp_sdk.runtime.modules import ExpertBucket
+from mcsharp_sdk.runtime.whole_layers import whole_layer
+
+pytestmark = pytest.mark.skipif(
+    bool(support.missing_support()), reason=support.missing_support() or "kernels can be compiled"
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MCSHARP_CROSSOVERS", "off")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    bits=st.lists(st.sampled_from([1, 2, 3, 4]), min_size=4, max_size=4),
+    hidden=st.sampled_from([33, 64, 192, 256, 300]),
+    intermediate=st.sampled_from([32, 72, 128, 160]),
+    group=st.sampled_from([32, 64, 128, 256]),
+    tokens=st.integers(0, 9),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+)
+def test_a_layer_agrees_with_float64(
+    bits: list[int], hidden: int, intermediate: int, group: int, tokens: int, dtype: torch.dtype
+) -> None:
+    layer, gate_up, down = random_layer(bits, hidden, intermediate, group)
+    x, chosen, routing = routed(tokens, hidden)
+    x = x.to(dtype)
+    out = run_experts(layer, x, chosen, routing)
+    assert out.shape == x.shape
+    assert out.dtype == dtype
+    expected = silu_layer(x, chosen, routing, gate_up, down)
+    assert not tokens or relative_error(out, expected) < 2e-4 + torch.finfo(dtype).eps
+
+
+@pytest.fixture
+def _unset_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_unset_memory_is_nan")
+def test_dropped_slots_leave_nothing_behind() -> None:
+    assert torch.empty(1).isnan()
+    layer, gate_up, down = random_layer(BITS, 64, 32, 32)
+    x, _, routing = routed(3, 64)
+    dropped = len(BITS)
+    chosen = torch.tensor([[dropped, 1], [2, dropped], [dropped, dropped]])
+    out = run_experts(layer, x, chosen, routing)
+    assert relative_error(out, silu_layer(x, chosen, routing, gate_up, down)) < 2e-3
+    assert not out[2].any()
+    assert not run_experts(layer, x, torch.full_like(chosen, dropped), routing).any()
+
+
+@pytest.mark.parametrize("shares", [2, 3])
+def test_threads_share_a_layer(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _, _ = random_layer(BITS, 192, 160, 64)
+    given = routed(5, 192)
+    alone = run_experts(layer, *given)
+    monkeypatch.setattr(threads, "SMALL", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: shares)
+    assert torch.equal(run_experts(layer, *given), alone)
+
+
+FAMILIES = [
+    ("mixtral", False, False),
+    ("mixtral", True, False),
+    ("mixtral", True, True),
+    ("gpt_oss", False, False),
+    ("gpt_oss", True, False),
+    ("llama4", False, False),
+    ("llama4", True, True),
+    ("nemotron_h", False, True),
+]
+
+
+@pytest.mark.parametrize(("family", "rotated", "removed"), FAMILIES)
+def test_families_run_at_once_as_bucket_by_bucket(
+    family: str, rotated: bool, removed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = packed_experts(family, rotated=rotated, removed=removed)
+    for tokens in (1, 5):
+        hidden, chosen, routing = routed_in(experts, tokens)
+        expected = experts.float()(hidden.float(), chosen, routing)
+        met: list[Tensor] = []
+
+        def noted(layer: ExpertLayer, hidden: Tensor, *others: Any, met: Any = met) -> Tensor:
+            met.append(hidden)
+            return run_experts(layer, hidden, *others)
+
+        monkeypatch.setattr(cpu_experts, "run_experts", noted)
+        found = experts.half()(hidden, chosen, routing.half())
+        monkeypatch.undo()
+        assert relative_error(found, expected.double()) < 4e-3
+        assert len(met) == 1
+
+
+def test_products_are_called_for_twice_whatever_the_routing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, _, _ = random_layer(BITS, 64, 32, 32)
+    calls: list[int] = []
+    products = cpu_experts.products
+
+    def noted(x: Tensor, spans: Any, *others: Any) -> Tensor:
+        calls.append(len(spans))
+        return products(x, spans, *others)
+
+    monkeypatch.setattr(cpu_experts, "products", noted)
+    x, _, routing = routed(2, 64)
+    run_experts(layer, x, torch.tensor([[0, 3], [1, 2]]), routing)
+    run_experts(layer, x, torch.tensor([[1, 1], [1, 1]]), routing)
+    assert calls == [4, 4, 1, 1]
+
+
+# When it is done
+
+
+def routed_in(experts: Any, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``routed``, for an experts module."""
+    hidden, chosen, routing = routed(tokens, buckets_of(experts)[0].columns["gate_up"])
+    return hidden, chosen.where(chosen < len(BITS), experts.num_experts), routing
+
+
+def buckets_of(experts: Any) -> list[ExpertBucket]:
+    return [module for module in experts.children() if isinstance(module, ExpertBucket)]
+
+
+def is_done(experts: Any, hidden: Tensor) -> bool:
+    return whole_layer(experts, buckets_of(experts), hidden) is not None
+
+
+@pytest.fixture
+def mixtral() -> Any:
+    return packed_experts("mixtral", rotated=False, removed=False).half()
+
+
+def test_few_tokens_in_half_precision_are_done_at_once(mixtral: Any) -> None:
+    hidden, _, _ = routed_in(mixtral, 25)
+    assert is_done(mixtral, hidden[:1])
+    assert is_done(mixtral, hidden[:24])
+    assert not is_done(mixtral, hidden)
+    assert not is_done(mixtral, hidden[:1].float())
+    assert not is_done(mixtral, hidden[:1].clone().requires_grad_())
+
+
+def test_biases_of_removed_experts_are_left_to_the_buckets() -> None:
+    experts = packed_experts("gpt_oss", rotated=False, removed=True).half()
+    hidden, _, _ = routed_in(experts, 1)
+    assert not is_done(experts, hidden)
+
+
+def test_offloaded_experts_are_left_to_the_buckets(mixtral: Any) -> None:
+    hidden, _, _ = routed_in(mixtral, 1)
+    buckets_of(mixtral)[0].to("meta")
+    assert not is_done(mixtral, hidden)
+
+
+def test_a_kernel_that_is_asked_for_does_its_products(
+    mixtral: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, _, _ = routed_in(mixtral, 30)
+    assert not is_done(mixtral, hidden)
+    monkeypatch.setenv("MCSHARP_KERNEL", "integer_dot")
+    assert is_done(mixtral, hidden)
+    monkeypatch.setenv("MCSHARP_KERNEL", "chunked")
+    assert not is_done(mixtral, hidden)
+    monkeypatch.setenv("MCSHARP_KERNEL", "none")
+    with pytest.raises(InputError, match="no such kernel"):
+        is_done(mixtral, hidden)
+
+
+def test_what_was_measured_says_for_how_many_tokens(
+    mixtral: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MCSHARP_CROSSOVERS", str(tmp_path / "crossovers.json"))
+    hidden, _, _ = routed_in(mixtral, 4)
+    assert is_done(mixtral, hidden)
+    stack = buckets_of(mixtral)[1].stack("down")
+    form = (stack.rows, stack.columns, stack.bits, stack.group_size)
+    key = Case(*form, 1, torch.float16, "cpu").key()
+    crossovers.save("cpu", {key: ((1, "integer_dot"), (4, "dequantise"))})
+    assert not is_done(mixtral, hidden)
+    assert is_done(mixtral, hidden[:3])
+    crossovers.save("cpu", {key: ((1, "dequantise"),)})
+    assert not is_done(mixtral, hidden[:1])
