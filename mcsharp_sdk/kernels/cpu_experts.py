@@ -7,6 +7,7 @@ of ``integer_dot``, for experts of all widths together.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -51,14 +52,14 @@ def run_experts(layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Ten
     if not order:
         return torch.zeros_like(hidden)
     kept = None if len(order) == len(slots) else torch.tensor(order)
-    given = np.array(order)
-    inner = _products(layer.gate_up, hidden, places, given, chosen.shape[1])
+    tokens = [slot // chosen.shape[1] for slot in order]
+    inner = _products(layer.gate_up, hidden, places, tokens, len(slots))
     if layer.between is None:
         gate, up = inner.chunk(2, -1)
         inner = torch.nn.functional.silu(gate).mul_(up)
     else:
         inner = layer.between(inner.to(hidden.dtype), slots.clamp(max=layer.experts - 1))
-    out = _products(layer.down, inner, places, given, 1)
+    out = _products(layer.down, inner, places, order, len(slots))
     if layer.behind is not None:
         out = layer.behind(out.to(hidden.dtype), slots.clamp(max=layer.experts - 1)).float()
     if kept is not None:
@@ -77,9 +78,14 @@ def _by_expert(table: Sequence[Sequence[int]]) -> Places:
 
 
 def _products(
-    stack: MatrixStack, x: Tensor, places: Places, order: np.ndarray, slots_per_row: int
+    stack: MatrixStack, x: Tensor, places: Places, rows: Sequence[int], results: int
 ) -> Tensor:
-    """What each slot's expert makes of its row of x, fp32 [slots, R]; see ``products``."""
+    """What each slot's expert makes of its row of x, fp32 [results, R].
+
+    Parameters
+    ----------
+    rows : of x, for the slots of all experts in turn.
+    """
     memory = {
         width: PackedStack(weight, width, stack.group_size, stack.columns).memory()
         for width, weight in stack.weights.items()
@@ -88,5 +94,5 @@ def _products(
     for (width, place), slots in places.items():
         spans.append((*memory[width].addresses(place), width, end, end + len(slots)))
         end += len(slots)
-    form = (stack.rows, stack.columns, stack.group_size)
-    return products(x, spans, order, form, slots_per_row)
+    order = np.array([*zip(chain(*places.values()), rows, strict=True)])
+    return products(x, spans, order, (stack.rows, stack.columns, stack.group_size), results)

@@ -43,7 +43,8 @@ def integer_dot(
         for slot, count, end in zip(slots, counts, ends, strict=True)
     ]
     form = (stack.rows, stack.columns, stack.group_size)
-    return products(x, spans, np.arange(len(x)), form).to(x.dtype)
+    order = np.arange(len(x)).repeat(2).reshape(-1, 2)
+    return products(x, spans, order, form, len(x)).to(x.dtype)
 
 
 def products(
@@ -51,21 +52,22 @@ def products(
     spans: Sequence[tuple[int, int, int, int, int, int]],
     order: np.ndarray,
     form: tuple[int, int, int],
-    slots_per_row: int = 1,
+    results: int,
 ) -> Tensor:
-    """Products of matrices of one shape, of any widths, with the slots that each one has.
+    """Products of matrices of one shape, of any widths, each with its own rows of x.
 
     Parameters
     ----------
-    x : [T, K] floating point; T times ``slots_per_row`` slots take its rows in turn.
+    x : [T, K] floating point.
     spans : of each matrix in use the addresses of its codes, scales and zero points, its width, and
-        first and last+1 place of its slots in ``order``.
-    order : int64 [N], slots by matrix.
-    form : rows, columns and group size of the matrices.
+        first and last+1 place in ``order``.
+    order : int64 [N, 2], by matrix: a row of the results, and the row of x that it comes from.
+    form : rows R, columns K and group size of the matrices.
+    results : how many rows there are.
 
     Returns
     -------
-    fp32 [T * slots_per_row, R], by slots; rows of slots that are not in ``order`` are not written.
+    fp32 [results, R]; rows that are not in ``order`` are not written.
     """
     from mcsharp_sdk.kernels import integer_products
 
@@ -78,13 +80,11 @@ def products(
     integer_products.quantise_activations(
         activations, activations.view(np.int32), unit, values, grid[0], grid[1]
     )
-    out = torch.empty(len(x) * slots_per_row, rows)
+    out = torch.empty(results, rows)
     table, target = np.array(spans), out.numpy()
 
     def job(share: int, shares: int) -> None:
-        integer_products.integer_dot(
-            values, grid, slots_per_row, table, order, form, target, share, shares
-        )
+        integer_products.integer_dot(values, grid, table, order, form, target, share, shares)
 
     in_shares(job, rows * columns * (len(order) + len(spans)))
     return out

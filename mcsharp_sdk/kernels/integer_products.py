@@ -27,7 +27,7 @@ from mcsharp_sdk.kernels.packed_codes import (
     unpack_zeros,
 )
 from mcsharp_sdk.kernels.simd import load_float, load_word, prefetch, store_float
-from mcsharp_sdk.kernels.simd_quads import less, plus, store_quad
+from mcsharp_sdk.kernels.simd_quads import less, negative, store_quad
 
 CACHE_LINE = 64
 AHEAD = 24
@@ -119,14 +119,15 @@ def tile_products(matrix, row, zero_codes, form, span, order, activations, scrat
     """
     qweight, scales, bits = matrix
     rows, columns, group_size = form
-    values, x_scales, x_weights, units, per = activations
+    values, x_scales, x_weights, units = activations
     codes, of_scales, of_zeros, factors, spare = scratch
     groups, stretch = (columns + group_size - 1) // group_size, max(1, group_size // BLOCK)
     vectors = min(group_size, BLOCK) // VECTOR
     line, size = 2 * groups, packed_row(columns, bits)
     here = of_four_rows(scales, line, row, rows)
     ask_for(here[0], line)
-    tile_grid(here, groups, zero_codes, np.float32(((1 << bits) - 1) / 2), of_scales, of_zeros)
+    middle = np.float32(((1 << bits) - 1) / 2)
+    tile_grid(here, groups, stretch, units, zero_codes, middle, of_scales, of_zeros)
     # A single slot takes codes as they are stored, without a copy of them in between.
     stored = columns // BLOCK if span[1] - span[0] == 1 else 0
     done = 16 * bits * stored
@@ -136,19 +137,19 @@ def tile_products(matrix, row, zero_codes, form, span, order, activations, scrat
         rest = here[0] + done, here[1] + done, here[2] + done, here[3] + done
         unpack_tile(rest, bits, columns - BLOCK * stored, codes)
     known = stored * (BLOCK // VECTOR) // vectors
+    behind = 2 * BLOCK * stored
     for place in range(span[0], span[1]):
-        slot = load_word(order + 8 * place)
-        token = slot // per
+        slot, token = load_word(order + 16 * place), load_word(order + 16 * place + 8)
         x, grid = values + 2 * VECTOR * vectors * units * token, 4 * units * token
-        off = token_factors(
-            *(of_scales, of_zeros, groups, stretch, units),
-            *(x_scales + grid, x_weights + grid, factors),
-        )
-        total = stored_tile_sums(here, bits, vectors, stored, x, factors)
-        behind = x + 2 * BLOCK * stored, factors + QUAD * known
-        more = unpacked_tile_sums(codes, vectors, units - known, behind[0], behind[1])
+        of_token = x_scales + grid, x_weights + grid
+        off = token_factors(of_scales, of_zeros, units, of_token[0], of_token[1], factors)
+        if stored:
+            off = less(off, stored_tile_sums(here, bits, vectors, stored, x, factors))
+        if known < units:
+            left = units - known, x + behind, factors + QUAD * known
+            off = less(off, unpacked_tile_sums(codes, vectors, left[0], left[1], left[2]))
         to = out + 4 * (slot * rows + row)
-        write_tile(less(plus(total, more), off), to, min(TILE, rows - row), spare)
+        write_tile(negative(off), to, min(TILE, rows - row), spare)
 
 
 @compiled
@@ -159,7 +160,7 @@ def span_products(span, form, blocks, order, activations, scratch, out):
     ----------
     span : as a row of ``spans`` in ``integer_dot``.
     blocks : first and last+1.
-    scratch : address of memory of ``scratch_bytes``.
+    scratch : address of memory of the size that ``integer_dot`` makes.
     """
     qweight, scales, zeros, bits, first, last = span
     rows, columns, group_size = form
@@ -180,31 +181,24 @@ def span_products(span, form, blocks, order, activations, scratch, out):
 
 
 @compiled
-def integer_dot(values, grid, slots_per_row, spans, order, form, out, share, shares):
+def integer_dot(values, grid, spans, order, form, out, share, shares):
     """Products of quantised activations with packed matrices of one shape: a share of the rows.
 
     Parameters
     ----------
     values : what ``quantise_activations`` wrote, and ``grid``, fp32 [2, T, units], its scales and
         weights.
-    slots_per_row : how many slots share a row of activations.
     spans : int64 [S, 6], of each matrix in use the addresses of codes, scales and zero points, the
         width, and first and last+1 place of its slots in ``order``.
-    order : int64 [N], slots by matrix.
+    order : int64 [N, 2], by matrix: the row of ``out`` and that of the activations.
     form : rows, columns, group size.
-    out : fp32 [T * slots_per_row, rows], written, by slots.
+    out : fp32 [·, rows], written.
     """
     rows, columns, _ = form
     units, row_blocks = grid.shape[2], (rows + BLOCK - 1) // BLOCK
     padded = (columns + BLOCK - 1) // BLOCK * BLOCK
     scratch = np.empty((BLOCK + 3 * QUAD) * units + TILE * padded + 2 * QUAD, np.uint8)
-    activations = (
-        values.ctypes.data,
-        grid[0].ctypes.data,
-        grid[1].ctypes.data,
-        units,
-        slots_per_row,
-    )
+    activations = values.ctypes.data, grid[0].ctypes.data, grid[1].ctypes.data, units
     items = len(spans) * row_blocks
     begin, end = items * share // shares, items * (share + 1) // shares
     for number in range(begin // row_blocks, len(spans)):

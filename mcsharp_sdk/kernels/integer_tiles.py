@@ -141,15 +141,8 @@ def unpacked_tile_sums(codes, vectors, units, x, factors):
 
 
 @compiled
-def tile_grid(rows, groups, zero_codes, middle, scales, zeros):
-    """Scales, and scales times zero points, of four rows, both to fp32 [groups, 4].
-
-    Parameters
-    ----------
-    rows : addresses of the fp16 scales of each row.
-    zero_codes : address of uint8 [groups, 128], at the first of the four rows.
-    middle : zero point of code 0.
-    """
+def tile_scales(rows, groups, scales):
+    """Scales of four rows to fp32 [groups, 4]; ``rows`` are the addresses of their fp16 scales."""
     r0, r1, r2, r3 = rows
     group = 0
     while group + 8 <= groups:
@@ -167,29 +160,44 @@ def tile_grid(rows, groups, zero_codes, middle, scales, zeros):
         store_float(to + 8, load_half(r2 + skip))
         store_float(to + 12, load_half(r3 + skip))
         group += 1
-    none = quad(np.float32(0))
-    for group in range(groups):
-        code = load_byte_quad(zero_codes + BLOCK * group)
-        zero = add_product(quad(middle), code, quad(np.float32(0.25)))
-        scale = load_quad(scales + QUAD * group)
-        store_quad(zeros + QUAD * group, add_product(none, scale, zero))
 
 
 @compiled
-def token_factors(scales, zeros, groups, stretch, units, x_scales, x_weights, factors):
+def tile_grid(rows, groups, stretch, units, zero_codes, middle, scales, zeros):
+    """Scales, and scales times zero points, of four rows, both to fp32 [units, 4].
+
+    Parameters
+    ----------
+    rows : addresses of the fp16 scales of each row.
+    stretch : units per group.
+    zero_codes : address of uint8 [groups, 128], at the first of the four rows.
+    middle : zero point of code 0.
+    """
+    tile_scales(rows, groups, scales)
+    none = quad(np.float32(0))
+    for group in range(groups - 1, -1, -1):  # from the end, where the scales of groups are not
+        code = load_byte_quad(zero_codes + BLOCK * group)
+        zero = add_product(quad(middle), code, quad(np.float32(0.25)))
+        scale = load_quad(scales + QUAD * group)
+        off = add_product(none, scale, zero)
+        for u in range(stretch * group, min(units, stretch * (group + 1))):
+            store_quad(scales + QUAD * u, scale)
+            store_quad(zeros + QUAD * u, off)
+
+
+@compiled
+def token_factors(scales, zeros, units, x_scales, x_weights, factors):
     """Factors of sums for one token; returns what zero points take off the four rows.
 
     Parameters
     ----------
     scales, zeros : what ``tile_grid`` wrote.
-    stretch : units per group.
     x_scales, x_weights : addresses of fp32 [units].
     factors : address of fp32 [units, 4], written.
     """
     off = quad(np.float32(0))
-    for group in range(groups):
-        scale, zero = load_quad(scales + QUAD * group), load_quad(zeros + QUAD * group)
-        for u in range(stretch * group, min(units, stretch * (group + 1))):
-            store_quad(factors + QUAD * u, scaled(scale, load_float(x_scales + 4 * u)))
-            off = add_product(off, zero, quad(load_float(x_weights + 4 * u)))
+    for u in range(units):
+        at = QUAD * u
+        store_quad(factors + at, scaled(load_quad(scales + at), load_float(x_scales + 4 * u)))
+        off = add_product(off, load_quad(zeros + at), quad(load_float(x_weights + 4 * u)))
     return off

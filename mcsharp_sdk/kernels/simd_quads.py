@@ -65,15 +65,15 @@ def add_product(builder: Any, total: Any, x: Any, y: Any) -> Any:
 
 
 @operation(Quad, Quad, Quad)
-def plus(builder: Any, x: Any, y: Any) -> Any:
-    """``x + y``."""
-    return builder.fadd(x, y)
-
-
-@operation(Quad, Quad, Quad)
 def less(builder: Any, x: Any, y: Any) -> Any:
     """``x - y``."""
     return builder.fsub(x, y)
+
+
+@operation(Quad, Quad)
+def negative(builder: Any, x: Any) -> Any:
+    """``-x``."""
+    return builder.fneg(x)
 
 
 @operation(Quad, Floats, Floats, Floats, Floats)
