@@ -13,6 +13,7 @@ from mcsharp_sdk.kernels.integer_tiles import (
     QUAD,
     TILE,
     stored_tile_sums,
+    takes_stored,
     tile_grid,
     token_factors,
     unpacked_tile_sums,
@@ -129,7 +130,8 @@ def tile_products(matrix, row, zero_codes, form, span, order, activations, scrat
     middle = np.float32(((1 << bits) - 1) / 2)
     tile_grid(here, groups, stretch, units, zero_codes, middle, of_scales, of_zeros)
     # A single slot takes codes as they are stored, without a copy of them in between.
-    stored = columns // BLOCK if span[1] - span[0] == 1 else 0
+    alone = span[1] - span[0] == 1 and takes_stored(bits, vectors)
+    stored = columns // BLOCK if alone else 0
     done = 16 * bits * stored
     here = of_four_rows(qweight, size, row, rows)
     ask_for(here[0], size)
@@ -207,6 +209,6 @@ def integer_dot(values, grid, spans, order, form, out, share, shares):
         if blocks[0] < blocks[1]:
             s = spans[number]
             span = s[0], s[1], s[2], s[3], s[4], s[5]
-            here = order.ctypes.data, activations, scratch.ctypes.data, out.ctypes.data
-            span_products(span, form, blocks, here[0], here[1], here[2], here[3])
+            room, to = np.int64(scratch.ctypes.data), np.int64(out.ctypes.data)
+            span_products(span, form, blocks, order.ctypes.data, activations, room, to)
     return scratch[0]  # which keeps it alive until here

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mcsharp_sdk.kernels.packed_codes import BLOCK, VECTOR, codes_of, compiled, inlined
+from mcsharp_sdk.kernels.packed_codes import BLOCK, VECTOR, codes_of, compiled, inlined, merged
 from mcsharp_sdk.kernels.simd import (
     add_scaled,
     dot,
@@ -42,7 +42,7 @@ QUAD = 16
 """Bytes of four fp32 numbers, one for each row of a tile."""
 
 
-@inlined
+@merged
 def stored_sums(rows, bits, vectors, blocks, x, factors):
     """Four rows times one token, without zero points, codes taken as they are stored.
 
@@ -88,19 +88,21 @@ def stored_sums_of_width(rows, bits, vectors, blocks, x, factors):
         return stored_sums(rows, 2, vectors, blocks, x, factors)
     if bits == 3:
         return stored_sums(rows, 3, vectors, blocks, x, factors)
-    if bits == 4:
-        return stored_sums(rows, 4, vectors, blocks, x, factors)
-    return stored_sums(rows, 8, vectors, blocks, x, factors)
+    return stored_sums(rows, 4, vectors, blocks, x, factors)
 
 
 @compiled
 def stored_tile_sums(rows, bits, vectors, blocks, x, factors):
-    """``stored_sums``, compiled for each width and number of vectors."""
+    """``stored_sums``, compiled for each of what ``takes_stored`` says."""
     if vectors == 4:
         return stored_sums_of_width(rows, bits, 4, blocks, x, factors)
-    if vectors == 2:
-        return stored_sums_of_width(rows, bits, 2, blocks, x, factors)
-    return stored_sums_of_width(rows, bits, 1, blocks, x, factors)
+    return stored_sums_of_width(rows, bits, 2, blocks, x, factors)
+
+
+@inlined
+def takes_stored(bits, vectors):
+    """Whether codes may stay as they are stored; rare forms are not worth compiling it for."""
+    return bits <= 4 and vectors >= 2
 
 
 @inlined

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+import numpy as np
 
 from mcsharp_sdk.kernels.simd import (
     field,
@@ -42,6 +43,10 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 inlined: Any = numba.njit(nogil=True, inline="always")
 """Put into the caller before types are known, so that constants and operations can be handed on."""
+
+
+merged: Any = numba.njit(nogil=True, forceinline=True)
+"""Put into the caller by the compiler, which is sooner done; constants become known there too."""
 
 
 @compiled
@@ -75,9 +80,11 @@ def unpack_short_block(source, bits, columns, target, stride):
         unpack_half_block(source, bits, target, stride)
         return
     width = 2 if bits == 3 else bits
-    unpack_plane(source, padded, width, 0, target, stride)
+    # A constant as it stands would be compiled for by itself.
+    unpack_plane(source, padded, width, np.int64(0), target, stride)
     if bits == 3:
-        unpack_plane(source + padded // 4, padded, 1, 2, target, stride)
+        further = source + padded // 4
+        unpack_plane(further, padded, np.int64(1), np.int64(2), target, stride)
 
 
 @compiled
@@ -164,4 +171,4 @@ def unpack_zeros(zeros, bits, rows, first, groups, target):
     """Zero-point codes of the rows first to first+127 of a matrix, to uint8 [groups, 128]."""
     for group in range(groups):
         source = zeros + group * packed_row(rows, bits) + first // BLOCK * 16 * bits
-        unpack(source, bits, min(BLOCK, rows - first), target + BLOCK * group, VECTOR)
+        unpack(source, bits, min(BLOCK, rows - first), target + BLOCK * group, np.int64(VECTOR))

@@ -95,10 +95,10 @@ def dequantise_rows(qweight, scales, zeros, form, first, last, kind, out, share,
     for row in range(first + count * share // shares, first + count * (share + 1) // shares):
         top = row // BLOCK * BLOCK
         if top != known:
-            unpack_zeros(zeros, bits, rows, top, groups, zero_codes.ctypes.data)
+            unpack_zeros(zeros, bits, rows, top, groups, np.int64(zero_codes.ctypes.data))
             known = top
         # numba frees an array after its last use: addresses are taken where they are needed.
-        here, there = codes.ctypes.data, zero_codes.ctypes.data + row - top
-        unpack(qweight + row * packed_row(columns, bits), bits, columns, here, VECTOR)
+        here, there = np.int64(codes.ctypes.data), np.int64(zero_codes.ctypes.data) + row - top
+        unpack(qweight + row * packed_row(columns, bits), bits, columns, here, np.int64(VECTOR))
         to = out + (row - first) * line
         store_row(kind, bits, here, columns, scales + 2 * groups * row, there, group_size, to)
