@@ -60,7 +60,7 @@ class KernelChoice:
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """How the routed experts of some layers run, where a kernel takes all of a layer at once.
+    """How the routed experts of some layers run on a GPU, whose kernels take a layer at once.
 
     Attributes
     ----------
@@ -105,7 +105,7 @@ class Products:
     ----------
     device, dtype : where, and in which.
     matrices : name, with ``*`` for the decoder layer, and product with one token -> how many.
-    layers : experts that run a layer at once -> how many layers.
+    layers : experts that run a layer at once on a GPU -> how many layers.
     """
 
     device: str
@@ -197,7 +197,7 @@ def _layer_choice(case: LayerCase, layers: int) -> LayerChoice:
 
 
 def _runs_whole_layers(device: str, dtype: torch.dtype) -> bool:
-    """Whether all experts of a layer run at once."""
+    """Whether all experts of a layer run at once in kernels of their own, as on a GPU."""
     forced = os.environ.get(VARIABLE, WHOLE_LAYERS[0])
     return dtype in HALF_PRECISION and forced in WHOLE_LAYERS and not missing_support(device)
 

@@ -26,10 +26,8 @@ Places = Mapping[tuple[int, int], list[int]]
 
 
 def serves(x: Tensor) -> bool:
-    """Whether x may be taken: 16-bit floats on a CPU, no gradient."""
-    if x.device.type != "cpu" or x.dtype not in HALF_PRECISION:
-        return False
-    return not (x.requires_grad and torch.is_grad_enabled())
+    """Whether x may be taken: 16-bit floats on a CPU, one token at least."""
+    return x.device.type == "cpu" and x.dtype in HALF_PRECISION and len(x) > 0
 
 
 def run_experts(layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
@@ -37,7 +35,7 @@ def run_experts(layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Ten
 
     Parameters
     ----------
-    hidden : [T, H], 16-bit floats; T may be 0.
+    hidden : [T, H], 16-bit floats.
     chosen : int64 [T, k]; ``layer.experts`` marks a dropped slot, which costs nothing.
     routing : [T, k], any float dtype.
 
@@ -51,7 +49,6 @@ def run_experts(layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Ten
     order = [slot for taken in places.values() for slot in taken]
     if not order:
         return torch.zeros_like(hidden)
-    kept = None if len(order) == len(slots) else torch.tensor(order)
     tokens = [slot // chosen.shape[1] for slot in order]
     inner = _products(layer.gate_up, hidden, places, tokens, len(slots))
     if layer.between is None:
@@ -62,10 +59,20 @@ def run_experts(layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Ten
     out = _products(layer.down, inner, places, order, len(slots))
     if layer.behind is not None:
         out = layer.behind(out.to(hidden.dtype), slots.clamp(max=layer.experts - 1)).float()
-    if kept is not None:
-        out = torch.zeros_like(out).index_copy_(0, kept, out[kept])
-    weights = routing.to(out.dtype).unsqueeze(1)
-    return torch.bmm(weights, out.view(*chosen.shape, -1)).squeeze(1).to(hidden.dtype)
+    return _weighted_sum(out.reshape(*chosen.shape, -1), routing.float(), order).to(hidden.dtype)
+
+
+def _weighted_sum(out: Tensor, routing: Tensor, used: Sequence[int]) -> Tensor:
+    """Sum over the slots in use, [T, H].
+
+    What out, [T, k, H], and routing, [T, k], have for the others may be no number.
+    """
+    if len(used) < routing.numel():
+        dropped = torch.ones(routing.numel(), dtype=torch.bool, device="cpu")
+        dropped[used] = False
+        dropped = dropped.view(routing.shape)
+        out, routing = out.masked_fill(dropped.unsqueeze(-1), 0), routing.masked_fill(dropped, 0)
+    return (out * routing.unsqueeze(-1)).sum(1)
 
 
 def _by_expert(table: Sequence[Sequence[int]]) -> Places:
@@ -94,5 +101,5 @@ def _products(
     for (width, place), slots in places.items():
         spans.append((*memory[width].addresses(place), width, end, end + len(slots)))
         end += len(slots)
-    order = np.array([*zip(chain(*places.values()), rows, strict=True)])
+    order = np.array([*zip(chain(*places.values()), rows, strict=True)], np.int64)
     return products(x, spans, order, (stack.rows, stack.columns, stack.group_size), results)

@@ -43,9 +43,6 @@ Table = Mapping[str, Mapping[str, Steps]]
 """Device (:func:`device_name`) -> what is multiplied (``key`` of a case) -> steps."""
 
 
-_NOTHING: Mapping[str, Steps] = {}
-
-
 def crossover_file() -> Path | None:
     """The file that crossovers are kept in; None if they are switched off."""
     return _file(os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME"))
@@ -68,12 +65,12 @@ def fastest(case: Case | LayerCase, tokens: int) -> str:
 
 
 def measured(device: str) -> Mapping[str, Steps]:
-    """What was measured on a kind of device; the same object until something else holds.
+    """What was measured on a kind of device.
 
     A file that cannot be read is left out with a warning.
     """
     file = crossover_file()
-    return _NOTHING if file is None else _of_device(file, device)
+    return {} if file is None else _of_device(file, device)
 
 
 def warn_unfit(case: Case | LayerCase, name: str) -> None:
@@ -162,10 +159,10 @@ def save(device: str, found: Mapping[str, Steps]) -> Path:
 @cache
 def _of_device(file: Path, device: str) -> Mapping[str, Steps]:
     try:
-        return read(file).get(device_name(device), _NOTHING)
+        return read(file).get(device_name(device), {})
     except InputError as error:
         warnings.warn(f"measured crossovers are not used: {error}", RuntimeWarning, stacklevel=2)
-        return _NOTHING
+        return {}
 
 
 def _plain(table: Table) -> dict[str, Any]:

@@ -60,12 +60,12 @@ def dequantise_into(scratch: Tensor, stack: PackedStack, slot: int, start: int, 
     """
     from mcsharp_sdk.kernels.row_dequantisation import dequantise_rows
 
-    memory = stack.memory()
+    memory = stack.matrix(slot).stack().memory()
     form = (stack.rows, stack.columns, stack.bits, stack.group_size)
     kind = DTYPES.index(scratch.dtype)
     target = scratch.data_ptr()
 
     def job(share: int, shares: int) -> None:
-        dequantise_rows(*memory.addresses(slot), form, start, stop, kind, target, share, shares)
+        dequantise_rows(*memory.addresses(0), form, start, stop, kind, target, share, shares)
 
     in_shares(job, (stop - start) * stack.columns * 8)

@@ -49,7 +49,7 @@ class ExpertLayer:
     gate_up, down : their matrices.
     table : int32 [experts + 1, 2], of :func:`expert_table`, on the device of the weights.
     between : what comes between the matrices, bias included; None for SiLU of the first half of
-        ``gate_up``'s rows times the second half, which kernels do themselves.
+        ``gate_up``'s rows times the second half, which needs no code of the family.
     behind : what comes behind ``down``; None for nothing.
     """
 

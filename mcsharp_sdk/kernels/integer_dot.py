@@ -43,7 +43,7 @@ def integer_dot(
         for slot, count, end in zip(slots, counts, ends, strict=True)
     ]
     form = (stack.rows, stack.columns, stack.group_size)
-    order = np.arange(len(x)).repeat(2).reshape(-1, 2)
+    order = np.arange(len(x), dtype=np.int64).repeat(2).reshape(-1, 2)
     return products(x, spans, order, form, len(x)).to(x.dtype)
 
 
@@ -73,23 +73,18 @@ def products(
 
     rows, columns, group_size = form
     unit = min(group_size, BLOCK)
-    units = -(-columns // unit)
-    activations = _filled_up(x.detach().float(), units * unit).contiguous().numpy()
+    units = -(-columns // BLOCK) * BLOCK // unit
+    activations = x.detach().float().contiguous().numpy()
     values: np.ndarray = np.empty((len(x), 2 * units * unit), np.int8)
     grid: np.ndarray = np.empty((2, len(x), units), np.float32)
     integer_products.quantise_activations(
         activations, activations.view(np.int32), unit, values, grid[0], grid[1]
     )
-    out = torch.empty(results, rows)
-    table, target = np.array(spans), out.numpy()
+    out = torch.empty(results, rows, dtype=torch.float32, device="cpu")
+    table, target = np.array(spans, np.int64), out.numpy()
 
     def job(share: int, shares: int) -> None:
         integer_products.integer_dot(values, grid, table, order, form, target, share, shares)
 
     in_shares(job, rows * columns * (len(order) + len(spans)))
     return out
-
-
-def _filled_up(x: Tensor, columns: int) -> Tensor:
-    missing = columns - x.shape[1]
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x

@@ -12,11 +12,10 @@ import numpy as np
 from mcsharp_sdk.kernels.integer_tiles import (
     QUAD,
     TILE,
-    stored_tile_sums,
     takes_stored,
     tile_grid,
+    tile_sums,
     token_factors,
-    unpacked_tile_sums,
 )
 from mcsharp_sdk.kernels.packed_codes import (
     BLOCK,
@@ -44,22 +43,27 @@ def quantise_activations(x, bits_of_x, unit, values, scales, weights):
 
     Parameters
     ----------
-    x : fp32 [N, padded K], zeros behind K, and ``bits_of_x``, the same memory as int32.
-    values : int8 [N, 2 * padded K], written: of 32 columns the high bytes, then the low ones.
+    x : fp32 [N, K], and ``bits_of_x``, the same memory as int32.
+    values : int8 [N, 2 * units * unit], written: of 32 columns the high bytes, then the low ones;
+        zeros behind K.
     scales : fp32 [N, units], written: x = scale · (256 · high + low). Infinite or NaN where an
         activation is.
     weights : fp32 [N, units], written: what a zero point of 1 adds up to, scale · sum of integers.
     """
+    columns = x.shape[1]
     for token in range(x.shape[0]):
         for u in range(scales.shape[1]):
+            first, last = unit * u, unit * (u + 1)
             top = np.int32(0)
-            for column in range(unit * u, unit * (u + 1)):
+            for column in range(first, min(last, columns)):
                 top = max(top, bits_of_x[token, column] & np.int32(0x7FFFFFFF))
             scale = np.int32(top).view(np.float32) / np.float32(TOP)
             inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
             total = np.int32(0)
-            for start in range(unit * u, unit * (u + 1), VECTOR):
-                for place in range(VECTOR):
+            for start in range(first, last, VECTOR):
+                if start + VECTOR > columns:
+                    values[token, 2 * start : 2 * (start + VECTOR)] = 0
+                for place in range(min(VECTOR, columns - start)):
                     value = np.int32(np.rint(x[token, start + place] * inverse))
                     high = (value + np.int32(128)) >> np.int32(8)
                     values[token, 2 * start + place] = high
@@ -88,11 +92,30 @@ def ask_for(first, size):
         prefetch(first + AHEAD * size + place)
 
 
+@inlined
+def scratch_parts(start, columns, units):
+    """Addresses of scratch, from one on; the last is where it ends.
+
+    It holds unpacked codes of a tile, its scales, zeros and factors, four results, and the
+    zero-point codes of 128 rows.
+    """
+    codes = start
+    scales = codes + TILE * ((columns + BLOCK - 1) // BLOCK * BLOCK)
+    zeros = scales + QUAD * units
+    factors = zeros + QUAD * units
+    results = factors + QUAD * units
+    zero_codes = results + QUAD
+    return codes, scales, zeros, factors, results, zero_codes, zero_codes + BLOCK * units
+
+
 @compiled
-def unpack_tile(rows, bits, columns, codes):
-    """Codes of four rows as ``unpacked_sums`` takes them."""
+def unpack_tile(rows, bits, skipped, columns, codes):
+    """Codes of four rows behind so many full blocks, one a byte; returns where each row is."""
+    size = (columns - BLOCK * skipped + BLOCK - 1) // BLOCK * BLOCK
     for i in range(TILE):
-        unpack(rows[i], bits, columns, codes + VECTOR * i, TILE * VECTOR)
+        source = rows[i] + 16 * bits * skipped
+        unpack(source, bits, columns - BLOCK * skipped, codes + size * i, np.int64(VECTOR))
+    return codes, codes + size, codes + 2 * size, codes + 3 * size
 
 
 @compiled
@@ -107,79 +130,70 @@ def write_tile(total, to, count, spare):
 
 
 @compiled
-def tile_products(matrix, row, zero_codes, form, span, order, activations, scratch, out):
-    """Four rows of a matrix times its slots; other fields as in ``integer_dot``.
+def tile_products(codes, bits, vectors, row, form, span, order, activations, scratch, out):
+    """Four rows of a matrix times its slots, once ``tile_grid`` has written their grid.
 
     Parameters
     ----------
-    matrix : addresses of codes and scales, and the width.
+    codes : address of those of the matrix.
+    vectors : of 32 columns, per unit.
     row : the first of the four.
-    zero_codes : as ``tile_grid`` takes them.
+    form : rows, columns and group size of the matrix.
     span : first and last+1 place in ``order``.
-    scratch : addresses of unpacked codes, scales, zeros, factors and four results.
+    order, out : addresses, see ``integer_dot``.
+    activations : addresses of values, scales and weights, and units of a row.
+    scratch : see ``scratch_parts``.
     """
-    qweight, scales, bits = matrix
-    rows, columns, group_size = form
+    rows, columns, _ = form
     values, x_scales, x_weights, units = activations
-    codes, of_scales, of_zeros, factors, spare = scratch
-    groups, stretch = (columns + group_size - 1) // group_size, max(1, group_size // BLOCK)
-    vectors = min(group_size, BLOCK) // VECTOR
-    line, size = 2 * groups, packed_row(columns, bits)
-    here = of_four_rows(scales, line, row, rows)
-    ask_for(here[0], line)
-    middle = np.float32(((1 << bits) - 1) / 2)
-    tile_grid(here, groups, stretch, units, zero_codes, middle, of_scales, of_zeros)
+    unpacked, scales, zeros, factors, results, _, _ = scratch
+    tile = of_four_rows(codes, packed_row(columns, bits), row, rows)
+    ask_for(tile[0], packed_row(columns, bits))
     # A single slot takes codes as they are stored, without a copy of them in between.
-    alone = span[1] - span[0] == 1 and takes_stored(bits, vectors)
-    stored = columns // BLOCK if alone else 0
-    done = 16 * bits * stored
-    here = of_four_rows(qweight, size, row, rows)
-    ask_for(here[0], size)
-    if stored * BLOCK < columns:
-        rest = here[0] + done, here[1] + done, here[2] + done, here[3] + done
-        unpack_tile(rest, bits, columns - BLOCK * stored, codes)
-    known = stored * (BLOCK // VECTOR) // vectors
-    behind = 2 * BLOCK * stored
+    stored = columns // BLOCK if span[1] - span[0] == 1 and takes_stored(vectors) else 0
+    rest = (columns + BLOCK - 1) // BLOCK - stored
+    copies = tile
+    if rest:
+        copies = unpack_tile(tile, bits, stored, columns, unpacked)
+    behind, later = 2 * BLOCK * stored, QUAD * stored * (BLOCK // VECTOR) // vectors
     for place in range(span[0], span[1]):
-        slot, token = load_word(order + 16 * place), load_word(order + 16 * place + 8)
+        result, token = load_word(order + 16 * place), load_word(order + 16 * place + 8)
         x, grid = values + 2 * VECTOR * vectors * units * token, 4 * units * token
-        of_token = x_scales + grid, x_weights + grid
-        off = token_factors(of_scales, of_zeros, units, of_token[0], of_token[1], factors)
+        less_total = token_factors(scales, zeros, units, x_scales + grid, x_weights + grid, factors)
         if stored:
-            off = less(off, stored_tile_sums(here, bits, vectors, stored, x, factors))
-        if known < units:
-            left = units - known, x + behind, factors + QUAD * known
-            off = less(off, unpacked_tile_sums(codes, vectors, left[0], left[1], left[2]))
-        to = out + 4 * (slot * rows + row)
-        write_tile(negative(off), to, min(TILE, rows - row), spare)
+            less_total = less(less_total, tile_sums(tile, bits, vectors, stored, x, factors))
+        if rest:
+            found = tile_sums(copies, np.int64(8), vectors, rest, x + behind, factors + later)
+            less_total = less(less_total, found)
+        to = out + 4 * (result * rows + row)
+        write_tile(negative(less_total), to, min(TILE, rows - row), results)
 
 
 @compiled
 def span_products(span, form, blocks, order, activations, scratch, out):
-    """Blocks of 128 rows of one matrix times its slots.
+    """Blocks of 128 rows of one matrix times its slots; see ``tile_products``.
 
     Parameters
     ----------
     span : as a row of ``spans`` in ``integer_dot``.
     blocks : first and last+1.
-    scratch : address of memory of the size that ``integer_dot`` makes.
     """
-    qweight, scales, zeros, bits, first, last = span
+    codes, scales, zeros, bits, first, last = span
     rows, columns, group_size = form
-    groups, units = (columns + group_size - 1) // group_size, activations[3]
-    padded = (columns + BLOCK - 1) // BLOCK * BLOCK
-    zero_codes, codes = scratch, scratch + BLOCK * groups + QUAD
-    parts = codes + TILE * padded
-    rest = parts, parts + QUAD * units, parts + 2 * QUAD * units
-    scratch_of_tile = codes, rest[0], rest[1], rest[2], parts + 3 * QUAD * units
+    units = activations[3]
+    groups, stretch = (columns + group_size - 1) // group_size, max(1, group_size // BLOCK)
+    vectors = min(group_size, BLOCK) // VECTOR
+    middle = np.float32(((1 << bits) - 1) / 2)
+    _, of_scales, of_zeros, _, _, zero_codes, _ = scratch
     for block in range(blocks[0], blocks[1]):
         top = BLOCK * block
         unpack_zeros(zeros, bits, rows, top, groups, zero_codes)
         for row in range(top, min(rows, top + BLOCK), TILE):
-            tile_products(
-                *((qweight, scales, bits), row, zero_codes + row - top, form, (first, last)),
-                *(order, activations, scratch_of_tile, out),
-            )
+            tile, own = of_four_rows(scales, 2 * groups, row, rows), zero_codes + row - top
+            ask_for(tile[0], 2 * groups)
+            tile_grid(tile, groups, stretch, units, own, middle, of_scales, of_zeros)
+            where = first, last
+            tile_products(codes, bits, vectors, row, form, where, order, activations, scratch, out)
 
 
 @compiled
@@ -189,7 +203,7 @@ def integer_dot(values, grid, spans, order, form, out, share, shares):
     Parameters
     ----------
     values : what ``quantise_activations`` wrote, and ``grid``, fp32 [2, T, units], its scales and
-        weights.
+        weights; units fill whole blocks.
     spans : int64 [S, 6], of each matrix in use the addresses of codes, scales and zero points, the
         width, and first and last+1 place of its slots in ``order``.
     order : int64 [N, 2], by matrix: the row of ``out`` and that of the activations.
@@ -198,8 +212,8 @@ def integer_dot(values, grid, spans, order, form, out, share, shares):
     """
     rows, columns, _ = form
     units, row_blocks = grid.shape[2], (rows + BLOCK - 1) // BLOCK
-    padded = (columns + BLOCK - 1) // BLOCK * BLOCK
-    scratch = np.empty((BLOCK + 3 * QUAD) * units + TILE * padded + 2 * QUAD, np.uint8)
+    room = np.empty(scratch_parts(0, columns, units)[-1], np.uint8)
+    scratch = scratch_parts(np.int64(room.ctypes.data), columns, units)
     activations = values.ctypes.data, grid[0].ctypes.data, grid[1].ctypes.data, units
     items = len(spans) * row_blocks
     begin, end = items * share // shares, items * (share + 1) // shares
@@ -208,7 +222,6 @@ def integer_dot(values, grid, spans, order, form, out, share, shares):
         blocks = max(begin - before, 0), min(end - before, row_blocks)
         if blocks[0] < blocks[1]:
             s = spans[number]
-            span = s[0], s[1], s[2], s[3], s[4], s[5]
-            room, to = np.int64(scratch.ctypes.data), np.int64(out.ctypes.data)
-            span_products(span, form, blocks, order.ctypes.data, activations, room, to)
-    return scratch[0]  # which keeps it alive until here
+            span, to = (s[0], s[1], s[2], s[3], s[4], s[5]), np.int64(out.ctypes.data)
+            span_products(span, form, blocks, order.ctypes.data, activations, scratch, to)
+    return room[0]  # which keeps it alive until here

@@ -43,13 +43,13 @@ QUAD = 16
 
 
 @merged
-def stored_sums(rows, bits, vectors, blocks, x, factors):
-    """Four rows times one token, without zero points, codes taken as they are stored.
+def sums(rows, bits, vectors, blocks, x, factors):
+    """Four rows times one token, without zero points.
 
     Parameters
     ----------
-    rows : addresses of the four rows.
-    vectors : per unit.
+    rows : addresses of the codes of the four rows, as they are stored or unpacked to 8 bits.
+    vectors : of 32 columns, per unit.
     blocks : full ones.
     x : address of the token's quantised activations.
     factors : address of fp32 [units, 4], scales of weights times scales of activations.
@@ -81,65 +81,35 @@ def stored_sums(rows, bits, vectors, blocks, x, factors):
 
 
 @inlined
-def stored_sums_of_width(rows, bits, vectors, blocks, x, factors):
+def sums_of_width(rows, bits, vectors, blocks, x, factors):
     if bits == 1:
-        return stored_sums(rows, 1, vectors, blocks, x, factors)
+        return sums(rows, 1, vectors, blocks, x, factors)
     if bits == 2:
-        return stored_sums(rows, 2, vectors, blocks, x, factors)
+        return sums(rows, 2, vectors, blocks, x, factors)
     if bits == 3:
-        return stored_sums(rows, 3, vectors, blocks, x, factors)
-    return stored_sums(rows, 4, vectors, blocks, x, factors)
-
-
-@compiled
-def stored_tile_sums(rows, bits, vectors, blocks, x, factors):
-    """``stored_sums``, compiled for each of what ``takes_stored`` says."""
-    if vectors == 4:
-        return stored_sums_of_width(rows, bits, 4, blocks, x, factors)
-    return stored_sums_of_width(rows, bits, 2, blocks, x, factors)
+        return sums(rows, 3, vectors, blocks, x, factors)
+    if bits == 4:
+        return sums(rows, 4, vectors, blocks, x, factors)
+    return sums(rows, 8, vectors, blocks, x, factors)
 
 
 @inlined
-def takes_stored(bits, vectors):
-    """Whether codes may stay as they are stored; rare forms are not worth compiling it for."""
-    return bits <= 4 and vectors >= 2
+def takes_stored(vectors):
+    """Whether ``tile_sums`` takes all widths; else codes have to be unpacked.
 
-
-@inlined
-def unpacked_sums(codes, vectors, units, x, factors):
-    """As ``stored_sums``, of codes that lie unpacked: of each 32 columns those of each row."""
-    a0, a1, a2, a3 = no_floats(), no_floats(), no_floats(), no_floats()
-    for u in range(units):
-        h0, h1, h2, h3 = no_ints(), no_ints(), no_ints(), no_ints()
-        l0, l1, l2, l3 = no_ints(), no_ints(), no_ints(), no_ints()
-        for vector in range(u * vectors, (u + 1) * vectors):
-            at = x + 2 * VECTOR * vector
-            high, low = load_bytes(at), load_bytes(at + VECTOR)
-            tile = codes + TILE * VECTOR * vector
-            row = load_bytes(tile)
-            h0, l0 = dot(h0, row, high), dot(l0, row, low)
-            row = load_bytes(tile + VECTOR)
-            h1, l1 = dot(h1, row, high), dot(l1, row, low)
-            row = load_bytes(tile + 2 * VECTOR)
-            h2, l2 = dot(h2, row, high), dot(l2, row, low)
-            row = load_bytes(tile + 3 * VECTOR)
-            h3, l3 = dot(h3, row, high), dot(l3, row, low)
-        a0 = add_scaled(a0, joined(h0, l0), load_float(factors))
-        a1 = add_scaled(a1, joined(h1, l1), load_float(factors + 4))
-        a2 = add_scaled(a2, joined(h2, l2), load_float(factors + 8))
-        a3 = add_scaled(a3, joined(h3, l3), load_float(factors + 12))
-        factors += QUAD
-    return sum_of_four(a0, a1, a2, a3)
+    Groups of 32 are too rare to compile it for each width.
+    """
+    return vectors >= 2
 
 
 @compiled
-def unpacked_tile_sums(codes, vectors, units, x, factors):
-    """``unpacked_sums``, compiled for each number of vectors."""
+def tile_sums(rows, bits, vectors, blocks, x, factors):
+    """``sums``, compiled for each width and number of vectors."""
     if vectors == 4:
-        return unpacked_sums(codes, 4, units, x, factors)
+        return sums_of_width(rows, bits, 4, blocks, x, factors)
     if vectors == 2:
-        return unpacked_sums(codes, 2, units, x, factors)
-    return unpacked_sums(codes, 1, units, x, factors)
+        return sums_of_width(rows, bits, 2, blocks, x, factors)
+    return sums(rows, 8, 1, blocks, x, factors)
 
 
 @compiled
@@ -177,6 +147,9 @@ def tile_grid(rows, groups, stretch, units, zero_codes, middle, scales, zeros):
     """
     tile_scales(rows, groups, scales)
     none = quad(np.float32(0))
+    for u in range(stretch * groups, units):  # a short block is filled up
+        store_quad(scales + QUAD * u, none)
+        store_quad(zeros + QUAD * u, none)
     for group in range(groups - 1, -1, -1):  # from the end, where the scales of groups are not
         code = load_byte_quad(zero_codes + BLOCK * group)
         zero = add_product(quad(middle), code, quad(np.float32(0.25)))

@@ -27,7 +27,7 @@ VARIABLE = "MCSHARP_KERNEL"
 """Environment variable that names the kernel to use for everything."""
 
 WHOLE_LAYERS = ("triton", "triton_dp4a")
-"""Names that stand for kernels of whole layers too, the default first."""
+"""Names that stand for a GPU's kernels of whole layers too, the default first."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def candidates(case: Case) -> list[str]:
 def tokens_taken(kernel: str, stack: PackedStack, dtype: torch.dtype) -> int:
     """Up to how many tokens, from one on, a kernel is chosen for a product on a CPU.
 
-    None if it is not chosen for one; no more than are worth telling apart, ``MANY_TOKENS``.
+    0 if it is not chosen for one; ``MANY_TOKENS`` if for all that are worth telling apart.
     """
     form = (stack.rows, stack.columns, stack.bits, stack.group_size)
     cases = (Case(*form, tokens, dtype, "cpu") for tokens in range(1, MANY_TOKENS + 1))

@@ -190,7 +190,7 @@ class PackedExpertsMixin:
         top_k_index : int64 [T, k]; ``num_experts`` marks a dropped slot, which costs nothing.
         top_k_weights : [T, k]
         """
-        whole = whole_layer(self, self._buckets(), hidden)
+        whole = whole_layer(self, self._buckets(), hidden, top_k_weights)
         if whole is not None:
             return whole(hidden, top_k_index, top_k_weights)
         out = self._of_removed(hidden, top_k_index, top_k_weights)

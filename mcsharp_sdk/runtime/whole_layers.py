@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from mcsharp_sdk.runtime.modules import ExpertBucket
 
 WholeLayer = Callable[..., Tensor]
-"""hidden [T, H], top_k_index and top_k_weights [T, k] -> [T, H]."""
+"""hidden [T, H], top_k_index and top_k_weights [T, k] -> [T, H].
+
+Rows may be slots already: ``of`` tells tokens and slots of a token then, by which a GPU divides the
+work.
+"""
 
 TRITON, TRITON_DP4A = WHOLE_LAYERS
 
@@ -33,13 +37,12 @@ TURNING_BYTES_PER_COLUMN = 18
 """Of a row being turned: it, its signs and two products in fp32, and the result."""
 
 _KNOWN = "_whole_layer_facts"
-_FEW = "_whole_layer_tokens"
-
-Run = Callable[..., Tensor]
-"""A layer and what a ``WholeLayer`` takes, with ``of`` as in ``run_experts`` -> [T, H]."""
+_MOST_TOKENS = "_whole_layer_tokens"
 
 
-def whole_layer(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -> WholeLayer | None:
+def whole_layer(
+    experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor, weights: Tensor
+) -> WholeLayer | None:
     """The function that computes a layer at once on ``hidden``'s device; None if there is none.
 
     Tensors are looked up anew at each call, since models move. Weights that are offloaded are left
@@ -49,9 +52,12 @@ def whole_layer(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -
     ----------
     experts : the experts module, whose activation, biases and norms count.
     buckets : its packed weights.
-    hidden : what it is to be run on.
+    hidden, weights : what it is to be run on, and the routing weights. Gradients are left to the
+        buckets.
     """
-    if not buckets or (run_layer := _way(experts, buckets, hidden)) is None:
+    if not buckets or _asks_for_gradient(experts, hidden, weights):
+        return None
+    if (run_layer := _way(experts, buckets, hidden)) is None:
         return None
     if experts.removed and experts.has_bias:  # whose biases are left
         return None
@@ -91,11 +97,19 @@ def _between(experts: Any, *, silu: bool, rotated: bool) -> PerSlot | None:
     return None if silu else partial(activate, experts)
 
 
-def _way(experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor) -> Run | None:
-    """What runs a layer on ``hidden``'s device; None if nothing does."""
+def _asks_for_gradient(experts: Any, hidden: Tensor, weights: Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor.requires_grad for tensor in (hidden, weights, *experts.parameters()))
+
+
+def _way(
+    experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor
+) -> Callable[..., Tensor] | None:
+    """What takes a layer and what a ``WholeLayer`` takes, on ``hidden``'s device, if anything."""
     if gpu_support.serves(hidden):
         return _on_gpu if os.environ.get(VARIABLE, TRITON) in WHOLE_LAYERS else None
-    if cpu_experts.serves(hidden) and len(hidden) <= _few_tokens(experts, buckets, hidden.dtype):
+    if cpu_experts.serves(hidden) and len(hidden) <= _most_tokens(experts, buckets, hidden.dtype):
         return _on_cpu
     return None
 
@@ -121,17 +135,15 @@ def _on_cpu(
     return cpu_experts.run_experts(layer, hidden, index, weights)
 
 
-def _few_tokens(experts: Any, buckets: Sequence[ExpertBucket], dtype: torch.dtype) -> int:
+def _most_tokens(experts: Any, buckets: Sequence[ExpertBucket], dtype: torch.dtype) -> int:
     """Up to how many tokens ``integer_dot`` is chosen for all matrices of a layer; kept."""
-    found = (
-        crossovers.measured("cpu"),
-        (dtype, os.environ.get(VARIABLE), torch.get_num_threads()),
-    )
-    known, tokens = experts.__dict__.get(_FEW, (None, 0))
-    if known is None or known[0] is not found[0] or known[1] != found[1]:
+    measured, forced = crossovers.measured("cpu"), os.environ.get(VARIABLE)
+    found = (measured, forced, dtype, torch.get_num_threads())
+    known, tokens = experts.__dict__.get(_MOST_TOKENS, (None, 0))
+    if known != found:
         stacks = [bucket.stack(matrix) for bucket in buckets for matrix in MATRICES]
         tokens = min(tokens_taken(cpu_experts.KERNEL, stack, dtype) for stack in stacks)
-        experts.__dict__[_FEW] = found, tokens
+        experts.__dict__[_MOST_TOKENS] = found, tokens
     return tokens
 
 
@@ -153,7 +165,7 @@ def _some_at_a_time(
 
 def _with_a_row_each(
     layer: ExpertLayer,
-    run: Run,
+    run: WholeLayer,
     hidden: Tensor,
     index: Tensor,
     weights: Tensor,
@@ -169,7 +181,7 @@ def _with_a_row_each(
     if rotated:
         rows = _turned(rows, slots[:, 0], layer.experts)
     out = run(rows, slots, factors.float(), of=(index.shape[0], index.shape[1]))
-    return out.view(*index.shape, -1).sum(1)
+    return out.view(*index.shape, out.shape[-1]).sum(1)
 
 
 def _turned(rows: Tensor, expert: Tensor, experts: int) -> Tensor:

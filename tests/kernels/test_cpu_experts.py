@@ -18,12 +18,16 @@ from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.kernels import Case, cpu_experts, crossovers, support, threads
 from mcsharp_sdk.kernels.cpu_experts import run_experts
 from mcsharp_sdk.kernels.expert_layer import ExpertLayer
+from mcsharp_sdk.quantization.grid import WIDTHS
 from mcsharp_sdk.runtime.modules import ExpertBucket
 from mcsharp_sdk.runtime.whole_layers import whole_layer
 
 pytestmark = pytest.mark.skipif(
     bool(support.missing_support()), reason=support.missing_support() or "kernels can be compiled"
 )
+
+
+COMPILED_WIDTHS = [bits for bits in WIDTHS if bits < 8 or support.has_vnni()]
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +37,11 @@ def _nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    bits=st.lists(st.sampled_from([1, 2, 3, 4]), min_size=4, max_size=4),
+    bits=st.lists(st.sampled_from(COMPILED_WIDTHS), min_size=4, max_size=4),
     hidden=st.sampled_from([33, 64, 192, 256, 300]),
     intermediate=st.sampled_from([32, 72, 128, 160]),
     group=st.sampled_from([32, 64, 128, 256]),
-    tokens=st.integers(0, 9),
+    tokens=st.integers(1, 9),
     dtype=st.sampled_from([torch.float16, torch.bfloat16]),
 )
 def test_a_layer_agrees_with_float64(
@@ -50,7 +54,7 @@ def test_a_layer_agrees_with_float64(
     assert out.shape == x.shape
     assert out.dtype == dtype
     expected = silu_layer(x, chosen, routing, gate_up, down)
-    assert not tokens or relative_error(out, expected) < 2e-4 + torch.finfo(dtype).eps
+    assert relative_error(out, expected) < 2e-4 + torch.finfo(dtype).eps
 
 
 @pytest.fixture
@@ -71,6 +75,42 @@ def test_dropped_slots_leave_nothing_behind() -> None:
     assert relative_error(out, silu_layer(x, chosen, routing, gate_up, down)) < 2e-3
     assert not out[2].any()
     assert not run_experts(layer, x, torch.full_like(chosen, dropped), routing).any()
+
+
+def test_a_weight_that_is_no_number_counts_only_where_its_expert_does() -> None:
+    layer, _, _ = random_layer(BITS, 64, 32, 32)
+    x, _, routing = routed(2, 64)
+    chosen = torch.tensor([[len(BITS), 1], [2, 0]])
+    expected = run_experts(layer, x, chosen, routing)
+    routing[0, 0] = float("nan")
+    assert torch.equal(run_experts(layer, x, chosen, routing), expected)
+
+
+def test_sums_stay_exact_under_autocast() -> None:
+    layer, _, _ = random_layer(BITS, 64, 32, 32)
+    given = routed(3, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run_experts(layer, *given)
+    assert torch.equal(found, run_experts(layer, *given))
+
+
+def test_the_default_dtype_does_not_matter() -> None:
+    layer, _, _ = random_layer(BITS, 64, 32, 32)
+    given = routed(3, 64)
+    expected = run_experts(layer, *given)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(run_experts(layer, *given), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(("family", "rotated"), [("mixtral", True), ("llama4", False)])
+def test_no_tokens_give_nothing(family: str, rotated: bool) -> None:
+    experts = packed_experts(family, rotated=rotated, removed=False).half()
+    hidden, chosen, routing = routed_in(experts, 1)
+    assert experts(hidden[:0], chosen[:0], routing[:0].half()).shape == (0, hidden.shape[1])
 
 
 @pytest.mark.parametrize("shares", [2, 3])
@@ -147,8 +187,9 @@ def buckets_of(experts: Any) -> list[ExpertBucket]:
     return [module for module in experts.children() if isinstance(module, ExpertBucket)]
 
 
-def is_done(experts: Any, hidden: Tensor) -> bool:
-    return whole_layer(experts, buckets_of(experts), hidden) is not None
+def is_done(experts: Any, hidden: Tensor, *, weights: Tensor | None = None) -> bool:
+    weights = torch.ones(1) if weights is None else weights
+    return whole_layer(experts, buckets_of(experts), hidden, weights) is not None
 
 
 @pytest.fixture
@@ -161,8 +202,28 @@ def test_few_tokens_in_half_precision_are_done_at_once(mixtral: Any) -> None:
     assert is_done(mixtral, hidden[:1])
     assert is_done(mixtral, hidden[:24])
     assert not is_done(mixtral, hidden)
+    assert not is_done(mixtral, hidden[:0])
     assert not is_done(mixtral, hidden[:1].float())
-    assert not is_done(mixtral, hidden[:1].clone().requires_grad_())
+
+
+def test_gradients_are_left_to_the_buckets(mixtral: Any) -> None:
+    hidden, _, routing = routed_in(mixtral, 1)
+    assert not is_done(mixtral, hidden.clone().requires_grad_())
+    assert not is_done(mixtral, hidden, weights=routing.requires_grad_())
+    with torch.no_grad():
+        assert is_done(mixtral, hidden, weights=routing)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_weights_of_inputs_have_gradients(rotated: bool) -> None:
+    experts = packed_experts("llama4", rotated=rotated, removed=False)
+    hidden, chosen, routing = routed_in(experts, 3)
+    given, expected = routing.half().requires_grad_(), routing.clone().requires_grad_()
+    experts.float()(hidden.float(), chosen, expected).sum().backward()
+    experts.half()(hidden, chosen, given).sum().backward()
+    assert given.grad is not None
+    assert expected.grad is not None
+    assert relative_error(given.grad, expected.grad.double()) < 4e-3
 
 
 def test_biases_of_removed_experts_are_left_to_the_buckets() -> None:

@@ -304,8 +304,8 @@ OLDER_PROCESSOR = """
 import torch, sys
 sys.path.insert(0, "tests/kernels")
 from test_linear import KERNELS, assert_close, by_experts, case_of, random_stack
-for bits in (1, 2, 3, 4, 8):
-    stack, exact = random_stack(2, 70, 300, bits, 32)
+for bits, group in ((b, g) for b in (1, 2, 3, 4, 8) for g in (32, 64, 128)):
+    stack, exact = random_stack(2, 70, 300, bits, group)
     x = torch.randn(5, 300)
     for name in ("integer_dot", "dequantise", "chunked"):
         kernel = KERNELS[name]
