@@ -147,13 +147,14 @@ def tile_products(codes, bits, vectors, row, form, span, order, activations, scr
     rows, columns, _ = form
     values, x_scales, x_weights, units = activations
     unpacked, scales, zeros, factors, results, _, _ = scratch
-    tile = of_four_rows(codes, packed_row(columns, bits), row, rows)
-    ask_for(tile[0], packed_row(columns, bits))
+    size = packed_row(columns, bits)
+    tile = of_four_rows(codes, size, row, rows)
     # A single slot takes codes as they are stored, without a copy of them in between.
     stored = columns // BLOCK if span[1] - span[0] == 1 and takes_stored(vectors) else 0
     rest = (columns + BLOCK - 1) // BLOCK - stored
     copies = tile
     if rest:
+        ask_for(tile[0], size)
         copies = unpack_tile(tile, bits, stored, columns, unpacked)
     behind, later = 2 * BLOCK * stored, QUAD * stored * (BLOCK // VECTOR) // vectors
     for place in range(span[0], span[1]):
@@ -161,9 +162,11 @@ def tile_products(codes, bits, vectors, row, form, span, order, activations, scr
         x, grid = values + 2 * VECTOR * vectors * units * token, 4 * units * token
         less_total = token_factors(scales, zeros, units, x_scales + grid, x_weights + grid, factors)
         if stored:
-            less_total = less(less_total, tile_sums(tile, bits, vectors, stored, x, factors))
+            found = tile_sums(tile, bits, vectors, stored, x, factors, AHEAD * size)
+            less_total = less(less_total, found)
         if rest:
-            found = tile_sums(copies, np.int64(8), vectors, rest, x + behind, factors + later)
+            more = x + behind, factors + later
+            found = tile_sums(copies, np.int64(8), vectors, rest, more[0], more[1], np.int64(0))
             less_total = less(less_total, found)
         to = out + 4 * (result * rows + row)
         write_tile(negative(less_total), to, min(TILE, rows - row), results)

@@ -21,6 +21,7 @@ from mcsharp_sdk.kernels.simd import (
     load_half,
     no_floats,
     no_ints,
+    prefetch,
     store_float,
 )
 from mcsharp_sdk.kernels.simd_quads import (
@@ -43,7 +44,7 @@ QUAD = 16
 
 
 @merged
-def sums(rows, bits, vectors, blocks, x, factors):
+def sums(rows, bits, vectors, blocks, x, factors, ahead):
     """Four rows times one token, without zero points.
 
     Parameters
@@ -53,11 +54,17 @@ def sums(rows, bits, vectors, blocks, x, factors):
     blocks : full ones.
     x : address of the token's quantised activations.
     factors : address of fp32 [units, 4], scales of weights times scales of activations.
+    ahead : bytes from a code to one whose memory is asked for.
     """
     r0, r1, r2, r3 = rows
     a0, a1, a2, a3 = no_floats(), no_floats(), no_floats(), no_floats()
     for block in range(blocks):
         skip = 16 * bits * block
+        # Spread like this, between products, it comes sooner than asked for at once.
+        prefetch(r0 + skip + ahead)
+        prefetch(r1 + skip + ahead)
+        prefetch(r2 + skip + ahead)
+        prefetch(r3 + skip + ahead)
         for part in range(BLOCK // VECTOR // vectors):
             h0, h1, h2, h3 = no_ints(), no_ints(), no_ints(), no_ints()
             l0, l1, l2, l3 = no_ints(), no_ints(), no_ints(), no_ints()
@@ -81,16 +88,16 @@ def sums(rows, bits, vectors, blocks, x, factors):
 
 
 @inlined
-def sums_of_width(rows, bits, vectors, blocks, x, factors):
+def sums_of_width(rows, bits, vectors, blocks, x, factors, ahead):
     if bits == 1:
-        return sums(rows, 1, vectors, blocks, x, factors)
+        return sums(rows, 1, vectors, blocks, x, factors, ahead)
     if bits == 2:
-        return sums(rows, 2, vectors, blocks, x, factors)
+        return sums(rows, 2, vectors, blocks, x, factors, ahead)
     if bits == 3:
-        return sums(rows, 3, vectors, blocks, x, factors)
+        return sums(rows, 3, vectors, blocks, x, factors, ahead)
     if bits == 4:
-        return sums(rows, 4, vectors, blocks, x, factors)
-    return sums(rows, 8, vectors, blocks, x, factors)
+        return sums(rows, 4, vectors, blocks, x, factors, ahead)
+    return sums(rows, 8, vectors, blocks, x, factors, ahead)
 
 
 @inlined
@@ -103,13 +110,13 @@ def takes_stored(vectors):
 
 
 @compiled
-def tile_sums(rows, bits, vectors, blocks, x, factors):
+def tile_sums(rows, bits, vectors, blocks, x, factors, ahead):
     """``sums``, compiled for each width and number of vectors."""
     if vectors == 4:
-        return sums_of_width(rows, bits, 4, blocks, x, factors)
+        return sums_of_width(rows, bits, 4, blocks, x, factors, ahead)
     if vectors == 2:
-        return sums_of_width(rows, bits, 2, blocks, x, factors)
-    return sums(rows, 8, 1, blocks, x, factors)
+        return sums_of_width(rows, bits, 2, blocks, x, factors, ahead)
+    return sums(rows, 8, 1, blocks, x, factors, ahead)
 
 
 @compiled
