@@ -12,6 +12,7 @@ import numpy as np
 from mcsharp_sdk.kernels.integer_tiles import (
     QUAD,
     TILE,
+    block_zeros,
     takes_stored,
     tile_grid,
     tile_sums,
@@ -24,6 +25,7 @@ from mcsharp_sdk.kernels.packed_codes import (
     inlined,
     packed_row,
     unpack,
+    unpack_half_block,
     unpack_zeros,
 )
 from mcsharp_sdk.kernels.simd import load_float, load_word, prefetch, store_float
@@ -96,25 +98,28 @@ def ask_for(first, size):
 def scratch_parts(start, columns, units):
     """Addresses of scratch, from one on; the last is where it ends.
 
-    It holds unpacked codes of a tile, its scales, zeros and factors, four results, and the
-    zero-point codes of 128 rows.
+    It holds unpacked codes of a tile, its scales and factors, four results, and zero points of 128
+    rows, as codes and as numbers.
     """
-    codes = start
-    scales = codes + TILE * ((columns + BLOCK - 1) // BLOCK * BLOCK)
-    zeros = scales + QUAD * units
-    factors = zeros + QUAD * units
+    scales = start + TILE * ((columns + BLOCK - 1) // BLOCK * BLOCK)
+    factors = scales + QUAD * units
     results = factors + QUAD * units
     zero_codes = results + QUAD
-    return codes, scales, zeros, factors, results, zero_codes, zero_codes + BLOCK * units
+    zeros = zero_codes + BLOCK * units
+    return start, scales, factors, results, zero_codes, zeros, zeros + 4 * BLOCK * units
 
 
 @compiled
 def unpack_tile(rows, bits, skipped, columns, codes):
     """Codes of four rows behind so many full blocks, one a byte; returns where each row is."""
-    size = (columns - BLOCK * skipped + BLOCK - 1) // BLOCK * BLOCK
+    left = columns - BLOCK * skipped
+    size = (left + BLOCK - 1) // BLOCK * BLOCK
     for i in range(TILE):
-        source = rows[i] + 16 * bits * skipped
-        unpack(source, bits, columns - BLOCK * skipped, codes + size * i, np.int64(VECTOR))
+        source, target = rows[i] + 16 * bits * skipped, codes + size * i
+        if left == BLOCK // 2:  # sooner done by itself; what is behind is multiplied by 0
+            unpack_half_block(source, bits, target, np.int64(VECTOR))
+        else:
+            unpack(source, bits, left, target, np.int64(VECTOR))
     return codes, codes + size, codes + 2 * size, codes + 3 * size
 
 
@@ -146,7 +151,7 @@ def tile_products(codes, bits, vectors, row, form, span, order, activations, scr
     """
     rows, columns, _ = form
     values, x_scales, x_weights, units = activations
-    unpacked, scales, zeros, factors, results, _, _ = scratch
+    unpacked, scales, factors, results, _, zeros, _ = scratch
     size = packed_row(columns, bits)
     tile = of_four_rows(codes, size, row, rows)
     # A single slot takes codes as they are stored, without a copy of them in between.
@@ -156,11 +161,12 @@ def tile_products(codes, bits, vectors, row, form, span, order, activations, scr
     if rest:
         ask_for(tile[0], size)
         copies = unpack_tile(tile, bits, stored, columns, unpacked)
+    own = zeros + 4 * (row % BLOCK)
     behind, later = 2 * BLOCK * stored, QUAD * stored * (BLOCK // VECTOR) // vectors
     for place in range(span[0], span[1]):
         result, token = load_word(order + 16 * place), load_word(order + 16 * place + 8)
         x, grid = values + 2 * VECTOR * vectors * units * token, 4 * units * token
-        less_total = token_factors(scales, zeros, units, x_scales + grid, x_weights + grid, factors)
+        less_total = token_factors(scales, own, units, x_scales + grid, x_weights + grid, factors)
         if stored:
             found = tile_sums(tile, bits, vectors, stored, x, factors, AHEAD * size)
             less_total = less(less_total, found)
@@ -187,14 +193,15 @@ def span_products(span, form, blocks, order, activations, scratch, out):
     groups, stretch = (columns + group_size - 1) // group_size, max(1, group_size // BLOCK)
     vectors = min(group_size, BLOCK) // VECTOR
     middle = np.float32(((1 << bits) - 1) / 2)
-    _, of_scales, of_zeros, _, _, zero_codes, _ = scratch
+    _, of_scales, _, _, zero_codes, of_zeros, _ = scratch
     for block in range(blocks[0], blocks[1]):
         top = BLOCK * block
         unpack_zeros(zeros, bits, rows, top, groups, zero_codes)
+        block_zeros(zero_codes, groups, stretch, units, middle, of_zeros)
         for row in range(top, min(rows, top + BLOCK), TILE):
-            tile, own = of_four_rows(scales, 2 * groups, row, rows), zero_codes + row - top
+            tile = of_four_rows(scales, 2 * groups, row, rows)
             ask_for(tile[0], 2 * groups)
-            tile_grid(tile, groups, stretch, units, own, middle, of_scales, of_zeros)
+            tile_grid(tile, groups, stretch, units, of_scales)
             where = first, last
             tile_products(codes, bits, vectors, row, form, where, order, activations, scratch, out)
 

@@ -23,10 +23,10 @@ from mcsharp_sdk.kernels.simd import (
     no_ints,
     prefetch,
     store_float,
+    store_zero_points,
 )
 from mcsharp_sdk.kernels.simd_quads import (
     add_product,
-    load_byte_quad,
     load_quad,
     quad,
     scaled,
@@ -38,6 +38,9 @@ from mcsharp_sdk.kernels.simd_quads import (
 
 TILE = 4
 """Rows that are multiplied together."""
+
+LANES = 16
+"""Zero points that are written together."""
 
 QUAD = 16
 """Bytes of four fp32 numbers, one for each row of a tile."""
@@ -142,29 +145,37 @@ def tile_scales(rows, groups, scales):
 
 
 @compiled
-def tile_grid(rows, groups, stretch, units, zero_codes, middle, scales, zeros):
-    """Scales, and scales times zero points, of four rows, both to fp32 [units, 4].
+def tile_grid(rows, groups, stretch, units, scales):
+    """Scales of four rows to fp32 [units, 4], 0 where a short block is filled up.
 
     Parameters
     ----------
     rows : addresses of the fp16 scales of each row.
     stretch : units per group.
-    zero_codes : address of uint8 [groups, 128], at the first of the four rows.
-    middle : zero point of code 0.
     """
     tile_scales(rows, groups, scales)
-    none = quad(np.float32(0))
-    for u in range(stretch * groups, units):  # a short block is filled up
-        store_quad(scales + QUAD * u, none)
-        store_quad(zeros + QUAD * u, none)
-    for group in range(groups - 1, -1, -1):  # from the end, where the scales of groups are not
-        code = load_byte_quad(zero_codes + BLOCK * group)
-        zero = add_product(quad(middle), code, quad(np.float32(0.25)))
-        scale = load_quad(scales + QUAD * group)
-        off = add_product(none, scale, zero)
-        for u in range(stretch * group, min(units, stretch * (group + 1))):
-            store_quad(scales + QUAD * u, scale)
-            store_quad(zeros + QUAD * u, off)
+    for u in range(stretch * groups, units):
+        store_quad(scales + QUAD * u, quad(np.float32(0)))
+    if stretch > 1:
+        for group in range(groups - 1, -1, -1):  # from the end, where no others are yet
+            scale = load_quad(scales + QUAD * group)
+            for u in range(stretch * group, min(units, stretch * (group + 1))):
+                store_quad(scales + QUAD * u, scale)
+
+
+@compiled
+def block_zeros(codes, groups, stretch, units, middle, zeros):
+    """Zero points of 128 rows to fp32 [units, 128].
+
+    Parameters
+    ----------
+    codes : address of uint8 [groups, 128].
+    middle : zero point of code 0.
+    """
+    for u in range(units):
+        source, to = codes + BLOCK * min(u // stretch, groups - 1), zeros + 4 * BLOCK * u
+        for row in range(0, BLOCK, LANES):
+            store_zero_points(to + 4 * row, source + row, middle)
 
 
 @compiled
@@ -173,13 +184,15 @@ def token_factors(scales, zeros, units, x_scales, x_weights, factors):
 
     Parameters
     ----------
-    scales, zeros : what ``tile_grid`` wrote.
+    scales : what ``tile_grid`` wrote.
+    zeros : address in what ``block_zeros`` wrote, at the first of the four rows.
     x_scales, x_weights : addresses of fp32 [units].
     factors : address of fp32 [units, 4], written.
     """
     off = quad(np.float32(0))
     for u in range(units):
-        at = QUAD * u
-        store_quad(factors + at, scaled(load_quad(scales + at), load_float(x_scales + 4 * u)))
-        off = add_product(off, load_quad(zeros + at), quad(load_float(x_weights + 4 * u)))
+        scale, at = load_quad(scales + QUAD * u), 4 * u
+        store_quad(factors + QUAD * u, scaled(scale, load_float(x_scales + at)))
+        weight = scaled(scale, load_float(x_weights + at))
+        off = add_product(off, weight, load_quad(zeros + BLOCK * at))
     return off

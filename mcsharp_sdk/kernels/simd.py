@@ -278,6 +278,14 @@ def store_lanes_as_bytes(builder: Any, address: Any, value: Any) -> None:
     store(builder, address, builder.fptoui(value, ir.VectorType(I8, 16)))
 
 
+@operation(types.void, types.int64, types.int64, types.float32)
+def store_zero_points(builder: Any, address: Any, codes: Any, middle: Any) -> None:
+    """Write ``middle + code / 4`` of 16 bytes at an address."""
+    values = builder.uitofp(load(builder, codes, ir.VectorType(I8, 16)), Lanes.llvm)
+    quarters = builder.fmul(values, constant(FLOAT, [0.25] * 16))
+    store(builder, address, builder.fadd(quarters, splat(builder, middle, 16)))
+
+
 @operation(Lanes, Lanes, Lanes)
 def nearest_code(builder: Any, x: Any, top: Any) -> Any:
     """The nearest whole number from 0 to ``top``, halves to even; 0 of NaN."""

@@ -13,7 +13,6 @@ from numba import types
 from mcsharp_sdk.kernels.simd import (
     FLOAT,
     HALF,
-    I8,
     I32,
     Floats,
     Vector,
@@ -44,12 +43,6 @@ def load_quad(builder: Any, address: Any) -> Any:
 def store_quad(builder: Any, address: Any, value: Any) -> None:
     """Write four fp32 numbers."""
     store(builder, address, value)
-
-
-@operation(Quad, types.int64)
-def load_byte_quad(builder: Any, address: Any) -> Any:
-    """Four bytes, as fp32."""
-    return builder.uitofp(load(builder, address, ir.VectorType(I8, 4)), Quad.llvm)
 
 
 @operation(Quad, Quad, types.float32)
