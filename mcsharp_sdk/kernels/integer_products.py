@@ -157,9 +157,10 @@ def tile_products(codes, bits, vectors, row, form, span, order, activations, scr
     # A single slot takes codes as they are stored, without a copy of them in between.
     stored = columns // BLOCK if span[1] - span[0] == 1 and takes_stored(vectors) else 0
     rest = (columns + BLOCK - 1) // BLOCK - stored
+    if not stored:
+        ask_for(tile[0], size)
     copies = tile
     if rest:
-        ask_for(tile[0], size)
         copies = unpack_tile(tile, bits, stored, columns, unpacked)
     own = zeros + 4 * (row % BLOCK)
     behind, later = 2 * BLOCK * stored, QUAD * stored * (BLOCK // VECTOR) // vectors
