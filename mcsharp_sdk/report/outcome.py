@@ -119,6 +119,10 @@ def _bytes(shares: Mapping[str, Any], role: str) -> float:
     )
 
 
+def _number(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def bits_section(run: RunFolder) -> Iterator[Section]:
     """The bit map."""
     widths = run.widths
@@ -126,9 +130,8 @@ def bits_section(run: RunFolder) -> Iterator[Section]:
         return
     counts = Counter(width for row in widths.values() for width in row)
     told = ", ".join(
-        f"{counts[width]} experts at {width} bit{'' if width == 1 else 's'}"
-        if width
-        else f"{counts[width]} experts removed"
+        f"{_number(counts[width], 'expert')} "
+        + (f"at {_number(width, 'bit')}" if width else "removed")
         for width in sorted(counts)
     )
     linears = run.layout.linears if run.layout else {}
