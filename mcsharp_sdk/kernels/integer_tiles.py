@@ -47,7 +47,7 @@ QUAD = 16
 
 
 @merged
-def sums(rows, bits, vectors, blocks, x, factors, ahead):
+def row_sums(rows, bits, vectors, blocks, x, factors, ahead):
     """Four rows times one token, without zero points.
 
     Parameters
@@ -91,16 +91,16 @@ def sums(rows, bits, vectors, blocks, x, factors, ahead):
 
 
 @inlined
-def sums_of_width(rows, bits, vectors, blocks, x, factors, ahead):
+def row_sums_of_width(rows, bits, vectors, blocks, x, factors, ahead):
     if bits == 1:
-        return sums(rows, 1, vectors, blocks, x, factors, ahead)
+        return row_sums(rows, 1, vectors, blocks, x, factors, ahead)
     if bits == 2:
-        return sums(rows, 2, vectors, blocks, x, factors, ahead)
+        return row_sums(rows, 2, vectors, blocks, x, factors, ahead)
     if bits == 3:
-        return sums(rows, 3, vectors, blocks, x, factors, ahead)
+        return row_sums(rows, 3, vectors, blocks, x, factors, ahead)
     if bits == 4:
-        return sums(rows, 4, vectors, blocks, x, factors, ahead)
-    return sums(rows, 8, vectors, blocks, x, factors, ahead)
+        return row_sums(rows, 4, vectors, blocks, x, factors, ahead)
+    return row_sums(rows, 8, vectors, blocks, x, factors, ahead)
 
 
 @inlined
@@ -114,12 +114,12 @@ def takes_stored(vectors):
 
 @compiled
 def tile_sums(rows, bits, vectors, blocks, x, factors, ahead):
-    """``sums``, compiled for each width and number of vectors."""
+    """``row_sums``, compiled for each width and number of vectors."""
     if vectors == 4:
-        return sums_of_width(rows, bits, 4, blocks, x, factors, ahead)
+        return row_sums_of_width(rows, bits, 4, blocks, x, factors, ahead)
     if vectors == 2:
-        return sums_of_width(rows, bits, 2, blocks, x, factors, ahead)
-    return sums(rows, 8, 1, blocks, x, factors, ahead)
+        return row_sums_of_width(rows, bits, 2, blocks, x, factors, ahead)
+    return row_sums(rows, 8, 1, blocks, x, factors, ahead)
 
 
 @compiled
