@@ -1,25 +1,26 @@
-"""All routed experts of a layer at once on a CPU, for few tokens: two calls of compiled code.
+"""All routed experts of a layer at once on a CPU: two calls of compiled code.
 
 Small experts take less time to compute than it takes to call for each of them. Products are those
-of ``integer_dot``, for experts of all widths together.
+of ``integer_dot`` or ``int8_dot``, for experts of all widths together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack
+from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack, in_parts
 from mcsharp_sdk.kernels.gpu_support import HALF_PRECISION
 from mcsharp_sdk.kernels.integer_dot import products
 from mcsharp_sdk.kernels.matrix import PackedStack
 
-KERNEL = "integer_dot"
-"""The kernel whose products these are."""
+WORKSPACE_BYTES = 128 * 2**20
+"""Scratch for many tokens; beyond it they are done some at a time."""
 
 Places = Mapping[tuple[int, int], list[int]]
 """Width of an expert and its place among those of its width -> its slots."""
@@ -30,7 +31,9 @@ def serves(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in HALF_PRECISION and len(x) > 0
 
 
-def run_experts(layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
+def run_experts(
+    layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Tensor, *, halves: int = 2
+) -> Tensor:
     """Weighted sum of the chosen experts.
 
     Parameters
@@ -38,25 +41,39 @@ def run_experts(layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Ten
     hidden : [T, H], 16-bit floats.
     chosen : int64 [T, k]; ``layer.experts`` marks a dropped slot, which costs nothing.
     routing : [T, k], any float dtype.
+    halves : bytes of an activation that are multiplied: 2, or 1 where an expert gets several rows.
 
     Returns
     -------
     [T, H] in hidden's dtype; summed in fp32, over a token's slots in their order. Between the
     matrices, too, are fp32 numbers where the layer has no code of its own there.
     """
+    at_once = max(1, WORKSPACE_BYTES // workspace_bytes(layer, chosen.shape[1]))
+    return in_parts(partial(_at_once, layer, halves), at_once, hidden, chosen, routing)
+
+
+def workspace_bytes(layer: ExpertLayer, slots: int) -> int:
+    """Scratch that one token with so many slots takes, in fp32 and quantised: results twice."""
+    inner, hidden = layer.gate_up.rows + 2 * layer.down.columns, 3 * layer.down.rows
+    return 4 * slots * (inner + hidden)
+
+
+def _at_once(
+    layer: ExpertLayer, halves: int, hidden: Tensor, chosen: Tensor, routing: Tensor
+) -> Tensor:
     slots = chosen.reshape(-1)
     places = _by_expert(layer.table[slots].tolist())
     order = [slot for taken in places.values() for slot in taken]
     if not order:
         return torch.zeros_like(hidden)
     tokens = [slot // chosen.shape[1] for slot in order]
-    inner = _products(layer.gate_up, hidden, places, tokens, len(slots))
+    inner = _products(layer.gate_up, hidden, places, tokens, len(slots), halves)
     if layer.between is None:
         gate, up = inner.chunk(2, -1)
         inner = torch.nn.functional.silu(gate).mul_(up)
     else:
         inner = layer.between(inner.to(hidden.dtype), slots.clamp(max=layer.experts - 1))
-    out = _products(layer.down, inner, places, order, len(slots))
+    out = _products(layer.down, inner, places, order, len(slots), halves)
     if layer.behind is not None:
         out = layer.behind(out.to(hidden.dtype), slots.clamp(max=layer.experts - 1)).float()
     return _weighted_sum(out.reshape(*chosen.shape, -1), routing.float(), order).to(hidden.dtype)
@@ -85,7 +102,12 @@ def _by_expert(table: Sequence[Sequence[int]]) -> Places:
 
 
 def _products(
-    stack: MatrixStack, x: Tensor, places: Places, rows: Sequence[int], results: int
+    stack: MatrixStack,
+    x: Tensor,
+    places: Places,
+    rows: Sequence[int],
+    results: int,
+    halves: int,
 ) -> Tensor:
     """What each slot's expert makes of its row of x, fp32 [results, R].
 
@@ -102,4 +124,5 @@ def _products(
         spans.append((*memory[width].addresses(place), width, end, end + len(slots)))
         end += len(slots)
     order = np.array([*zip(chain(*places.values()), rows, strict=True)], np.int64)
-    return products(x, spans, order, (stack.rows, stack.columns, stack.group_size), results)
+    form = (stack.rows, stack.columns, stack.group_size)
+    return products(x, spans, order, form, results, halves)

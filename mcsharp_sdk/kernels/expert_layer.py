@@ -76,3 +76,18 @@ def expert_table(bits: Sequence[int]) -> Tensor:
         rows.append((width, seen.get(width, 0)))
         seen[width] = rows[-1][1] + 1
     return torch.tensor([*rows, (0, 0)], dtype=torch.int32)
+
+
+def in_parts(run: Callable[..., Tensor], at_once: int, *tensors: Tensor) -> Tensor:
+    """``run`` on so many rows of all tensors at a time, put together."""
+    if len(tensors[0]) <= at_once:
+        return run(*tensors)
+    out, done = torch.empty(0), 0
+    for part in zip(*(tensor.split(at_once) for tensor in tensors), strict=True):
+        rows = run(*part)
+        if not done:
+            out = rows.new_empty(len(tensors[0]), *rows.shape[1:])
+        out[done : done + len(rows)] = rows
+        done += len(rows)
+        del rows  # before the next part takes its scratch
+    return out

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mcsharp_sdk.kernels import crossovers, gpu_dense
 from mcsharp_sdk.kernels.case import BUILT_IN, MEASURED, Choice, LayerCase
-from mcsharp_sdk.kernels.expert_layer import ExpertLayer
+from mcsharp_sdk.kernels.expert_layer import ExpertLayer, in_parts
 from mcsharp_sdk.kernels.tilings import TILINGS, Kind, Tiling
 from mcsharp_sdk.quantization.packing import BLOCK, packed_bytes
 
@@ -86,21 +86,6 @@ def _way(
         room = gpu_dense.workspace_bytes(layer, slots, dtype)
         return partial(_long_prompt, layer), max(1, LONG_WORKSPACE_BYTES // room)
     return partial(_many_tokens, layer, height=tiling.size), tokens_at_once(layer, slots, dtype)
-
-
-def in_parts(run: Callable[..., Tensor], at_once: int, *tensors: Tensor) -> Tensor:
-    """``run`` on so many rows of all tensors at a time, put together."""
-    if len(tensors[0]) <= at_once:
-        return run(*tensors)
-    out, done = torch.empty(0), 0
-    for part in zip(*(tensor.split(at_once) for tensor in tensors), strict=True):
-        rows = run(*part)
-        if not done:
-            out = rows.new_empty(len(tensors[0]), *rows.shape[1:])
-        out[done : done + len(rows)] = rows
-        done += len(rows)
-        del rows  # before the next part takes its scratch
-    return out
 
 
 def case_of(layer: ExpertLayer, slots: int, hidden: Tensor) -> LayerCase:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.kernels.case import Case
-from mcsharp_sdk.kernels.expert_layer import MatrixStack, expert_table
-from mcsharp_sdk.kernels.gpu_experts import GEMV_AT_ONCE, in_parts, takes_gemv
+from mcsharp_sdk.kernels.expert_layer import MatrixStack, expert_table, in_parts
+from mcsharp_sdk.kernels.gpu_experts import GEMV_AT_ONCE, takes_gemv
 from mcsharp_sdk.kernels.gpu_support import HALF_PRECISION, missing_support
 from mcsharp_sdk.kernels.matrix import PackedStack
 from mcsharp_sdk.kernels.tilings import Kind, Tiling

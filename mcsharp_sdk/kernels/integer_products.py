@@ -1,6 +1,8 @@
 """Products of quantised activations with packed matrices, compiled by numba.
 
-Rows are taken in tiles of four, see :mod:`mcsharp_sdk.kernels.integer_tiles`.
+Rows are taken in tiles of four for one token (:mod:`mcsharp_sdk.kernels.integer_tiles`), and in
+panels of sixteen for more (:mod:`mcsharp_sdk.kernels.integer_panels`), where the processor has an
+instruction for that.
 
 Imported only where numba is installed.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mcsharp_sdk.kernels.integer_panels import panel_block, panel_parts, takes_panels
 from mcsharp_sdk.kernels.integer_tiles import (
     QUAD,
     TILE,
@@ -34,45 +37,6 @@ from mcsharp_sdk.kernels.simd_quads import less, negative, store_quad
 CACHE_LINE = 64
 AHEAD = 24
 """Rows from the one at work to the one that is asked for: its products hide what memory takes."""
-
-TOP = 127 * 256
-"""Magnitude of a unit's largest activation after quantisation: 15 bits and a sign."""
-
-
-@compiled
-def quantise_activations(x, bits_of_x, unit, values, scales, weights):
-    """Activations as 16-bit integers of one scale per token and unit.
-
-    Parameters
-    ----------
-    x : fp32 [N, K], and ``bits_of_x``, the same memory as int32.
-    values : int8 [N, 2 * units * unit], written: of 32 columns the high bytes, then the low ones;
-        zeros behind K.
-    scales : fp32 [N, units], written: x = scale · (256 · high + low). Infinite or NaN where an
-        activation is.
-    weights : fp32 [N, units], written: what a zero point of 1 adds up to, scale · sum of integers.
-    """
-    columns = x.shape[1]
-    for token in range(x.shape[0]):
-        for u in range(scales.shape[1]):
-            first, last = unit * u, unit * (u + 1)
-            top = np.int32(0)
-            for column in range(first, min(last, columns)):
-                top = max(top, bits_of_x[token, column] & np.int32(0x7FFFFFFF))
-            scale = np.int32(top).view(np.float32) / np.float32(TOP)
-            inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
-            total = np.int32(0)
-            for start in range(first, last, VECTOR):
-                if start + VECTOR > columns:
-                    values[token, 2 * start : 2 * (start + VECTOR)] = 0
-                for place in range(min(VECTOR, columns - start)):
-                    value = np.int32(np.rint(x[token, start + place] * inverse))
-                    high = (value + np.int32(128)) >> np.int32(8)
-                    values[token, 2 * start + place] = high
-                    values[token, 2 * start + VECTOR + place] = value - high * np.int32(256)
-                    total += value
-            scales[token, u] = scale
-            weights[token, u] = scale * np.float32(total)
 
 
 @inlined
@@ -150,7 +114,7 @@ def tile_products(codes, bits, vectors, row, form, span, order, activations, scr
     scratch : see ``scratch_parts``.
     """
     rows, columns, _ = form
-    values, x_scales, x_weights, units = activations
+    values, x_scales, x_weights, units, _ = activations
     unpacked, scales, factors, results, _, zeros, _ = scratch
     size = packed_row(columns, bits)
     tile = of_four_rows(codes, size, row, rows)
@@ -179,53 +143,77 @@ def tile_products(codes, bits, vectors, row, form, span, order, activations, scr
         write_tile(negative(less_total), to, min(TILE, rows - row), results)
 
 
-@compiled
-def span_products(span, form, blocks, order, activations, scratch, out):
+@inlined
+def tile_block(matrix, form, stretch, vectors, top, span, order, activations, scratch, out):
+    """128 rows of a matrix times its slots, four rows at a time.
+
+    Parameters
+    ----------
+    matrix : addresses of codes and scales, and the width.
+    stretch : units per group.
+    vectors : of 32 columns, per unit.
+    top : the first row.
+    span, order, activations, scratch, out : see ``tile_products``.
+    """
+    codes, scales, bits = matrix
+    rows, columns, group_size = form
+    groups, units = (columns + group_size - 1) // group_size, activations[3]
+    for row in range(top, min(rows, top + BLOCK), TILE):
+        tile = of_four_rows(scales, 2 * groups, row, rows)
+        ask_for(tile[0], 2 * groups)
+        tile_grid(tile, groups, stretch, units, scratch[1])
+        tile_products(codes, bits, vectors, row, form, span, order, activations, scratch, out)
+
+
+@inlined
+def span_products(span, form, blocks, order, activations, scratch, panels, out):
     """Blocks of 128 rows of one matrix times its slots; see ``tile_products``.
 
     Parameters
     ----------
     span : as a row of ``spans`` in ``integer_dot``.
     blocks : first and last+1.
+    panels : more scratch, see ``panel_parts``.
     """
     codes, scales, zeros, bits, first, last = span
     rows, columns, group_size = form
-    units = activations[3]
+    units, matrix, slots = activations[3], (codes, scales, bits), (first, last)
     groups, stretch = (columns + group_size - 1) // group_size, max(1, group_size // BLOCK)
     vectors = min(group_size, BLOCK) // VECTOR
     middle = np.float32(((1 << bits) - 1) / 2)
-    _, of_scales, _, _, zero_codes, of_zeros, _ = scratch
+    _, _, _, _, zero_codes, of_zeros, _ = scratch
     for block in range(blocks[0], blocks[1]):
         top = BLOCK * block
         unpack_zeros(zeros, bits, rows, top, groups, zero_codes)
         block_zeros(zero_codes, groups, stretch, units, middle, of_zeros)
-        for row in range(top, min(rows, top + BLOCK), TILE):
-            tile = of_four_rows(scales, 2 * groups, row, rows)
-            ask_for(tile[0], 2 * groups)
-            tile_grid(tile, groups, stretch, units, of_scales)
-            where = first, last
-            tile_products(codes, bits, vectors, row, form, where, order, activations, scratch, out)
+        if takes_panels(last - first):
+            panel_block(matrix, form, top, slots, order, activations, of_zeros, panels, out)
+        else:
+            tile_block(matrix, form, stretch, vectors, top, slots, order, activations, scratch, out)
 
 
 @compiled
-def integer_dot(values, grid, spans, order, form, out, share, shares):
+def integer_dot(values, grid, spans, order, form, halves, out, share, shares):
     """Products of quantised activations with packed matrices of one shape: a share of the rows.
 
     Parameters
     ----------
-    values : what ``quantise_activations`` wrote, and ``grid``, fp32 [2, T, units], its scales and
-        weights; units fill whole blocks.
+    values, grid : what ``quantise_activations`` wrote.
     spans : int64 [S, 6], of each matrix in use the addresses of codes, scales and zero points, the
         width, and first and last+1 place of its slots in ``order``.
     order : int64 [N, 2], by matrix: the row of ``out`` and that of the activations.
     form : rows, columns, group size.
+    halves : 2 to multiply high and low bytes of activations, 1 for the high ones alone where a
+        matrix has several slots.
     out : fp32 [·, rows], written.
     """
     rows, columns, _ = form
     units, row_blocks = grid.shape[2], (rows + BLOCK - 1) // BLOCK
-    room = np.empty(scratch_parts(0, columns, units)[-1], np.uint8)
+    tokens = np.max(spans[:, 5] - spans[:, 4])
+    room = np.empty(panel_parts(scratch_parts(0, columns, units)[-1], units, tokens)[-1], np.uint8)
     scratch = scratch_parts(np.int64(room.ctypes.data), columns, units)
-    activations = values.ctypes.data, grid[0].ctypes.data, grid[1].ctypes.data, units
+    panels = panel_parts(scratch[-1], units, tokens)
+    activations = values.ctypes.data, grid[0].ctypes.data, grid[1].ctypes.data, units, halves
     items = len(spans) * row_blocks
     begin, end = items * share // shares, items * (share + 1) // shares
     for number in range(begin // row_blocks, len(spans)):
@@ -234,5 +222,5 @@ def integer_dot(values, grid, spans, order, form, out, share, shares):
         if blocks[0] < blocks[1]:
             s = spans[number]
             span, to = (s[0], s[1], s[2], s[3], s[4], s[5]), np.int64(out.ctypes.data)
-            span_products(span, form, blocks, order.ctypes.data, activations, scratch, to)
+            span_products(span, form, blocks, order.ctypes.data, activations, scratch, panels, to)
     return room[0]  # which keeps it alive until here

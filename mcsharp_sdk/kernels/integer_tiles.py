@@ -72,8 +72,8 @@ def row_sums(rows, bits, vectors, blocks, x, factors, ahead):
             h0, h1, h2, h3 = no_ints(), no_ints(), no_ints(), no_ints()
             l0, l1, l2, l3 = no_ints(), no_ints(), no_ints(), no_ints()
             for vector in range(vectors * part, vectors * (part + 1)):
-                at = x + 2 * BLOCK * block + 2 * VECTOR * vector
-                high, low = load_bytes(at), load_bytes(at + VECTOR)
+                at = x + 2 * BLOCK * block + VECTOR * vector
+                high, low = load_bytes(at), load_bytes(at + BLOCK)
                 row = codes_of(r0 + skip, bits, vector)
                 h0, l0 = dot(h0, row, high), dot(l0, row, low)
                 row = codes_of(r1 + skip, bits, vector)

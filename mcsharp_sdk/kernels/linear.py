@@ -11,13 +11,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, takewhile
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.kernels import chunked, crossovers, dequantise, gpu_linear, integer_dot
+from mcsharp_sdk.kernels import chunked, crossovers, dequantise, gpu_linear, integer_dot, support
 from mcsharp_sdk.kernels.case import BUILT_IN, MEASURED, Case, Choice
 from mcsharp_sdk.kernels.gpu_support import HALF_PRECISION
 from mcsharp_sdk.kernels.matrix import PackedMatrix, PackedStack
@@ -50,6 +50,7 @@ KERNELS: dict[str, Kernel] = {
     "triton": Kernel(gpu_linear.refuses, gpu_linear.run),
     "triton_dp4a": Kernel(gpu_linear.refuses_dp4a, gpu_linear.run_dp4a),
     "integer_dot": Kernel(integer_dot.refuses, integer_dot.integer_dot),
+    "int8_dot": Kernel(integer_dot.refuses_8_bits, integer_dot.int8_dot),
     "dequantise": Kernel(dequantise.refuses, dequantise.dequantise_and_multiply),
     "chunked": Kernel(lambda case: "", chunked.chunked),
     **{
@@ -64,7 +65,10 @@ KERNELS: dict[str, Kernel] = {
 
 EVERY_DTYPE = (*HALF_PRECISION, torch.float32, torch.float64)
 ANY_NUMBER = 2**62
-MANY_TOKENS = 64
+
+
+def _anywhere() -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -72,23 +76,26 @@ class Preference:
     """A kernel for all cases of these dtypes with at most so many tokens.
 
     Where it was measured, it is used for as many tokens as it is fastest for; with 0, only there.
+    ``here`` says whether this processor is one that the number of tokens is meant for.
     """
 
     kernel: str
     tokens: int
     dtypes: tuple[torch.dtype, ...]
+    here: Callable[[], bool] = _anywhere
 
 
 PREFERENCES: tuple[Preference, ...] = (
     Preference("triton", ANY_NUMBER, HALF_PRECISION),
+    Preference("integer_dot", 128, HALF_PRECISION, lambda: support.has_wide_vnni()),
     Preference("integer_dot", 24, HALF_PRECISION),
     Preference("dequantise", ANY_NUMBER, EVERY_DTYPE),
     Preference("chunked", ANY_NUMBER, EVERY_DTYPE),
     *(Preference(f"triton_{name}", 0, HALF_PRECISION) for name in MATRIX_TILINGS),
 )
 """Tried in order. ``integer_dot`` rounds activations to 16 bits, which float32 would notice; where
-it stops is where ``benchmarks/cpu_kernels.py`` finds it overtaken. ``triton_dp4a`` rounds to 8
-bits, so that it runs only where ``MCSHARP_KERNEL`` asks for it."""
+it stops is where ``benchmarks/cpu_kernels.py`` finds it overtaken. ``triton_dp4a`` and ``int8_dot``
+round to 8 bits, so that they run only where ``MCSHARP_KERNEL`` asks for them."""
 
 
 def choose_kernel(case: Case) -> str:
@@ -114,23 +121,16 @@ def explain_choice(case: Case) -> Choice:
     return next(
         Choice(preferred.kernel, BUILT_IN)
         for preferred in PREFERENCES
-        if case.tokens <= preferred.tokens and _is_candidate(preferred.kernel, case)
+        if case.tokens <= preferred.tokens
+        and _is_candidate(preferred.kernel, case)
+        and preferred.here()
     )
 
 
 def candidates(case: Case) -> list[str]:
     """The kernels that may be chosen for a case, whatever its number of tokens, without forcing."""
-    return [p.kernel for p in PREFERENCES if _is_candidate(p.kernel, case)]
-
-
-def tokens_taken(kernel: str, stack: PackedStack, dtype: torch.dtype) -> int:
-    """Up to how many tokens, from one on, a kernel is chosen for a product on a CPU.
-
-    0 if it is not chosen for one; ``MANY_TOKENS`` if for all that are worth telling apart.
-    """
-    form = (stack.rows, stack.columns, stack.bits, stack.group_size)
-    cases = (Case(*form, tokens, dtype, "cpu") for tokens in range(1, MANY_TOKENS + 1))
-    return sum(1 for _ in takewhile(lambda case: choose_kernel(case) == kernel, cases))
+    found = (p.kernel for p in PREFERENCES if _is_candidate(p.kernel, case))
+    return [*dict.fromkeys(found)]
 
 
 def _is_candidate(name: str, case: Case) -> bool:

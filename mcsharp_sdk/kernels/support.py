@@ -31,6 +31,11 @@ def has_vnni() -> bool:
     return any(needed <= cpu_features() for needed in VNNI)
 
 
+def has_wide_vnni() -> bool:
+    """Whether it does so in vectors of 512 bits."""
+    return "avx512vnni" in cpu_features()
+
+
 @cache
 def cpu_features() -> frozenset[str]:
     """What the processor that numba compiles for can do, in LLVM's names, such as ``avx2``."""

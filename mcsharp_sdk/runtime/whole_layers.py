@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.kernels import cpu_experts, crossovers, gpu_support
-from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack, PerSlot, expert_table
-from mcsharp_sdk.kernels.gpu_experts import in_parts, run_experts, tokens_at_once
-from mcsharp_sdk.kernels.linear import VARIABLE, WHOLE_LAYERS, tokens_taken
+from mcsharp_sdk.kernels.case import Case
+from mcsharp_sdk.kernels.expert_layer import (
+    ExpertLayer,
+    MatrixStack,
+    PerSlot,
+    expert_table,
+    in_parts,
+)
+from mcsharp_sdk.kernels.gpu_experts import run_experts, tokens_at_once
+from mcsharp_sdk.kernels.integer_dot import BYTES
+from mcsharp_sdk.kernels.linear import VARIABLE, WHOLE_LAYERS, choose_kernel
 from mcsharp_sdk.models.experts import MATRICES, activate, finish
 from mcsharp_sdk.quantization.grid import REMOVED
 from mcsharp_sdk.quantization.rotation import expert_signs, rotate
@@ -37,7 +45,10 @@ TURNING_BYTES_PER_COLUMN = 18
 """Of a row being turned: it, its signs and two products in fp32, and the result."""
 
 _KNOWN = "_whole_layer_facts"
-_MOST_TOKENS = "_whole_layer_tokens"
+_KERNELS = "_whole_layer_kernels"
+
+MANY_TOKENS = 256
+"""Tokens of an expert from which on the choice of a kernel is always the same."""
 
 
 def whole_layer(
@@ -57,7 +68,7 @@ def whole_layer(
     """
     if not buckets or _asks_for_gradient(experts, hidden, weights):
         return None
-    if (run_layer := _way(experts, buckets, hidden)) is None:
+    if (run_layer := _way(experts, buckets, hidden, weights)) is None:
         return None
     if experts.removed and experts.has_bias:  # whose biases are left
         return None
@@ -104,13 +115,15 @@ def _asks_for_gradient(experts: Any, hidden: Tensor, weights: Tensor) -> bool:
 
 
 def _way(
-    experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor
+    experts: Any, buckets: Sequence[ExpertBucket], hidden: Tensor, weights: Tensor
 ) -> Callable[..., Tensor] | None:
     """What takes a layer and what a ``WholeLayer`` takes, on ``hidden``'s device, if anything."""
     if gpu_support.serves(hidden):
         return _on_gpu if os.environ.get(VARIABLE, TRITON) in WHOLE_LAYERS else None
-    if cpu_experts.serves(hidden) and len(hidden) <= _most_tokens(experts, buckets, hidden.dtype):
-        return _on_cpu
+    if cpu_experts.serves(hidden):
+        slots = len(hidden) * weights.shape[-1]
+        kernel = _cpu_kernel(experts, buckets, -(-slots // experts.num_experts), hidden.dtype)
+        return partial(_on_cpu, BYTES[kernel]) if kernel else None
     return None
 
 
@@ -126,25 +139,38 @@ def _on_gpu(
 
 
 def _on_cpu(
+    halves: int,
     layer: ExpertLayer,
     hidden: Tensor,
     index: Tensor,
     weights: Tensor,
     of: tuple[int, int] | None = None,
 ) -> Tensor:
-    return cpu_experts.run_experts(layer, hidden, index, weights)
+    return cpu_experts.run_experts(layer, hidden, index, weights, halves=halves)
 
 
-def _most_tokens(experts: Any, buckets: Sequence[ExpertBucket], dtype: torch.dtype) -> int:
-    """Up to how many tokens ``integer_dot`` is chosen for all matrices of a layer; kept."""
-    measured, forced = crossovers.measured("cpu"), os.environ.get(VARIABLE)
-    found = (measured, forced, dtype, torch.get_num_threads())
-    known, tokens = experts.__dict__.get(_MOST_TOKENS, (None, 0))
-    if known != found:
-        stacks = [bucket.stack(matrix) for bucket in buckets for matrix in MATRICES]
-        tokens = min(tokens_taken(cpu_experts.KERNEL, stack, dtype) for stack in stacks)
-        experts.__dict__[_MOST_TOKENS] = found, tokens
-    return tokens
+def _cpu_kernel(
+    experts: Any, buckets: Sequence[ExpertBucket], tokens: int, dtype: torch.dtype
+) -> str:
+    """The kernel for whole layers that is chosen for all matrices of a layer, if one is; kept.
+
+    Parameters
+    ----------
+    tokens : of an expert, on average.
+    """
+    settings = (crossovers.measured("cpu"), os.environ.get(VARIABLE), torch.get_num_threads())
+    known, found = experts.__dict__.get(_KERNELS, (None, {}))
+    if known != settings:
+        found = {}
+        experts.__dict__[_KERNELS] = settings, found
+    key = min(tokens, MANY_TOKENS), dtype
+    if key not in found:
+        chosen = {
+            choose_kernel(Case(s.rows, s.columns, s.bits, s.group_size, *key, "cpu"))
+            for s in (bucket.stack(matrix) for bucket in buckets for matrix in MATRICES)
+        }
+        found[key] = chosen.pop() if len(chosen) == 1 and chosen <= set(BYTES) else ""
+    return found[key]
 
 
 def _run_without_removed(

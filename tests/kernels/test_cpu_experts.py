@@ -145,15 +145,38 @@ def test_families_run_at_once_as_bucket_by_bucket(
         expected = experts.float()(hidden.float(), chosen, routing)
         met: list[Tensor] = []
 
-        def noted(layer: ExpertLayer, hidden: Tensor, *others: Any, met: Any = met) -> Tensor:
+        def noted(
+            layer: ExpertLayer, hidden: Tensor, *others: Any, met: Any = met, **n: Any
+        ) -> Tensor:
             met.append(hidden)
-            return run_experts(layer, hidden, *others)
+            return run_experts(layer, hidden, *others, **n)
 
         monkeypatch.setattr(cpu_experts, "run_experts", noted)
         found = experts.half()(hidden, chosen, routing.half())
         monkeypatch.undo()
         assert relative_error(found, expected.double()) < 4e-3
         assert len(met) == 1
+
+
+@pytest.mark.skipif(not support.has_wide_vnni(), reason="needs AVX-512 VNNI")
+@pytest.mark.parametrize("rotated", [False, True])
+def test_activations_of_eight_bits_are_taken_where_they_are_asked_for(
+    rotated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = packed_experts("mixtral", rotated=rotated, removed=False)
+    hidden, chosen, routing = routed_in(experts, 12)
+    expected = experts.float()(hidden.float(), chosen, routing).double()
+    monkeypatch.setenv("MCSHARP_KERNEL", "int8_dot")
+    found = experts.half()(hidden, chosen, routing.half())
+    assert 4e-3 < relative_error(found, expected) < 3e-2
+
+
+def test_tokens_beyond_the_workspace_are_done_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, gate_up, down = random_layer(BITS, 64, 32, 32)
+    given = routed(7, 64)
+    monkeypatch.setattr(cpu_experts, "WORKSPACE_BYTES", 3 * cpu_experts.workspace_bytes(layer, 2))
+    out = run_experts(layer, *given)
+    assert relative_error(out, silu_layer(*given, gate_up, down)) < 2e-3
 
 
 def test_products_are_called_for_twice_whatever_the_routing(
@@ -188,7 +211,7 @@ def buckets_of(experts: Any) -> list[ExpertBucket]:
 
 
 def is_done(experts: Any, hidden: Tensor, *, weights: Tensor | None = None) -> bool:
-    weights = torch.ones(1) if weights is None else weights
+    weights = torch.ones(len(hidden), 2) if weights is None else weights
     return whole_layer(experts, buckets_of(experts), hidden, weights) is not None
 
 
@@ -197,10 +220,15 @@ def mixtral() -> Any:
     return packed_experts("mixtral", rotated=False, removed=False).half()
 
 
-def test_few_tokens_in_half_precision_are_done_at_once(mixtral: Any) -> None:
-    hidden, _, _ = routed_in(mixtral, 25)
+@pytest.mark.parametrize(("wide", "most"), [(True, 128), (False, 24)])
+def test_tokens_in_half_precision_are_done_at_once_where_experts_get_few(
+    mixtral: Any, monkeypatch: pytest.MonkeyPatch, wide: bool, most: int
+) -> None:
+    monkeypatch.setattr(support, "has_wide_vnni", lambda: wide)
+    tokens = most * mixtral.num_experts // 2
+    hidden, _, _ = routed_in(mixtral, tokens + 1)
     assert is_done(mixtral, hidden[:1])
-    assert is_done(mixtral, hidden[:24])
+    assert is_done(mixtral, hidden[:tokens])
     assert not is_done(mixtral, hidden)
     assert not is_done(mixtral, hidden[:0])
     assert not is_done(mixtral, hidden[:1].float())
@@ -241,7 +269,7 @@ def test_offloaded_experts_are_left_to_the_buckets(mixtral: Any) -> None:
 def test_a_kernel_that_is_asked_for_does_its_products(
     mixtral: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hidden, _, _ = routed_in(mixtral, 30)
+    hidden, _, _ = routed_in(mixtral, 800)
     assert not is_done(mixtral, hidden)
     monkeypatch.setenv("MCSHARP_KERNEL", "integer_dot")
     assert is_done(mixtral, hidden)
@@ -256,13 +284,14 @@ def test_what_was_measured_says_for_how_many_tokens(
     mixtral: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MCSHARP_CROSSOVERS", str(tmp_path / "crossovers.json"))
-    hidden, _, _ = routed_in(mixtral, 4)
+    four = 2 * mixtral.num_experts
+    hidden, _, _ = routed_in(mixtral, four)
     assert is_done(mixtral, hidden)
     stack = buckets_of(mixtral)[1].stack("down")
     form = (stack.rows, stack.columns, stack.bits, stack.group_size)
     key = Case(*form, 1, torch.float16, "cpu").key()
     crossovers.save("cpu", {key: ((1, "integer_dot"), (4, "dequantise"))})
     assert not is_done(mixtral, hidden)
-    assert is_done(mixtral, hidden[:3])
+    assert is_done(mixtral, hidden[: four * 3 // 4])
     crossovers.save("cpu", {key: ((1, "dequantise"),)})
     assert not is_done(mixtral, hidden[:1])

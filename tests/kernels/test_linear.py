@@ -21,6 +21,7 @@ from mcsharp_sdk.kernels import (
     PackedMatrix,
     PackedStack,
     choose_kernel,
+    integer_dot,
     linear,
     packed_linear,
     packed_linears,
@@ -67,6 +68,13 @@ def random_matrix(rows: int, columns: int, bits: int, group: int) -> tuple[Packe
     return stack.matrix(0), exact[0]
 
 
+def replicas(matrix: PackedMatrix) -> PackedStack:
+    """A stack of the same matrix twice."""
+    one = matrix.stack()
+    parts = (one.weight.qweight, one.weight.scales, one.weight.zeros)
+    return replace(one, weight=PackedWeight(*(torch.cat([part, part]) for part in parts)))
+
+
 def case_of(stack: PackedStack | PackedMatrix, tokens: int, dtype: torch.dtype) -> Case:
     return Case(stack.rows, stack.columns, stack.bits, stack.group_size, tokens, dtype, "cpu")
 
@@ -78,10 +86,15 @@ def by_experts(x: Tensor, exact: Tensor, slots: Sequence[int], counts: Sequence[
     return torch.cat(found) if found else x.new_empty(0, exact.shape[1], dtype=torch.float64)
 
 
-def assert_close(found: Tensor, x: Tensor, exact: Tensor, expected: Tensor) -> None:
-    """Within what the dtype rounds off, and 16-bit activations: both against |x| times |W|."""
+ROUNDED_OFF = {"int8_dot": 1e-2}
+
+
+def assert_close(
+    found: Tensor, x: Tensor, exact: Tensor, expected: Tensor, kernel: str = ""
+) -> None:
+    """Within what the dtype rounds off, and integers for activations: against |x| times |W|."""
     size = x.double().norm(dim=-1, keepdim=True) * exact.norm(dim=-1).max()
-    unit = max(1e-4, 2 * torch.finfo(x.dtype).eps)
+    unit = max(ROUNDED_OFF.get(kernel, 1e-4), 2 * torch.finfo(x.dtype).eps)
     assert found.dtype == x.dtype
     assert ((found.double() - expected).abs() <= unit * size + 1e-6).all()
 
@@ -114,7 +127,19 @@ def test_a_kernel_agrees_with_float64(
     if not used:
         return
     found = KERNELS[kernel].run(x, stack, slots, used)
-    assert_close(found, x, exact.flatten(0, 1), by_experts(x, exact, slots, used))
+    assert_close(found, x, exact.flatten(0, 1), by_experts(x, exact, slots, used), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("rows", "columns", "group"), [(130, 192, 64), (33, 384, 128)])
+def test_many_tokens_agree_with_float64(kernel: str, rows: int, columns: int, group: int) -> None:
+    stack, exact = random_stack(2, rows, columns, 3, group)
+    counts = [131, 262]
+    if reason := KERNELS[kernel].refuses(case_of(stack, 262, torch.float32)):
+        pytest.skip(reason)
+    x = torch.randn(sum(counts), columns, generator=torch.Generator().manual_seed(1))
+    found = KERNELS[kernel].run(x, stack, [0, 1], counts)
+    assert_close(found, x, exact.flatten(0, 1), by_experts(x, exact, [0, 1], counts), kernel)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -154,15 +179,32 @@ def test_integer_products_of_float32_are_far_closer_than_bfloat16(bits: int) -> 
     assert (found - expected).norm() / expected.norm() < 2e-4
 
 
+@pytest.mark.skipif(
+    bool(support.missing_support()) or not support.has_wide_vnni(),
+    reason="8-bit activations need a processor with AVX-512 VNNI",
+)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_eight_bits_are_what_several_tokens_are_rounded_to(bits: int) -> None:
+    matrix, exact = random_matrix(256, 1024, bits, 128)
+    x = torch.randn(5, 1024, generator=torch.Generator().manual_seed(1))
+    expected = x.double() @ exact.t()
+    found = KERNELS["int8_dot"].run(x, matrix.stack(), [0], [5])
+    assert 1e-3 < (found - expected).norm() / expected.norm() < 1e-2
+    alone = [KERNELS[name].run(x[:1], matrix.stack(), [0], [1]) for name in integer_dot.BYTES]
+    assert torch.equal(*alone)
+
+
 @compiled_only
+@pytest.mark.parametrize("tokens", [1, 2, 9])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_visible(value: float) -> None:
+def test_what_is_not_finite_stays_visible(value: float, tokens: int) -> None:
     matrix, _ = random_matrix(16, 256, 2, 128)
-    x = torch.randn(2, 256)
-    x[1, 3] = value
-    found = KERNELS["integer_dot"].run(x, matrix.stack(), [0], [2])
-    assert found[0].isfinite().all()
-    assert not found[1].isfinite().any()
+    x = torch.randn(tokens + 1, 256)
+    x[tokens, 3] = value
+    for counts in ([tokens, 1], [1, tokens]):
+        found = KERNELS["integer_dot"].run(x, replicas(matrix), [0, 1], counts)
+        assert found[:tokens].isfinite().all()
+        assert not found[tokens].isfinite().any()
 
 
 @compiled_only
@@ -212,7 +254,7 @@ def test_no_tokens_give_no_rows() -> None:
 
 def test_each_expert_gets_the_kernel_for_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     stack, exact = random_stack(4, 40, 256, 2, 128)
-    counts = [3, 60, 0, 2]
+    counts = [3, 160, 0, 2]
     x = torch.randn(sum(counts), 256).bfloat16()
     met: dict[str, list[int]] = {}
 
@@ -227,7 +269,7 @@ def test_each_expert_gets_the_kernel_for_its_tokens(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(linear, "KERNELS", {name: noting(name) for name in KERNELS})
     found = packed_linears(x, stack, counts)
-    expected = by_experts(x, exact, [0, 1, 3], [3, 60, 2])
+    expected = by_experts(x, exact, [0, 1, 3], [3, 160, 2])
     assert_close(found, x, exact.flatten(0, 1), expected)
     if not support.missing_support():
         assert met == {"integer_dot": [0, 3], "dequantise": [1]}
@@ -252,10 +294,16 @@ def test_the_gradient_is_that_of_the_dense_product(columns: int, dtype: torch.dt
 
 
 @compiled_only
-def test_few_tokens_in_half_precision_take_integers_and_float32_never_does() -> None:
+def test_few_tokens_in_half_precision_take_integers_and_float32_never_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     case = Case(512, 256, 2, 128, 1, torch.bfloat16, "cpu")
     assert choose_kernel(case) == "integer_dot"
     assert choose_kernel(replace(case, tokens=1000)) == "dequantise"
+    for wide, most in ((True, 128), (False, 24)):
+        monkeypatch.setattr(support, "has_wide_vnni", lambda wide=wide: wide)
+        assert choose_kernel(replace(case, tokens=most)) == "integer_dot"
+        assert choose_kernel(replace(case, tokens=most + 1)) == "dequantise"
     assert choose_kernel(replace(case, dtype=torch.float32)) == "dequantise"
 
 
@@ -283,7 +331,7 @@ def test_the_environment_names_a_kernel(kernel: str, monkeypatch: pytest.MonkeyP
         (
             "fastest",
             {},
-            "no such kernel; there are triton, triton_dp4a, integer_dot, dequantise, chunked",
+            "no such kernel; there are triton, triton_dp4a, integer_dot, int8_dot, dequantise",
         ),
         ("integer_dot", {"device": "cuda"}, "runs on the CPU, not on cuda"),
         ("integer_dot", {"group_size": 48}, "group size 48 is not 32, 64 or a multiple of 128"),
@@ -307,6 +355,7 @@ from test_linear import KERNELS, assert_close, by_experts, case_of, random_stack
 for bits, group in ((b, g) for b in (1, 2, 3, 4, 8) for g in (32, 64, 128)):
     stack, exact = random_stack(2, 70, 300, bits, group)
     x = torch.randn(5, 300)
+    assert KERNELS["int8_dot"].refuses(case_of(stack, 5, torch.float32))
     for name in ("integer_dot", "dequantise", "chunked"):
         kernel = KERNELS[name]
         for dtype in (torch.float32, torch.bfloat16):
