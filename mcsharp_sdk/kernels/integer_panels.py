@@ -76,15 +76,16 @@ def whole_eights(tokens):
 @compiled
 def block_codes(first, size, last, bits, columns, unpacked, laid_out):
     """Codes of a block of a panel as ``panel_codes`` has them, 0 behind the columns."""
-    if columns >= BLOCK:
+    if columns >= BLOCK or columns == BLOCK // 2:
         for row in range(PANEL, 2 * PANEL):  # those of the next panel
             prefetch(first + size * row)
-        panel_codes(bits, first, size, last, laid_out)
+        panel_codes(bits, min(columns, BLOCK), first, size, last, laid_out)
         return
     for row in range(PANEL):
         to = unpacked + BLOCK * row
         unpack_short_block(first + size * min(row, last), bits, columns, to, np.int64(VECTOR))
-    panel_codes(np.int64(8), unpacked, np.int64(BLOCK), np.int64(PANEL - 1), laid_out)
+    eight, whole = np.int64(8), np.int64(BLOCK)
+    panel_codes(eight, whole, unpacked, whole, np.int64(PANEL - 1), laid_out)
 
 
 @compiled

@@ -24,6 +24,7 @@ from mcsharp_sdk.kernels.simd import (
     constant,
     load,
     operation,
+    pick,
     splat,
     store,
 )
@@ -69,10 +70,12 @@ def _addresses(builder: Any, first: Any, size: Any, last: Any) -> list[Any]:
     return found
 
 
-def _four_words(builder: Any, rows: list[Any], skip: int) -> list[Any]:
-    """The four 32-bit words at each of sixteen addresses, as four vectors [16]."""
-    words = [load(builder, _after(builder, row, skip), ir.VectorType(I32, 4)) for row in rows]
-    return _transposed(builder, words)
+def _words(builder: Any, rows: list[Any], skip: int, count: int) -> list[Any]:
+    """The next 2 or 4 32-bit words of each of sixteen rows, as so many vectors [16]."""
+    kind = ir.VectorType(I32, count)
+    words = [load(builder, _after(builder, row, skip), kind) for row in rows]
+    fours = [pick(builder, word, [place % count for place in range(4)]) for word in words]
+    return _transposed(builder, fours)[:count]
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
@@ -99,32 +102,35 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     return found
 
 
-@operation(types.void, *[types.int64] * 5)
-def panel_codes(builder: Any, bits: Any, first: Any, size: Any, last: Any, target: Any) -> None:
-    """Codes of a full block of sixteen rows to uint8 [32 steps, 16 rows, 4 columns].
+@operation(types.void, *[types.int64] * 6)
+def panel_codes(
+    builder: Any, bits: Any, columns: Any, first: Any, size: Any, last: Any, target: Any
+) -> None:
+    """Codes of a block of 128 or 64 columns of sixteen rows to uint8 [steps, 16 rows, 4 columns].
 
     Rows of so many bytes follow each other from ``first`` on; those behind number ``last`` repeat
     it.
     """
     behind = builder.append_basic_block("laid_out")
-    choice = builder.switch(bits, behind)
-    for width, planes in _PLANES.items():
-        block = builder.append_basic_block(f"{width}_bits")
-        choice.add_case(ir.Constant(I64, width), block)
+    choice = builder.switch(builder.add(bits, columns), behind)
+    for width, length in product(_PLANES, (BLOCK, BLOCK // 2)):
+        block = builder.append_basic_block(f"{length}_of_{width}_bits")
+        choice.add_case(ir.Constant(I64, width + length), block)
         builder.position_at_end(block)
         rows = _addresses(builder, first, size, last)
-        _store_codes(builder, planes, rows, target)
+        _store_codes(builder, _PLANES[width], length, rows, target)
         builder.branch(behind)
     builder.position_at_end(behind)
 
 
-def _store_codes(builder: Any, planes: Any, rows: list[Any], target: Any) -> None:
-    """Codes of these planes of a block, from rows at these addresses."""
+def _store_codes(builder: Any, planes: Any, columns: int, rows: list[Any], target: Any) -> None:
+    """Codes of these planes of so many columns, from rows at these addresses."""
     begin = 0
     for width, place in planes:
-        words = 4 * width
+        words = width * columns // 32
         for start in range(0, words, 4):
-            for word, vector in enumerate(_four_words(builder, rows, begin + 4 * start), start):
+            found = _words(builder, rows, begin + 4 * start, min(4, words))
+            for word, vector in enumerate(found, start):
                 for field in range(8 // width):
                     to = _after(builder, target, CODE_VECTOR * (words * field + word))
                     codes = _field(builder, vector, width * field, width, place)
