@@ -13,12 +13,9 @@ import numpy as np
 
 from mcsharp_sdk.kernels.integer_panels import panel_block, panel_parts, takes_panels
 from mcsharp_sdk.kernels.integer_tiles import (
-    QUAD,
     TILE,
     block_zeros,
-    takes_stored,
     tile_grid,
-    tile_sums,
     token_factors,
 )
 from mcsharp_sdk.kernels.packed_codes import (
@@ -32,7 +29,8 @@ from mcsharp_sdk.kernels.packed_codes import (
     unpack_zeros,
 )
 from mcsharp_sdk.kernels.simd import load_float, load_word, prefetch, store_float
-from mcsharp_sdk.kernels.simd_quads import less, negative, store_quad
+from mcsharp_sdk.kernels.simd_quads import QUAD, less, negative, store_quad
+from mcsharp_sdk.kernels.simd_tiles import tile_sums
 
 CACHE_LINE = 64
 AHEAD = 24
@@ -98,7 +96,7 @@ def write_tile(total, to, count, spare):
         store_float(to + 4 * i, load_float(spare + 4 * i))
 
 
-@compiled
+@inlined
 def tile_products(codes, bits, vectors, row, form, span, order, activations, scratch, out):
     """Four rows of a matrix times its slots, once ``tile_grid`` has written their grid.
 
@@ -119,13 +117,14 @@ def tile_products(codes, bits, vectors, row, form, span, order, activations, scr
     size = packed_row(columns, bits)
     tile = of_four_rows(codes, size, row, rows)
     # A single slot takes codes as they are stored, without a copy of them in between.
-    stored = columns // BLOCK if span[1] - span[0] == 1 and takes_stored(vectors) else 0
+    stored = columns // BLOCK if span[1] - span[0] == 1 else 0
     rest = (columns + BLOCK - 1) // BLOCK - stored
+    r0, r1, r2, r3 = tile
     if not stored:
         ask_for(tile[0], size)
-    copies = tile
+    c0, c1, c2, c3 = tile
     if rest:
-        copies = unpack_tile(tile, bits, stored, columns, unpacked)
+        c0, c1, c2, c3 = unpack_tile(tile, bits, stored, columns, unpacked)
     own = zeros + 4 * (row % BLOCK)
     behind, later = 2 * BLOCK * stored, QUAD * stored * (BLOCK // VECTOR) // vectors
     for place in range(span[0], span[1]):
@@ -133,11 +132,12 @@ def tile_products(codes, bits, vectors, row, form, span, order, activations, scr
         x, grid = values + 2 * VECTOR * vectors * units * token, 4 * units * token
         less_total = token_factors(scales, own, units, x_scales + grid, x_weights + grid, factors)
         if stored:
-            found = tile_sums(tile, bits, vectors, stored, x, factors, AHEAD * size)
+            ahead = AHEAD * size
+            found = tile_sums(bits, vectors, r0, r1, r2, r3, stored, x, factors, ahead)
             less_total = less(less_total, found)
         if rest:
-            more = x + behind, factors + later
-            found = tile_sums(copies, np.int64(8), vectors, rest, more[0], more[1], np.int64(0))
+            x, own_factors = x + behind, factors + later
+            found = tile_sums(8, vectors, c0, c1, c2, c3, rest, x, own_factors, 0)
             less_total = less(less_total, found)
         to = out + 4 * (result * rows + row)
         write_tile(negative(less_total), to, min(TILE, rows - row), results)

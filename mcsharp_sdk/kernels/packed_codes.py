@@ -45,10 +45,6 @@ inlined: Any = numba.njit(nogil=True, inline="always")
 """Put into the caller before types are known, so that constants and operations can be handed on."""
 
 
-merged: Any = numba.njit(nogil=True, forceinline=True)
-"""Put into the caller by the compiler, which is sooner done; constants become known there too."""
-
-
 @compiled
 def packed_row(columns, bits):
     """As ``packed_bytes``."""

@@ -10,7 +10,7 @@ Imported only where numba is installed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from inspect import Parameter, Signature, signature
 from typing import Any
 
@@ -20,6 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 from mcsharp_sdk.kernels.support import cpu_features, has_vnni
+from mcsharp_sdk.quantization.packing import PARTS
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
@@ -118,13 +119,46 @@ def load_bytes(builder: Any, address: Any) -> Any:
     return load(builder, address, Bytes.llvm)
 
 
-@operation(types.void, types.int64)
-def prefetch(builder: Any, address: Any) -> None:
+def after(builder: Any, address: Any, skip: int) -> Any:
+    """The address so many bytes further."""
+    return builder.add(address, ir.Constant(I64, skip))
+
+
+def planes(bits: int) -> Iterator[tuple[int, int]]:
+    """The parts that codes are stored in: width, and place of its bits in the code."""
+    place = 0
+    for width in PARTS[bits]:
+        yield width, place
+        place += width
+
+
+def ask_for_line(builder: Any, address: Any) -> None:
     """Ask for the cache line of an address that will be read soon; it need not exist."""
     pointer = pointer_to(builder, address, I8)
     # To read, into the second-level cache: the first holds what is at work. As data.
     hints = [ir.Constant(I32, value) for value in (0, 2, 1)]
     call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *hints)
+
+
+prefetch = operation(types.void, types.int64)(ask_for_line)
+
+
+def sum_products(builder: Any, total: Any, codes: Any, x: Any) -> Any:
+    """``total`` plus the products of unsigned ``codes`` and signed ``x``, summed four by four.
+
+    Without VNNI pairs of products are summed in 16 bits: codes have to stay below 128 then.
+    """
+    if HAS_VNNI:
+        words = (builder.bitcast(codes, Ints.llvm), builder.bitcast(x, Ints.llvm))
+        return call(builder, "llvm.x86.avx512.vpdpbusd.256", Ints.llvm, total, *words)
+    pairs = ir.VectorType(I16, 16)
+    products = call(builder, "llvm.x86.avx2.pmadd.ub.sw", pairs, codes, x)
+    ones = constant(I16, [1] * 16)
+    fours = call(builder, "llvm.x86.avx2.pmadd.wd", Ints.llvm, products, ones)
+    return builder.add(total, fours)
+
+
+dot = operation(Ints, Ints, Bytes, Bytes)(sum_products)
 
 
 @operation(types.void, types.int64, Bytes)
@@ -174,42 +208,6 @@ def with_third_bit(builder: Any, low: Any, bit: Any) -> Any:
 def no_ints(builder: Any) -> Any:
     """Zeros."""
     return constant(I32, [0] * 8)
-
-
-@operation(Floats)
-def no_floats(builder: Any) -> Any:
-    """Zeros."""
-    return constant(FLOAT, [0.0] * 8)
-
-
-@operation(Ints, Ints, Bytes, Bytes)
-def dot(builder: Any, total: Any, codes: Any, x: Any) -> Any:
-    """``total`` plus the products of unsigned ``codes`` and signed ``x``, summed four by four.
-
-    Without VNNI pairs of products are summed in 16 bits: codes have to stay below 128 then.
-    """
-    if HAS_VNNI:
-        words = (builder.bitcast(codes, Ints.llvm), builder.bitcast(x, Ints.llvm))
-        return call(builder, "llvm.x86.avx512.vpdpbusd.256", Ints.llvm, total, *words)
-    pairs = ir.VectorType(I16, 16)
-    products = call(builder, "llvm.x86.avx2.pmadd.ub.sw", pairs, codes, x)
-    ones = constant(I16, [1] * 16)
-    fours = call(builder, "llvm.x86.avx2.pmadd.wd", Ints.llvm, products, ones)
-    return builder.add(total, fours)
-
-
-@operation(Floats, Ints, Ints)
-def joined(builder: Any, high: Any, low: Any) -> Any:
-    """``256 * high + low`` in floating point."""
-    shifted = builder.shl(high, constant(I32, [8] * 8))
-    return builder.sitofp(builder.add(shifted, low), Floats.llvm)
-
-
-@operation(Floats, Floats, Floats, types.float32)
-def add_scaled(builder: Any, total: Any, x: Any, factor: Any) -> Any:
-    """``total + x * factor``."""
-    factors = splat(builder, factor, 8)
-    return call(builder, "llvm.fma.v8f32", Floats.llvm, x, factors, total)
 
 
 @operation(types.float32, types.int64)

@@ -20,15 +20,18 @@ from mcsharp_sdk.kernels.simd import (
     HALF,
     I32,
     I64,
+    after,
     call,
     constant,
     load,
     operation,
     pick,
+    planes,
     splat,
     store,
 )
 from mcsharp_sdk.kernels.support import BLOCK, VECTOR, has_wide_vnni
+from mcsharp_sdk.quantization.packing import PARTS
 
 HAS_WIDE_VNNI = has_wide_vnni()
 
@@ -52,13 +55,6 @@ PLACE = 16
 _INTS = ir.VectorType(I32, PANEL)
 _FLOATS = ir.VectorType(FLOAT, PANEL)
 
-_PLANES = {1: ((1, 0),), 2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
-"""Bits of a code -> the planes that it is stored in: width, and place of its bits in the code."""
-
-
-def _after(builder: Any, address: Any, skip: int) -> Any:
-    return builder.add(address, ir.Constant(I64, skip))
-
 
 def _addresses(builder: Any, first: Any, size: Any, last: Any) -> list[Any]:
     """Where sixteen rows begin; rows behind the last one repeat it."""
@@ -73,7 +69,7 @@ def _addresses(builder: Any, first: Any, size: Any, last: Any) -> list[Any]:
 def _words(builder: Any, rows: list[Any], skip: int, count: int) -> list[Any]:
     """The next 2 or 4 32-bit words of each of sixteen rows, as so many vectors [16]."""
     kind = ir.VectorType(I32, count)
-    words = [load(builder, _after(builder, row, skip), kind) for row in rows]
+    words = [load(builder, after(builder, row, skip), kind) for row in rows]
     fours = [pick(builder, word, [place % count for place in range(4)]) for word in words]
     return _transposed(builder, fours)[:count]
 
@@ -113,26 +109,26 @@ def panel_codes(
     """
     behind = builder.append_basic_block("laid_out")
     choice = builder.switch(builder.add(bits, columns), behind)
-    for width, length in product(_PLANES, (BLOCK, BLOCK // 2)):
+    for width, length in product(PARTS, (BLOCK, BLOCK // 2)):
         block = builder.append_basic_block(f"{length}_of_{width}_bits")
         choice.add_case(ir.Constant(I64, width + length), block)
         builder.position_at_end(block)
         rows = _addresses(builder, first, size, last)
-        _store_codes(builder, _PLANES[width], length, rows, target)
+        _store_codes(builder, width, length, rows, target)
         builder.branch(behind)
     builder.position_at_end(behind)
 
 
-def _store_codes(builder: Any, planes: Any, columns: int, rows: list[Any], target: Any) -> None:
-    """Codes of these planes of so many columns, from rows at these addresses."""
+def _store_codes(builder: Any, bits: int, columns: int, rows: list[Any], target: Any) -> None:
+    """Codes of so many columns, from rows at these addresses."""
     begin = 0
-    for width, place in planes:
+    for width, place in planes(bits):
         words = width * columns // 32
         for start in range(0, words, 4):
             found = _words(builder, rows, begin + 4 * start, min(4, words))
             for word, vector in enumerate(found, start):
                 for field in range(8 // width):
-                    to = _after(builder, target, CODE_VECTOR * (words * field + word))
+                    to = after(builder, target, CODE_VECTOR * (words * field + word))
                     codes = _field(builder, vector, width * field, width, place)
                     if place:
                         codes = builder.or_(codes, load(builder, to, _INTS))
@@ -157,7 +153,7 @@ def four_scales(builder: Any, first: Any, size: Any, last: Any, target: Any) -> 
     halves = [load(builder, row, ir.VectorType(HALF, 4)) for row in rows]
     numbers = [builder.fpext(half, ir.VectorType(FLOAT, 4)) for half in halves]
     for place, vector in enumerate(_transposed(builder, numbers)):
-        store(builder, _after(builder, target, 4 * PANEL * place), vector)
+        store(builder, after(builder, target, 4 * PANEL * place), vector)
 
 
 @operation(types.void, *[types.int64] * 11)
@@ -196,14 +192,14 @@ def add_products(
         block = builder.append_basic_block(f"{parts}_halves_of_{count}")
         choice.add_case(ir.Constant(I64, 2 * count + parts), block)
         builder.position_at_end(block)
-        rows = [_after(builder, places, PLACE * token) for token in range(count)]
+        rows = [after(builder, places, PLACE * token) for token in range(count)]
         starts = [builder.add(load(builder, row, I64), skip) for row in rows]
-        grids = [builder.add(load(builder, _after(builder, r, 8), I64), grid_skip) for r in rows]
+        grids = [builder.add(load(builder, after(builder, r, 8), I64), grid_skip) for r in rows]
         sums = _sums(builder, codes, vectors, starts, parts)
         scale, zero = load(builder, scales, _FLOATS), load(builder, zeros, _FLOATS)
         for token, grid in enumerate(grids):
             own = sums[parts * token : parts * (token + 1)]
-            to = _after(builder, totals, 4 * PANEL * token)
+            to = after(builder, totals, 4 * PANEL * token)
             _add_scaled(builder, own, grid, apart, scale, zero, to)
         builder.branch(behind)
     builder.position_at_end(behind)
@@ -226,10 +222,10 @@ def _sums(builder: Any, codes: Any, vectors: Any, starts: list[Any], halves: int
     skip = builder.mul(number, ir.Constant(I64, VECTOR))
     tokens, sums = [builder.add(start, skip) for start in starts], list(totals)
     for step in range(STEPS_PER_VECTOR):
-        vector = load(builder, _after(builder, at, CODE_VECTOR * step), _INTS)
+        vector = load(builder, after(builder, at, CODE_VECTOR * step), _INTS)
         for place in range(len(sums)):
             half = (place % halves) * BLOCK
-            word = load(builder, _after(builder, tokens[place // halves], half + STEP * step), I32)
+            word = load(builder, after(builder, tokens[place // halves], half + STEP * step), I32)
             operands = sums[place], vector, splat(builder, word, PANEL)
             sums[place] = call(builder, "llvm.x86.avx512.vpdpbusd.512", _INTS, *operands)
     following = builder.add(number, ir.Constant(I64, 1))

@@ -14,7 +14,6 @@ from mcsharp_sdk.kernels.simd import (
     FLOAT,
     HALF,
     I32,
-    Floats,
     Vector,
     constant,
     load,
@@ -25,6 +24,9 @@ from mcsharp_sdk.kernels.simd import (
 )
 
 Quad = Vector("Quad", FLOAT, 4)
+
+QUAD = 16
+"""Bytes of four fp32 numbers, one for each row of a tile."""
 
 
 @operation(Quad, types.float32)
@@ -69,9 +71,8 @@ def negative(builder: Any, x: Any) -> Any:
     return builder.fneg(x)
 
 
-@operation(Quad, Floats, Floats, Floats, Floats)
-def sum_of_four(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """The sum of each of four vectors."""
+def sum_each(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """The sum of the eight lanes of each of four vectors."""
     upper, lower = [0, 2, 4, 6, 8, 10, 12, 14], [1, 3, 5, 7, 9, 11, 13, 15]
 
     def pairs(x: Any, y: Any) -> Any:

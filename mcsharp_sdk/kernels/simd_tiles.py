@@ -1,0 +1,172 @@
+"""Four rows of a packed matrix times one token; see :mod:`mcsharp_sdk.kernels.simd`.
+
+Widths and sizes of units are constants of code that is made for each: so much less is compiled than
+where a compiler finds the constants.
+
+Imported only where numba is installed.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from mcsharp_sdk.kernels.simd import (
+    FLOAT,
+    I32,
+    I64,
+    Bytes,
+    Floats,
+    after,
+    ask_for_line,
+    call,
+    constant,
+    load,
+    operation,
+    pick,
+    planes,
+    splat,
+    sum_products,
+)
+from mcsharp_sdk.kernels.simd_quads import QUAD, Quad, sum_each
+from mcsharp_sdk.kernels.support import BLOCK, VECTOR
+from mcsharp_sdk.quantization.packing import PARTS
+
+_VECTORS = (1, 2, 4)
+"""Vectors of 32 columns in a unit."""
+
+
+@operation(Quad, *[types.int64] * 10)
+def tile_sums(
+    builder: Any,
+    bits: Any,
+    vectors: Any,
+    r0: Any,
+    r1: Any,
+    r2: Any,
+    r3: Any,
+    blocks: Any,
+    x: Any,
+    factors: Any,
+    ahead: Any,
+) -> Any:
+    """Four rows times one token, without zero points.
+
+    Parameters
+    ----------
+    bits : of the codes.
+    vectors : of 32 columns, per unit: 1, 2 or 4.
+    r0, r1, r2, r3 : addresses of the codes of the rows.
+    blocks : full ones, one at least.
+    x : address of the token's quantised activations.
+    factors : address of fp32 [units, 4], scales of weights times scales of activations.
+    ahead : bytes from a code to one whose memory is asked for.
+    """
+    behind = builder.append_basic_block("summed")
+    other = builder.append_basic_block("no_such_width")
+    choice = builder.switch(builder.add(builder.mul(bits, ir.Constant(I64, 8)), vectors), other)
+    found = []
+    for width, count in product(PARTS, _VECTORS):
+        block = builder.append_basic_block(f"{width}_bits_{count}_vectors")
+        choice.add_case(ir.Constant(I64, 8 * width + count), block)
+        builder.position_at_end(block)
+        sums = _block_sums(builder, width, count, [r0, r1, r2, r3], blocks, x, factors, ahead)
+        found.append((sum_each(builder, *sums), builder.block))
+        builder.branch(behind)
+    builder.position_at_end(other)
+    builder.unreachable()
+    builder.position_at_end(behind)
+    result = builder.phi(Quad.llvm)
+    for value, block in found:
+        result.add_incoming(value, block)
+    return result
+
+
+def _block_sums(
+    builder: Any,
+    bits: int,
+    vectors: int,
+    rows: list[Any],
+    blocks: Any,
+    x: Any,
+    factors: Any,
+    ahead: Any,
+) -> list[Any]:
+    """Scaled sums of each row over all blocks, in eight lanes."""
+    before = builder.block
+    loop = builder.append_basic_block("blocks")
+    behind = builder.append_basic_block("all_blocks")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    number = builder.phi(I64)
+    number.add_incoming(ir.Constant(I64, 0), before)
+    totals = [builder.phi(Floats.llvm) for _ in rows]
+    for total in totals:
+        total.add_incoming(constant(FLOAT, [0.0] * 8), before)
+
+    def of_block(address: Any, size: int) -> Any:
+        return builder.add(address, builder.mul(number, ir.Constant(I64, size)))
+
+    here = [of_block(row, 16 * bits) for row in rows]
+    for row in here:  # Spread like this, between products, it comes sooner than asked for at once.
+        ask_for_line(builder, builder.add(row, ahead))
+    parts = BLOCK // VECTOR // vectors
+    scales, values, sums = of_block(factors, QUAD * parts), of_block(x, 2 * BLOCK), list(totals)
+    for part in range(parts):
+        found = _unit_sums(builder, bits, range(vectors * part, vectors * (part + 1)), here, values)
+        for place, (high, low) in enumerate(found):
+            shifted = builder.shl(high, constant(I32, [8] * 8))
+            whole = builder.sitofp(builder.add(shifted, low), Floats.llvm)
+            factor = load(builder, after(builder, scales, QUAD * part + 4 * place), FLOAT)
+            operands = whole, splat(builder, factor, 8), sums[place]
+            sums[place] = call(builder, "llvm.fma.v8f32", Floats.llvm, *operands)
+    following = builder.add(number, ir.Constant(I64, 1))
+    number.add_incoming(following, loop)
+    for total, added in zip(totals, sums, strict=True):
+        total.add_incoming(added, loop)
+    builder.cbranch(builder.icmp_signed("<", following, blocks), loop, behind)
+    builder.position_at_end(behind)
+    return sums
+
+
+def _unit_sums(
+    builder: Any, bits: int, vectors: range, rows: list[Any], values: Any
+) -> list[tuple[Any, Any]]:
+    """Sums of high and of low bytes times codes, of each row, over some vectors of a block."""
+    sums = [(constant(I32, [0] * 8), constant(I32, [0] * 8)) for _ in rows]
+    for vector in vectors:
+        high = load(builder, after(builder, values, VECTOR * vector), Bytes.llvm)
+        low = load(builder, after(builder, values, VECTOR * vector + BLOCK), Bytes.llvm)
+        for place, row in enumerate(rows):
+            codes = _codes(builder, bits, row, vector)
+            sums[place] = (
+                sum_products(builder, sums[place][0], codes, high),
+                sum_products(builder, sums[place][1], codes, low),
+            )
+    return sums
+
+
+def _codes(builder: Any, bits: int, block: Any, vector: int) -> Any:
+    """Codes of the 32 columns from 32·vector on, of the full block at an address."""
+    found = None
+    for width, place in planes(bits):
+        # In the plane, the same field of so many bytes that follow each other.
+        length, begin = BLOCK * width // 8, BLOCK // 8 * place
+        field, byte = divmod(VECTOR * vector, length)
+        size = min(length, VECTOR)
+        words = load(builder, after(builder, block, begin + byte), ir.VectorType(I32, size // 4))
+        fields = [field + lane // (size // 4) for lane in range(VECTOR // 4)]
+        words = pick(builder, words, [lane % (size // 4) for lane in range(VECTOR // 4)])
+        words = builder.lshr(words, constant(I32, [width * field for field in fields]))
+        codes = builder.and_(words, _every_byte((1 << width) - 1))
+        if place:
+            codes = builder.shl(codes, constant(I32, [place] * (VECTOR // 4)))
+        found = codes if found is None else builder.or_(found, codes)
+    return builder.bitcast(found, Bytes.llvm)
+
+
+def _every_byte(mask: int) -> Any:
+    return constant(I32, [mask * 0x01010101] * (VECTOR // 4))
