@@ -108,8 +108,9 @@ def products(
     activations = x.detach().float()
     if columns % VECTOR:
         activations = torch.nn.functional.pad(activations, (0, -columns % VECTOR))
-    values: np.ndarray = np.empty((len(x), blocks, 2, BLOCK), np.int8)
-    grid: np.ndarray = np.empty((3, len(x), blocks * BLOCK // unit), np.float32)
+    units = blocks * BLOCK // unit
+    values = torch.empty(len(x), blocks, 2, BLOCK, dtype=torch.int8, device="cpu").numpy()
+    grid = torch.empty(3, len(x), units, dtype=torch.float32, device="cpu").numpy()
     quantise_activations(activations.contiguous().numpy(), unit, values, grid)
     out = torch.empty(results, rows, dtype=torch.float32, device="cpu")
     table, target = np.array([*_in_parts(spans)], np.int64), out.numpy()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from allocations import peak_bytes
 from expert_stacks import random_layer, relative_error, silu_layer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ from torch import Tensor
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.kernels import Case, cpu_experts, crossovers, support, threads
 from mcsharp_sdk.kernels.cpu_experts import run_experts
-from mcsharp_sdk.kernels.expert_layer import ExpertLayer
+from mcsharp_sdk.kernels.expert_layer import ExpertLayer, PerSlot
 from mcsharp_sdk.quantization.grid import WIDTHS
 from mcsharp_sdk.runtime.modules import ExpertBucket
 from mcsharp_sdk.runtime.whole_layers import whole_layer
@@ -177,6 +179,28 @@ def test_tokens_beyond_the_workspace_are_done_in_parts(monkeypatch: pytest.Monke
     monkeypatch.setattr(cpu_experts, "WORKSPACE_BYTES", 3 * cpu_experts.workspace_bytes(layer, 2))
     out = run_experts(layer, *given)
     assert relative_error(out, silu_layer(*given, gate_up, down)) < 2e-3
+
+
+def own_code(rows: Tensor, expert: Tensor) -> Tensor:
+    gate, up = rows.chunk(2, -1)
+    return torch.nn.functional.gelu(gate) * up
+
+
+@pytest.mark.parametrize("between", [None, own_code])
+@pytest.mark.parametrize("dropped", [0, 1])
+def test_memory_stays_within_the_workspace(
+    dropped: int, between: PerSlot | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, _, _ = random_layer(BITS, 512, 384, 128)
+    layer = replace(layer, between=between)
+    hidden = torch.randn(300, 512).half()
+    chosen = torch.arange(600).reshape(300, 2) % (len(BITS) + dropped)
+    given = hidden, chosen, torch.rand(300, 2)
+    run_experts(layer, *given)
+    room = 100 * cpu_experts.workspace_bytes(layer, 2)
+    monkeypatch.setattr(cpu_experts, "WORKSPACE_BYTES", room)
+    results = 400 * 512 * 2  # all, and those of one part
+    assert 0.5 * room < peak_bytes(lambda: run_experts(layer, *given)) - results <= room
 
 
 def test_products_are_called_for_twice_whatever_the_routing(

@@ -7,14 +7,12 @@ the sizes of real models, with launches left out.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
+from allocations import peak_bytes
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from mcsharp_sdk.kernels import gpu_dense, gpu_experts
 from mcsharp_sdk.kernels.expert_layer import ExpertLayer, MatrixStack, PerSlot, expert_table
@@ -89,17 +87,6 @@ def unset_layer(shape: str, between: PerSlot | None = None) -> ExpertLayer:
     table = expert_table([WIDTHS[expert % len(WIDTHS)] for expert in range(experts)])
     gate_up, down = ((2 * inner, hidden), (hidden, inner))
     return ExpertLayer(unset_stack(experts, *gate_up), unset_stack(experts, *down), table, between)
-
-
-def peak_bytes(run: Callable[[], Tensor]) -> int:
-    """The most bytes of tensors that were held at once while something ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        kept = run()
-    del kept
-    results: Any = profiled.profiler
-    events = [one for one in results.kineto_results.events() if one.name() == "[memory]"]
-    events.sort(key=lambda one: one.start_ns())
-    return max(accumulate(one.nbytes() for one in events))
 
 
 def taken(layer: ExpertLayer, shape: str, tokens: int, tiling: Tiling) -> int:
