@@ -12,6 +12,7 @@ that other programs on the machine disturb it less; with more it is the time on 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -101,8 +102,9 @@ def library_call(rows: int, columns: int, bits: int, group_size: int, threads: i
     return lambda x: session.run(None, {"x": x.float().numpy()})
 
 
-def kernel_call(name: str, matrices: list[PackedMatrix]) -> Call:
-    turn = cycle([matrix.stack() for matrix in matrices])
+def kernel_call(name: str, matrices: list[PackedMatrix], first: int) -> Call:
+    """Products with the matrices in turns, from one that no other kernel has just read."""
+    turn = cycle([matrix.stack() for matrix in matrices[first:] + matrices[:first]])
     return lambda x: KERNELS[name].run(x, next(turn), [0], [len(x)])
 
 
@@ -112,13 +114,18 @@ def rotated(calls: list[Call]) -> Call:
 
 
 def in_turns(calls: Mapping[str, Call], x: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round; a first round to warm up does not count."""
+    """Seconds of each call in each round; a first round to warm up does not count.
+
+    The order differs by round: what comes after a dense product finds caches full of it.
+    """
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     spent: dict[str, list[float]] = {name: [] for name in calls}
+    names, order = list(calls), random.Random(0)
     for number in range(rounds + 1):
-        for name, call in calls.items():
+        order.shuffle(names)
+        for name in names:
             start = clock()
-            call(x)
+            calls[name](x)
             if number:
                 spent[name].append(clock() - start)
     return spent
@@ -131,7 +138,7 @@ def compare(options: argparse.Namespace, bits: int, weights: list[Tensor]) -> No
     fit = [name for name, kernel in KERNELS.items() if not kernel.refuses(one)]
     names = [name for name in fit if name != "chunked" or options.chunked]
     calls: dict[str, Call] = {"dense": rotated([weight_call(weight) for weight in weights])}
-    calls |= {name: kernel_call(name, matrices) for name in names}
+    calls |= {name: kernel_call(name, matrices, place) for place, name in enumerate(names)}
     if find_spec(LIBRARY) and bits in LIBRARY_BITS:
         made = [library_call(*shape, options.threads) for _ in range(options.copies)]
         calls[LIBRARY] = rotated(made)

@@ -200,7 +200,7 @@ def test_memory_stays_within_the_workspace(
     room = 100 * cpu_experts.workspace_bytes(layer, 2)
     monkeypatch.setattr(cpu_experts, "WORKSPACE_BYTES", room)
     results = 400 * 512 * 2  # all, and those of one part
-    assert 0.5 * room < peak_bytes(lambda: run_experts(layer, *given)) - results <= room
+    assert 0.4 * room < peak_bytes(lambda: run_experts(layer, *given)) - results <= room
 
 
 def test_products_are_called_for_twice_whatever_the_routing(
