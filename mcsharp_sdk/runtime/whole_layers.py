@@ -38,8 +38,9 @@ work.
 
 TRITON, TRITON_DP4A = WHOLE_LAYERS
 
-TURNING_BYTES = 64 * 2**20
-"""Scratch for turning rows; beyond it they are turned some at a time."""
+TURNING_BYTES = {"cuda": 64 * 2**20, "cpu": 2 * 2**20}
+"""Kind of device -> scratch for turning rows; beyond it they are turned some at a time. What a CPU
+has at once should stay in its cache."""
 
 TURNING_BYTES_PER_COLUMN = 18
 """Of a row being turned: it, its signs and two products in fp32, and the result."""
@@ -213,7 +214,8 @@ def _with_a_row_each(
 def _turned(rows: Tensor, expert: Tensor, experts: int) -> Tensor:
     """Rows [n, K] turned as each one's expert, int64 [n], of so many, asks for."""
     signs = expert_signs(experts, rows.shape[-1], rows.device)
-    at_once = max(1, TURNING_BYTES // (TURNING_BYTES_PER_COLUMN * rows.shape[-1]))
+    room = TURNING_BYTES[rows.device.type]
+    at_once = max(1, room // (TURNING_BYTES_PER_COLUMN * rows.shape[-1]))
     turned = torch.empty_like(rows)
     chosen = expert.clamp(max=experts - 1)
     for out, part, own in zip(*(t.split(at_once) for t in (turned, rows, chosen)), strict=True):

@@ -145,7 +145,7 @@ def test_rows_of_slots_stay_within_the_workspace(
     monkeypatch.setattr(whole_layers, "run_experts", noted_run)
     monkeypatch.setattr(whole_layers, "rotate", noted_rotate)
     monkeypatch.setattr(gpu_experts, "WORKSPACE_BYTES", 10_000)
-    monkeypatch.setattr(whole_layers, "TURNING_BYTES", 3_000)
+    monkeypatch.setitem(whole_layers.TURNING_BYTES, "cpu", 3_000)
     assert relative_error(experts(*given), at_once.double()) < 4e-3
     assert len(rows) > 1
     assert max(rows) <= 10_000
