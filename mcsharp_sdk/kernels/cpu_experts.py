@@ -53,9 +53,13 @@ def run_experts(
 
 
 def workspace_bytes(layer: ExpertLayer, slots: int) -> int:
-    """Scratch that one token with so many slots takes, in fp32 and quantised: results twice."""
-    inner, hidden = layer.gate_up.rows + 2 * layer.down.columns, 3 * layer.down.rows
-    return 4 * slots * (inner + hidden)
+    """Scratch that one token with so many slots takes.
+
+    In fp32: results of ``gate_up``, inputs of ``down`` and those quantised, results of ``down``, a
+    copy of these without dropped slots, and their sum.
+    """
+    inner, hidden = layer.gate_up.rows + 2 * layer.down.columns, layer.down.rows
+    return 4 * (slots * (inner + 2 * hidden) + hidden)
 
 
 def _at_once(
@@ -80,7 +84,7 @@ def _at_once(
 
 
 def _weighted_sum(out: Tensor, routing: Tensor, used: Sequence[int]) -> Tensor:
-    """Sum over the slots in use, [T, H].
+    """Sum over the slots in use, [T, H]; ``out`` is written over.
 
     What out, [T, k, H], and routing, [T, k], have for the others may be no number.
     """
@@ -89,7 +93,7 @@ def _weighted_sum(out: Tensor, routing: Tensor, used: Sequence[int]) -> Tensor:
         dropped[used] = False
         dropped = dropped.view(routing.shape)
         out, routing = out.masked_fill(dropped.unsqueeze(-1), 0), routing.masked_fill(dropped, 0)
-    return (out * routing.unsqueeze(-1)).sum(1)
+    return out.mul_(routing.unsqueeze(-1)).sum(1)
 
 
 def _by_expert(table: Sequence[Sequence[int]]) -> Places:

@@ -20,6 +20,9 @@ from mcsharp_sdk.kernels.simd_activations import (
 TOP = 127 * 256
 """Magnitude of a unit's largest activation after quantisation: 15 bits and a sign."""
 
+SMALLEST = np.float32(2.0**-126)
+"""Scale below which a unit counts as zeros: its inverse would be infinite."""
+
 
 @inlined
 def place_of(column):
@@ -49,14 +52,14 @@ def quantise_activations(x, unit, values, grid):
             for column in range(begin, end, VECTOR):
                 tops = larger_magnitudes(tops, first + 4 * column)
             scale = largest(tops) / np.float32(TOP)
-            inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
+            inverse = np.float32(1) / scale if scale >= SMALLEST else np.float32(0)
             highs, lows = no_ints(), no_ints()
             for column in range(begin, end, VECTOR):
                 to = target + place_of(column)
                 store_quantised(first + 4 * column, inverse, to, to + BLOCK)
                 highs = dot(highs, one_bytes(), load_bytes(to))
                 lows = dot(lows, one_bytes(), load_bytes(to + BLOCK))
-            for column in range(max(begin, end), unit * (u + 1), VECTOR):
+            for column in range(max(unit * u, end), unit * (u + 1), VECTOR):
                 store_bytes(target + place_of(column), no_bytes())
                 store_bytes(target + place_of(column) + BLOCK, no_bytes())
             high = 256 * sum_of_ints(highs)

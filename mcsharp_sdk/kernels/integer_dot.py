@@ -9,7 +9,7 @@ bits where a matrix gets several tokens, an error of 5e-3.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ BYTES = {"integer_dot": 2, "int8_dot": 1}
 """Name of a kernel -> bytes of an activation that it multiplies."""
 
 MOST_TOKENS = 128
-"""Tokens that are multiplied together: their activations stay in a second-level cache."""
+"""Tokens that are multiplied together: those of more would leave the cache between rows."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -125,7 +125,10 @@ def products(
 
 
 def _in_parts(spans: Sequence[Span]) -> Iterator[Span]:
-    """The same spans, cut so that none has more slots than are multiplied together."""
+    """The same spans, cut evenly so that none has more slots than are multiplied together."""
     for codes, scales, zeros, bits, first, last in spans:
-        for start in range(first, last, MOST_TOKENS):
-            yield codes, scales, zeros, bits, start, min(last, start + MOST_TOKENS)
+        count = last - first
+        parts = -(-count // MOST_TOKENS)
+        ends = [first + count * part // parts for part in range(parts + 1)]
+        for begin, end in pairwise(ends):
+            yield codes, scales, zeros, bits, begin, end

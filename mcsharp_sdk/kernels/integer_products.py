@@ -32,6 +32,9 @@ from mcsharp_sdk.kernels.simd import load_float, load_word, prefetch, store_floa
 from mcsharp_sdk.kernels.simd_quads import QUAD, less, negative, store_quad
 from mcsharp_sdk.kernels.simd_tiles import tile_sums
 
+LAYING_OUT = 4
+"""Slots that take as long as it takes to read and lay out a matrix's codes."""
+
 CACHE_LINE = 64
 AHEAD = 24
 """Rows from the one at work to the one that is asked for: its products hide what memory takes."""
@@ -108,7 +111,8 @@ def tile_products(codes, bits, vectors, row, form, span, order, activations, scr
     form : rows, columns and group size of the matrix.
     span : first and last+1 place in ``order``.
     order, out : addresses, see ``integer_dot``.
-    activations : addresses of values, scales and weights, and units of a row.
+    activations : addresses of values, scales and weights, in one array; units of a row; and halves
+        of activations that panels multiply.
     scratch : see ``scratch_parts``.
     """
     rows, columns, _ = form
@@ -192,6 +196,12 @@ def span_products(span, form, blocks, order, activations, scratch, panels, out):
             tile_block(matrix, form, stretch, vectors, top, slots, order, activations, scratch, out)
 
 
+@inlined
+def blocks_within(work, cost, most):
+    """How many blocks, of so much work each, begin before so much work is done."""
+    return min(max(0, (work + cost - 1) // cost), most)
+
+
 @compiled
 def integer_dot(values, grid, spans, order, form, halves, out, share, shares):
     """Products of quantised activations with packed matrices of one shape: a share of the rows.
@@ -214,13 +224,14 @@ def integer_dot(values, grid, spans, order, form, halves, out, share, shares):
     scratch = scratch_parts(np.int64(room.ctypes.data), columns, units)
     panels = panel_parts(scratch[-1], units, tokens)
     activations = values.ctypes.data, grid[0].ctypes.data, grid[1].ctypes.data, units, halves
-    items = len(spans) * row_blocks
-    begin, end = items * share // shares, items * (share + 1) // shares
-    for number in range(begin // row_blocks, len(spans)):
-        before = number * row_blocks
-        blocks = max(begin - before, 0), min(end - before, row_blocks)
+    work = row_blocks * (np.sum(spans[:, 5] - spans[:, 4]) + LAYING_OUT * len(spans))
+    begin, end = work * share // shares, work * (share + 1) // shares
+    for number in range(len(spans)):
+        s = spans[number]
+        cost = s[5] - s[4] + LAYING_OUT
+        blocks = blocks_within(begin, cost, row_blocks), blocks_within(end, cost, row_blocks)
+        begin, end = begin - cost * row_blocks, end - cost * row_blocks
         if blocks[0] < blocks[1]:
-            s = spans[number]
             span, to = (s[0], s[1], s[2], s[3], s[4], s[5]), np.int64(out.ctypes.data)
             span_products(span, form, blocks, order.ctypes.data, activations, scratch, panels, to)
     return room[0]  # which keeps it alive until here

@@ -28,9 +28,7 @@ from mcsharp_sdk.kernels.simd import (
     two_fields,
     with_third_bit,
 )
-
-BLOCK = 128
-VECTOR = 32
+from mcsharp_sdk.kernels.support import BLOCK, VECTOR
 
 
 def compiled(function: Callable[..., Any]) -> Any:

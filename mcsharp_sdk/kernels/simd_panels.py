@@ -56,6 +56,16 @@ _INTS = ir.VectorType(I32, PANEL)
 _FLOATS = ir.VectorType(FLOAT, PANEL)
 
 
+def _switch(builder: Any, number: Any) -> tuple[Any, Any]:
+    """What comes behind a choice by a number, and the choice; other numbers do not occur."""
+    behind = builder.append_basic_block("behind")
+    other = builder.append_basic_block("does_not_occur")
+    choice = builder.switch(number, other)
+    builder.position_at_end(other)
+    builder.unreachable()
+    return behind, choice
+
+
 def _addresses(builder: Any, first: Any, size: Any, last: Any) -> list[Any]:
     """Where sixteen rows begin; rows behind the last one repeat it."""
     found = []
@@ -107,8 +117,7 @@ def panel_codes(
     Rows of so many bytes follow each other from ``first`` on; those behind number ``last`` repeat
     it.
     """
-    behind = builder.append_basic_block("laid_out")
-    choice = builder.switch(builder.add(bits, columns), behind)
+    behind, choice = _switch(builder, builder.add(bits, columns))
     for width, length in product(PARTS, (BLOCK, BLOCK // 2)):
         block = builder.append_basic_block(f"{length}_of_{width}_bits")
         choice.add_case(ir.Constant(I64, width + length), block)
@@ -186,8 +195,8 @@ def add_products(
     scales, zeros : addresses of fp32 [16].
     totals : address of fp32 [tokens, 16].
     """
-    behind = builder.append_basic_block("added")
-    choice = builder.switch(builder.add(builder.mul(tokens, ir.Constant(I64, 2)), halves), behind)
+    number = builder.add(builder.mul(tokens, ir.Constant(I64, 2)), halves)
+    behind, choice = _switch(builder, number)
     for count, parts in product(TOKENS, (1, 2)):
         block = builder.append_basic_block(f"{parts}_halves_of_{count}")
         choice.add_case(ir.Constant(I64, 2 * count + parts), block)

@@ -34,6 +34,7 @@ from mcsharp_sdk.quantization.grid import (
     PackedWeight,
     QuantizedWeight,
     dequantise,
+    dequantise_packed,
     group_count,
     pack_weight,
 )
@@ -75,6 +76,15 @@ def replicas(matrix: PackedMatrix) -> PackedStack:
     return replace(one, weight=PackedWeight(*(torch.cat([part, part]) for part in parts)))
 
 
+def dense(stack: PackedStack) -> Tensor:
+    """The first matrix of a stack in float64."""
+    form = {"bits": stack.bits, "group_size": stack.group_size, "columns": stack.columns}
+    packed = stack.matrix(0).weight
+    return dequantise_packed(
+        packed.qweight, packed.scales, packed.zeros, dtype=torch.float64, **form
+    )
+
+
 def case_of(stack: PackedStack | PackedMatrix, tokens: int, dtype: torch.dtype) -> Case:
     return Case(stack.rows, stack.columns, stack.bits, stack.group_size, tokens, dtype, "cpu")
 
@@ -103,10 +113,10 @@ def assert_close(
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     bits=st.sampled_from(WIDTHS),
-    rows=st.sampled_from([1, 7, 128, 200]),
+    rows=st.sampled_from([1, 7, 17, 128, 130]),
     columns=st.sampled_from([1, 33, 128, 192, 300, 512]),
-    group=st.sampled_from([16, 32, 64, 128, 256]),
-    counts=st.lists(st.integers(0, 9), min_size=3, max_size=3),
+    group=st.sampled_from([16, 32, 64, 128, 384]),
+    counts=st.lists(st.integers(0, 17), min_size=3, max_size=3),
     dtype=st.sampled_from(DTYPES),
 )
 def test_a_kernel_agrees_with_float64(
@@ -192,6 +202,31 @@ def test_eight_bits_are_what_several_tokens_are_rounded_to(bits: int) -> None:
     assert 1e-3 < (found - expected).norm() / expected.norm() < 1e-2
     alone = [KERNELS[name].run(x[:1], matrix.stack(), [0], [1]) for name in integer_dot.BYTES]
     assert torch.equal(*alone)
+
+
+@pytest.mark.skipif(
+    bool(support.missing_support()) or not support.has_wide_vnni(),
+    reason="8-bit activations need a processor with AVX-512 VNNI",
+)
+def test_no_token_of_many_is_left_over() -> None:
+    matrix, exact = random_matrix(32, 256, 2, 128)
+    x = torch.randn(129, 256, generator=torch.Generator().manual_seed(1))
+    off = KERNELS["int8_dot"].run(x, matrix.stack(), [0], [129]) - x.double() @ exact.t()
+    assert (off.norm(dim=1) > 1e-4 * x.norm(dim=1)).all()
+
+
+@compiled_only
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_the_largest_codes_and_activations_fit(tokens: int, sign: float) -> None:
+    stack, _ = random_stack(1, 20, 256, 8, 128)
+    stack.weight.qweight.fill_(255)
+    if reason := KERNELS["integer_dot"].refuses(case_of(stack, tokens, torch.float32)):
+        pytest.skip(reason)
+    exact = dense(stack)
+    x = torch.full((tokens, 256), sign)
+    found = KERNELS["integer_dot"].run(x, stack, [0], [tokens])
+    torch.testing.assert_close(found.double(), x.double() @ exact.t(), rtol=1e-4, atol=1e-2)
 
 
 @compiled_only
