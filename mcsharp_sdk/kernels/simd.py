@@ -113,6 +113,25 @@ def call(builder: Any, name: str, result: ir.Type, *operands: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
 
 
+def repeated(builder: Any, count: Any, starts: list[Any], step: Any) -> list[Any]:
+    """What ``step(number, values)`` makes of some values, for each number below ``count`` > 0."""
+    before = builder.block
+    loop, behind = (builder.append_basic_block(name) for name in ("loop", "behind_loop"))
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    number, *values = (builder.phi(start.type) for start in (ir.Constant(I64, 0), *starts))
+    made = step(number, values)
+    following = builder.add(number, ir.Constant(I64, 1))
+    for phi, first, next_one in zip(
+        (number, *values), (ir.Constant(I64, 0), *starts), (following, *made), strict=True
+    ):
+        phi.add_incoming(first, before)
+        phi.add_incoming(next_one, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, behind)
+    builder.position_at_end(behind)
+    return list(made)
+
+
 @operation(Bytes, types.int64)
 def load_bytes(builder: Any, address: Any) -> Any:
     """32 bytes."""

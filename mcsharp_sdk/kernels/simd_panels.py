@@ -27,6 +27,7 @@ from mcsharp_sdk.kernels.simd import (
     operation,
     pick,
     planes,
+    repeated,
     splat,
     store,
 )
@@ -216,34 +217,23 @@ def add_products(
 
 def _sums(builder: Any, codes: Any, vectors: Any, starts: list[Any], halves: int) -> list[Any]:
     """Sums of the high bytes, and of the low ones, of each token times codes, int32 [16] each."""
-    before = builder.block
-    loop = builder.append_basic_block("vectors")
-    behind = builder.append_basic_block("summed")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    number = builder.phi(I64)
-    number.add_incoming(ir.Constant(I64, 0), before)
-    totals = [builder.phi(_INTS) for _ in range(halves * len(starts))]
-    for total in totals:
-        total.add_incoming(constant(I32, [0] * PANEL), before)
-    skip = builder.mul(number, ir.Constant(I64, STEPS_PER_VECTOR * CODE_VECTOR))
-    at = builder.add(codes, skip)
-    skip = builder.mul(number, ir.Constant(I64, VECTOR))
-    tokens, sums = [builder.add(start, skip) for start in starts], list(totals)
-    for step in range(STEPS_PER_VECTOR):
-        vector = load(builder, after(builder, at, CODE_VECTOR * step), _INTS)
-        for place in range(len(sums)):
-            half = (place % halves) * BLOCK
-            word = load(builder, after(builder, tokens[place // halves], half + STEP * step), I32)
-            operands = sums[place], vector, splat(builder, word, PANEL)
-            sums[place] = call(builder, "llvm.x86.avx512.vpdpbusd.512", _INTS, *operands)
-    following = builder.add(number, ir.Constant(I64, 1))
-    number.add_incoming(following, loop)
-    for total, added in zip(totals, sums, strict=True):
-        total.add_incoming(added, loop)
-    builder.cbranch(builder.icmp_signed("<", following, vectors), loop, behind)
-    builder.position_at_end(behind)
-    return sums
+
+    def add_vector(number: Any, sums: list[Any]) -> list[Any]:
+        skip = builder.mul(number, ir.Constant(I64, STEPS_PER_VECTOR * CODE_VECTOR))
+        at = builder.add(codes, skip)
+        skip = builder.mul(number, ir.Constant(I64, VECTOR))
+        tokens, sums = [builder.add(start, skip) for start in starts], list(sums)
+        for step in range(STEPS_PER_VECTOR):
+            vector = load(builder, after(builder, at, CODE_VECTOR * step), _INTS)
+            for place, total in enumerate(sums):
+                token, half = divmod(place, halves)
+                word = load(builder, after(builder, tokens[token], BLOCK * half + STEP * step), I32)
+                operands = total, vector, splat(builder, word, PANEL)
+                sums[place] = call(builder, "llvm.x86.avx512.vpdpbusd.512", _INTS, *operands)
+        return sums
+
+    nothing = constant(I32, [0] * PANEL)
+    return repeated(builder, vectors, [nothing] * (halves * len(starts)), add_vector)
 
 
 def _add_scaled(

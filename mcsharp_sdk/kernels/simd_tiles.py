@@ -28,6 +28,7 @@ from mcsharp_sdk.kernels.simd import (
     operation,
     pick,
     planes,
+    repeated,
     splat,
     sum_products,
 )
@@ -96,40 +97,36 @@ def _block_sums(
     ahead: Any,
 ) -> list[Any]:
     """Scaled sums of each row over all blocks, in eight lanes."""
-    before = builder.block
-    loop = builder.append_basic_block("blocks")
-    behind = builder.append_basic_block("all_blocks")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    number = builder.phi(I64)
-    number.add_incoming(ir.Constant(I64, 0), before)
-    totals = [builder.phi(Floats.llvm) for _ in rows]
-    for total in totals:
-        total.add_incoming(constant(FLOAT, [0.0] * 8), before)
 
-    def of_block(address: Any, size: int) -> Any:
-        return builder.add(address, builder.mul(number, ir.Constant(I64, size)))
+    def add_block(number: Any, totals: list[Any]) -> list[Any]:
+        def of_block(address: Any, size: int) -> Any:
+            return builder.add(address, builder.mul(number, ir.Constant(I64, size)))
 
-    here = [of_block(row, 16 * bits) for row in rows]
-    for row in here:  # Spread like this, between products, it comes sooner than asked for at once.
-        ask_for_line(builder, builder.add(row, ahead))
-    parts = BLOCK // VECTOR // vectors
-    scales, values, sums = of_block(factors, QUAD * parts), of_block(x, 2 * BLOCK), list(totals)
-    for part in range(parts):
-        found = _unit_sums(builder, bits, range(vectors * part, vectors * (part + 1)), here, values)
-        for place, (high, low) in enumerate(found):
-            shifted = builder.shl(high, constant(I32, [8] * 8))
-            whole = builder.sitofp(builder.add(shifted, low), Floats.llvm)
-            factor = load(builder, after(builder, scales, QUAD * part + 4 * place), FLOAT)
-            operands = whole, splat(builder, factor, 8), sums[place]
-            sums[place] = call(builder, "llvm.fma.v8f32", Floats.llvm, *operands)
-    following = builder.add(number, ir.Constant(I64, 1))
-    number.add_incoming(following, loop)
-    for total, added in zip(totals, sums, strict=True):
-        total.add_incoming(added, loop)
-    builder.cbranch(builder.icmp_signed("<", following, blocks), loop, behind)
-    builder.position_at_end(behind)
-    return sums
+        here = [of_block(row, 16 * bits) for row in rows]
+        for row in here:  # spread like this, it comes sooner than asked for at once
+            ask_for_line(builder, builder.add(row, ahead))
+        parts = BLOCK // VECTOR // vectors
+        scales, values = of_block(factors, QUAD * parts), of_block(x, 2 * BLOCK)
+        for part in range(parts):
+            unit = range(vectors * part, vectors * (part + 1))
+            sums = _unit_sums(builder, bits, unit, here, values)
+            own = after(builder, scales, QUAD * part)
+            totals = [
+                _add_scaled(builder, total, *sums[row], after(builder, own, 4 * row))
+                for row, total in enumerate(totals)
+            ]
+        return totals
+
+    nothing = constant(FLOAT, [0.0] * 8)
+    return repeated(builder, blocks, [nothing] * len(rows), add_block)
+
+
+def _add_scaled(builder: Any, total: Any, high: Any, low: Any, factor: Any) -> Any:
+    """``total + (256 · high + low) · factor``, of the factor at an address."""
+    whole = builder.add(builder.shl(high, constant(I32, [8] * 8)), low)
+    factors = splat(builder, load(builder, factor, FLOAT), 8)
+    whole = builder.sitofp(whole, Floats.llvm)
+    return call(builder, "llvm.fma.v8f32", Floats.llvm, whole, factors, total)
 
 
 def _unit_sums(
