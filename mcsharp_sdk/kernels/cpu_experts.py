@@ -6,9 +6,9 @@ of ``integer_dot`` or ``int8_dot``, for experts of all widths together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import chain
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from mcsharp_sdk.kernels.matrix import PackedStack
 WORKSPACE_BYTES = 128 * 2**20
 """Scratch for many tokens; beyond it they are done some at a time."""
 
-Places = Mapping[tuple[int, int], list[int]]
-"""Width of an expert and its place among those of its width -> its slots."""
+Expert = tuple[int, int, int, int]
+"""Width, place among those of its width, and first and last+1 place of its slots in their order."""
 
 
 def serves(x: Tensor) -> bool:
@@ -66,24 +66,23 @@ def _at_once(
     layer: ExpertLayer, halves: int, hidden: Tensor, chosen: Tensor, routing: Tensor
 ) -> Tensor:
     slots = chosen.reshape(-1)
-    places = _by_expert(layer.table[slots].tolist())
-    order = [slot for taken in places.values() for slot in taken]
-    if not order:
+    order, experts = _by_expert(layer.table[slots].numpy())
+    if not experts:
         return torch.zeros_like(hidden)
-    tokens = [slot // chosen.shape[1] for slot in order]
-    inner = _products(layer.gate_up, hidden, places, tokens, len(slots), halves)
+    tokens = np.stack([order, order // chosen.shape[1]], 1)
+    inner = _products(layer.gate_up, hidden, experts, tokens, len(slots), halves)
     if layer.between is None:
         gate, up = inner.chunk(2, -1)
         inner = torch.nn.functional.silu(gate).mul_(up)
     else:
         inner = layer.between(inner.to(hidden.dtype), slots.clamp(max=layer.experts - 1))
-    out = _products(layer.down, inner, places, order, len(slots), halves)
+    out = _products(layer.down, inner, experts, np.stack([order, order], 1), len(slots), halves)
     if layer.behind is not None:
         out = layer.behind(out.to(hidden.dtype), slots.clamp(max=layer.experts - 1)).float()
     return _weighted_sum(out.reshape(*chosen.shape, -1), routing.float(), order).to(hidden.dtype)
 
 
-def _weighted_sum(out: Tensor, routing: Tensor, used: Sequence[int]) -> Tensor:
+def _weighted_sum(out: Tensor, routing: Tensor, used: np.ndarray) -> Tensor:
     """Sum over the slots in use, [T, H]; ``out`` is written over.
 
     What out, [T, k, H], and routing, [T, k], have for the others may be no number.
@@ -96,20 +95,21 @@ def _weighted_sum(out: Tensor, routing: Tensor, used: Sequence[int]) -> Tensor:
     return out.mul_(routing.unsqueeze(-1)).sum(1)
 
 
-def _by_expert(table: Sequence[Sequence[int]]) -> Places:
-    """Slots by expert, from each slot's row of the layer's table; dropped ones have no width."""
-    places: dict[tuple[int, int], list[int]] = {}
-    for slot, (width, place) in enumerate(table):
-        if width:
-            places.setdefault((width, place), []).append(slot)
-    return places
+def _by_expert(table: np.ndarray) -> tuple[np.ndarray, list[Expert]]:
+    """Slots in use by expert, from each slot's row of the layer's table, and these experts."""
+    used = np.flatnonzero(table[:, 0])  # dropped ones have no width
+    order = used[np.lexsort(table[used, ::-1].T)]
+    sorted_table = table[order]
+    changes = np.flatnonzero((sorted_table[1:] != sorted_table[:-1]).any(1)) + 1
+    ends = [0, *changes.tolist(), len(order)] if len(order) else []
+    return order, [(*sorted_table[first].tolist(), first, end) for first, end in pairwise(ends)]
 
 
 def _products(
     stack: MatrixStack,
     x: Tensor,
-    places: Places,
-    rows: Sequence[int],
+    experts: Sequence[Expert],
+    order: np.ndarray,
     results: int,
     halves: int,
 ) -> Tensor:
@@ -117,16 +117,14 @@ def _products(
 
     Parameters
     ----------
-    rows : of x, for the slots of all experts in turn.
+    order : int64 [N, 2], by expert: the slot, which is the row of the results, and the row of x.
     """
     memory = {
         width: PackedStack(weight, width, stack.group_size, stack.columns).memory()
         for width, weight in stack.weights.items()
     }
-    spans, end = [], 0
-    for (width, place), slots in places.items():
-        spans.append((*memory[width].addresses(place), width, end, end + len(slots)))
-        end += len(slots)
-    order = np.array([*zip(chain(*places.values()), rows, strict=True)], np.int64)
+    spans = [
+        (*memory[width].addresses(place), width, first, end) for width, place, first, end in experts
+    ]
     form = (stack.rows, stack.columns, stack.group_size)
     return products(x, spans, order, form, results, halves)

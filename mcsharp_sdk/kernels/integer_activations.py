@@ -31,8 +31,8 @@ def place_of(column):
 
 
 @compiled
-def quantise_activations(x, unit, values, grid):
-    """Activations as 16-bit integers of one scale per token and unit.
+def quantise_activations(x, unit, values, grid, share, shares):
+    """Activations as 16-bit integers of one scale per token and unit: a share of the tokens.
 
     Parameters
     ----------
@@ -44,8 +44,9 @@ def quantise_activations(x, unit, values, grid):
         and the same of the high bytes alone.
     """
     tokens, columns = x.shape
-    first, target = np.int64(x.ctypes.data), np.int64(values.ctypes.data)
-    for token in range(tokens):
+    for token in range(tokens * share // shares, tokens * (share + 1) // shares):
+        first = np.int64(x.ctypes.data) + 4 * columns * token
+        target = np.int64(values.ctypes.data) + 2 * unit * grid.shape[2] * token
         for u in range(grid.shape[2]):
             begin, end = min(unit * u, columns), min(unit * (u + 1), columns)
             tops = no_ints()
@@ -66,4 +67,3 @@ def quantise_activations(x, unit, values, grid):
             grid[0, token, u] = scale
             grid[1, token, u] = scale * np.float32(high + sum_of_ints(lows))
             grid[2, token, u] = scale * np.float32(high)
-        first, target = first + 4 * columns, target + 2 * unit * grid.shape[2]

@@ -9,6 +9,7 @@ bits where a matrix gets several tokens, an error of 5e-3.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -25,6 +26,9 @@ BYTES = {"integer_dot": 2, "int8_dot": 1}
 
 MOST_TOKENS = 128
 """Tokens that are multiplied together: those of more would leave the cache between rows."""
+
+QUANTISING = 20
+"""Multiplications that take as long as it takes to quantise a number."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -111,7 +115,8 @@ def products(
     units = blocks * BLOCK // unit
     values = torch.empty(len(x), blocks, 2, BLOCK, dtype=torch.int8, device="cpu").numpy()
     grid = torch.empty(3, len(x), units, dtype=torch.float32, device="cpu").numpy()
-    quantise_activations(activations.contiguous().numpy(), unit, values, grid)
+    numbers = activations.contiguous().numpy()
+    in_shares(partial(quantise_activations, numbers, unit, values, grid), QUANTISING * x.numel())
     out = torch.empty(results, rows, dtype=torch.float32, device="cpu")
     table, target = np.array([*_in_parts(spans)], np.int64), out.numpy()
 
