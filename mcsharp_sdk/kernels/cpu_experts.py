@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -66,17 +66,17 @@ def _at_once(
     layer: ExpertLayer, halves: int, hidden: Tensor, chosen: Tensor, routing: Tensor
 ) -> Tensor:
     slots = chosen.reshape(-1)
-    order, experts = _by_expert(layer.table[slots].numpy())
+    order, experts = _by_expert(layer.table[slots].tolist())
     if not experts:
         return torch.zeros_like(hidden)
-    tokens = np.stack([order, order // chosen.shape[1]], 1)
+    tokens = _in_pairs(order, order // chosen.shape[1])
     inner = _products(layer.gate_up, hidden, experts, tokens, len(slots), halves)
     if layer.between is None:
         gate, up = inner.chunk(2, -1)
         inner = torch.nn.functional.silu(gate).mul_(up)
     else:
         inner = layer.between(inner.to(hidden.dtype), slots.clamp(max=layer.experts - 1))
-    out = _products(layer.down, inner, experts, np.stack([order, order], 1), len(slots), halves)
+    out = _products(layer.down, inner, experts, _in_pairs(order, order), len(slots), halves)
     if layer.behind is not None:
         out = layer.behind(out.to(hidden.dtype), slots.clamp(max=layer.experts - 1)).float()
     return _weighted_sum(out.reshape(*chosen.shape, -1), routing.float(), order).to(hidden.dtype)
@@ -95,14 +95,29 @@ def _weighted_sum(out: Tensor, routing: Tensor, used: np.ndarray) -> Tensor:
     return out.mul_(routing.unsqueeze(-1)).sum(1)
 
 
-def _by_expert(table: np.ndarray) -> tuple[np.ndarray, list[Expert]]:
-    """Slots in use by expert, from each slot's row of the layer's table, and these experts."""
-    used = np.flatnonzero(table[:, 0])  # dropped ones have no width
-    order = used[np.lexsort(table[used, ::-1].T)]
-    sorted_table = table[order]
-    changes = np.flatnonzero((sorted_table[1:] != sorted_table[:-1]).any(1)) + 1
-    ends = [0, *changes.tolist(), len(order)] if len(order) else []
-    return order, [(*sorted_table[first].tolist(), first, end) for first, end in pairwise(ends)]
+def _by_expert(table: Sequence[Sequence[int]]) -> tuple[np.ndarray, list[Expert]]:
+    """Slots in use by expert, from each slot's row of the layer's table, and these experts.
+
+    numpy sorts no faster but from hundreds of slots on, and a single token has few.
+    """
+    places: dict[tuple[int, int], list[int]] = {}
+    for slot, (width, place) in enumerate(table):
+        if width:  # a dropped one has none
+            places.setdefault((width, place), []).append(slot)
+    order = np.fromiter(chain.from_iterable(places.values()), np.int64)
+    ends = accumulate(map(len, places.values()))
+    experts = [
+        (width, place, end - len(slots), end)
+        for ((width, place), slots), end in zip(places.items(), ends, strict=True)
+    ]
+    return order, experts
+
+
+def _in_pairs(order: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """int64 [N, 2]: slots, which are rows of the results, and rows that they come from."""
+    pairs = np.empty((len(order), 2), np.int64)
+    pairs[:, 0], pairs[:, 1] = order, rows
+    return pairs
 
 
 def _products(

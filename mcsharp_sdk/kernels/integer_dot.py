@@ -113,12 +113,14 @@ def products(
     if columns % VECTOR:
         activations = torch.nn.functional.pad(activations, (0, -columns % VECTOR))
     units = blocks * BLOCK // unit
-    values = torch.empty(len(x), blocks, 2, BLOCK, dtype=torch.int8, device="cpu").numpy()
-    grid = torch.empty(3, len(x), units, dtype=torch.float32, device="cpu").numpy()
+    # numpy's arrays are sooner made than torch's, which counts for a single token.
+    values: np.ndarray = np.empty((len(x), blocks, 2, BLOCK), np.int8)
+    grid: np.ndarray = np.empty((3, len(x), units), np.float32)
     numbers = activations.contiguous().numpy()
     in_shares(partial(quantise_activations, numbers, unit, values, grid), QUANTISING * x.numel())
     out = torch.empty(results, rows, dtype=torch.float32, device="cpu")
-    table, target = np.array([*_in_parts(spans)], np.int64), out.numpy()
+    parts = spans if len(order) <= MOST_TOKENS else [*_in_parts(spans)]
+    table, target = np.array(parts, np.int64), out.numpy()
 
     def job(share: int, shares: int) -> None:
         integer_products.integer_dot(
