@@ -25,10 +25,10 @@ from mcsharp_sdk.kernels.packed_codes import (
     inlined,
     packed_row,
     unpack,
-    unpack_half_block,
     unpack_zeros,
 )
 from mcsharp_sdk.kernels.simd import load_float, load_word, prefetch, store_float
+from mcsharp_sdk.kernels.simd_codes import unpack_block
 from mcsharp_sdk.kernels.simd_quads import QUAD, less, negative, store_quad
 from mcsharp_sdk.kernels.simd_tiles import tile_sums
 
@@ -82,7 +82,7 @@ def unpack_tile(rows, bits, skipped, columns, codes):
     for i in range(TILE):
         source, target = rows[i] + 16 * bits * skipped, codes + size * i
         if left == BLOCK // 2:  # sooner done by itself; what is behind is multiplied by 0
-            unpack_half_block(source, bits, target, np.int64(VECTOR))
+            unpack_block(bits, left, source, target, np.int64(VECTOR))
         else:
             unpack(source, bits, left, target, np.int64(VECTOR))
     return codes, codes + size, codes + 2 * size, codes + 3 * size

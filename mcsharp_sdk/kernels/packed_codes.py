@@ -16,18 +16,14 @@ import numba
 import numpy as np
 
 from mcsharp_sdk.kernels.simd import (
-    field,
-    four_bits,
     load_byte,
-    load_bytes,
     load_word,
     no_bytes,
     store_byte,
     store_bytes,
     store_word,
-    two_fields,
-    with_third_bit,
 )
+from mcsharp_sdk.kernels.simd_codes import unpack_block
 from mcsharp_sdk.kernels.support import BLOCK, VECTOR
 
 
@@ -49,21 +45,6 @@ def packed_row(columns, bits):
     return (columns + 7) // 8 * bits
 
 
-@inlined
-def codes_of(source, bits, vector):
-    """Codes of the 32 columns from 32·vector on, of the full block at ``source``."""
-    if bits == 1:
-        return two_fields(source, 2 * vector, 1)
-    if bits == 2:
-        return field(load_bytes(source), 2 * vector, 3)
-    if bits == 3:
-        low = field(load_bytes(source), 2 * vector, 3)
-        return with_third_bit(low, two_fields(source + 32, 2 * vector, 1))
-    if bits == 4:
-        return field(load_bytes(source + 32 * (vector & 1)), 4 * (vector >> 1), 15)
-    return load_bytes(source + 32 * vector)
-
-
 @compiled
 def unpack_short_block(source, bits, columns, target, stride):
     """Codes of a block of fewer than 128 columns, 0 behind them; targets as ``unpack``."""
@@ -71,7 +52,7 @@ def unpack_short_block(source, bits, columns, target, stride):
     for vector in range(padded // VECTOR, BLOCK // VECTOR):
         store_bytes(target + stride * vector, no_bytes())
     if padded == BLOCK // 2:
-        unpack_half_block(source, bits, target, stride)
+        unpack_block(bits, padded, source, target, stride)
         return
     width = 2 if bits == 3 else bits
     # A constant as it stands would be compiled for by itself.
@@ -79,24 +60,6 @@ def unpack_short_block(source, bits, columns, target, stride):
     if bits == 3:
         further = source + padded // 4
         unpack_plane(further, padded, np.int64(1), np.int64(2), target, stride)
-
-
-@compiled
-def unpack_half_block(source, bits, target, stride):
-    """Codes of 64 columns, as many models have them left over."""
-    for vector in range(2):
-        to, shift = target + stride * vector, 4 * vector
-        if bits == 1:
-            store_bytes(to, four_bits(source, shift))
-        elif bits == 2:
-            store_bytes(to, two_fields(source, shift, 2))
-        elif bits == 3:
-            third = four_bits(source + BLOCK // 8, shift)
-            store_bytes(to, with_third_bit(two_fields(source, shift, 2), third))
-        elif bits == 4:
-            store_bytes(to, field(load_bytes(source), shift, 15))
-        else:
-            store_bytes(to, load_bytes(source + VECTOR * vector))
 
 
 @compiled
@@ -130,14 +93,6 @@ def unpack_words(source, length, shift, width, low, target, stride, first):
         store_word(to, (load_word(to) if low else 0) | (codes << low))
 
 
-@inlined
-def unpack_blocks(source, bits, blocks, target, stride):
-    for block in range(blocks):
-        for vector in range(BLOCK // VECTOR):
-            codes = codes_of(source + 16 * bits * block, bits, vector)
-            store_bytes(target + stride * (4 * block + vector), codes)
-
-
 @compiled
 def unpack(source, bits, columns, target, stride):
     """Codes of a packed row, one a byte, 32 of them every ``stride`` bytes from ``target`` on.
@@ -145,16 +100,9 @@ def unpack(source, bits, columns, target, stride):
     The last block is filled up with zeros.
     """
     blocks = columns // BLOCK
-    if bits == 1:
-        unpack_blocks(source, 1, blocks, target, stride)
-    elif bits == 2:
-        unpack_blocks(source, 2, blocks, target, stride)
-    elif bits == 3:
-        unpack_blocks(source, 3, blocks, target, stride)
-    elif bits == 4:
-        unpack_blocks(source, 4, blocks, target, stride)
-    else:
-        unpack_blocks(source, 8, blocks, target, stride)
+    for block in range(blocks):
+        here, there = source + 16 * bits * block, target + 4 * stride * block
+        unpack_block(bits, np.int64(BLOCK), here, there, stride)
     if columns > BLOCK * blocks:
         source, target = source + 16 * bits * blocks, target + 4 * stride * blocks
         unpack_short_block(source, bits, columns - BLOCK * blocks, target, stride)

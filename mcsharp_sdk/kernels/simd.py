@@ -113,6 +113,15 @@ def call(builder: Any, name: str, result: ir.Type, *operands: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
 
 
+def choice_of(builder: Any, number: Any) -> tuple[Any, Any]:
+    """What comes behind a choice by a number, and the choice; other numbers do not occur."""
+    behind, other = (builder.append_basic_block(name) for name in ("behind", "does_not_occur"))
+    choice = builder.switch(number, other)
+    builder.position_at_end(other)
+    builder.unreachable()
+    return behind, choice
+
+
 def repeated(builder: Any, count: Any, starts: list[Any], step: Any) -> list[Any]:
     """What ``step(number, values)`` makes of some values, for each number below ``count`` > 0."""
     before = builder.block
@@ -184,43 +193,6 @@ dot = operation(Ints, Ints, Bytes, Bytes)(sum_products)
 def store_bytes(builder: Any, address: Any, value: Any) -> None:
     """Write 32 bytes."""
     store(builder, address, value)
-
-
-@operation(Bytes, Bytes, types.int64, types.int64)
-def field(builder: Any, value: Any, shift: Any, mask: Any) -> Any:
-    """``(byte >> shift) & mask`` of each byte; ``mask`` has at most ``8 - shift`` bits."""
-    words = builder.bitcast(value, Ints.llvm)
-    words = builder.lshr(words, splat(builder, builder.trunc(shift, I32), 8))
-    masks = splat(builder, builder.trunc(mask, I8), BYTES_PER_VECTOR)
-    return builder.and_(builder.bitcast(words, Bytes.llvm), masks)
-
-
-@operation(Bytes, types.int64, types.int64, types.int64)
-def two_fields(builder: Any, address: Any, shift: Any, width: Any) -> Any:
-    """``width`` bits from ``shift`` on of 16 bytes, and behind them the next bits of the same."""
-    words = pick(builder, load(builder, address, ir.VectorType(I32, 4)), [0, 1, 2, 3] * 2)
-    width = builder.trunc(width, I32)
-    further = builder.mul(splat(builder, width, 8), constant(I32, [0] * 4 + [1] * 4))
-    shifts = builder.add(splat(builder, builder.trunc(shift, I32), 8), further)
-    fields = builder.bitcast(builder.lshr(words, shifts), Bytes.llvm)
-    mask = builder.sub(builder.shl(ir.Constant(I32, 1), width), ir.Constant(I32, 1))
-    return builder.and_(fields, splat(builder, builder.trunc(mask, I8), BYTES_PER_VECTOR))
-
-
-@operation(Bytes, types.int64, types.int64)
-def four_bits(builder: Any, address: Any, shift: Any) -> Any:
-    """Bit ``shift`` of eight bytes, and behind them the next three bits of the same, in turn."""
-    words = splat(builder, load(builder, address, I64), 4)
-    shifts = builder.add(splat(builder, shift, 4), constant(I64, [0, 1, 2, 3]))
-    bits = builder.bitcast(builder.lshr(words, shifts), Bytes.llvm)
-    return builder.and_(bits, constant(I8, [1] * BYTES_PER_VECTOR))
-
-
-@operation(Bytes, Bytes, Bytes)
-def with_third_bit(builder: Any, low: Any, bit: Any) -> Any:
-    """``low + 4 * bit`` of each byte; ``low`` is below 4 and ``bit`` below 2."""
-    words = builder.shl(builder.bitcast(bit, Ints.llvm), constant(I32, [2] * 8))
-    return builder.or_(low, builder.bitcast(words, Bytes.llvm))
 
 
 @operation(Ints)

@@ -20,8 +20,10 @@ from mcsharp_sdk.kernels.simd import (
     HALF,
     I32,
     I64,
+    Lanes,
     after,
     call,
+    choice_of,
     constant,
     load,
     operation,
@@ -54,17 +56,7 @@ PLACE = 16
 """Bytes of a token's two addresses."""
 
 _INTS = ir.VectorType(I32, PANEL)
-_FLOATS = ir.VectorType(FLOAT, PANEL)
-
-
-def _switch(builder: Any, number: Any) -> tuple[Any, Any]:
-    """What comes behind a choice by a number, and the choice; other numbers do not occur."""
-    behind = builder.append_basic_block("behind")
-    other = builder.append_basic_block("does_not_occur")
-    choice = builder.switch(number, other)
-    builder.position_at_end(other)
-    builder.unreachable()
-    return behind, choice
+_FLOATS = Lanes.llvm
 
 
 def _addresses(builder: Any, first: Any, size: Any, last: Any) -> list[Any]:
@@ -118,7 +110,7 @@ def panel_codes(
     Rows of so many bytes follow each other from ``first`` on; those behind number ``last`` repeat
     it.
     """
-    behind, choice = _switch(builder, builder.add(bits, columns))
+    behind, choice = choice_of(builder, builder.add(bits, columns))
     for width, length in product(PARTS, (BLOCK, BLOCK // 2)):
         block = builder.append_basic_block(f"{length}_of_{width}_bits")
         choice.add_case(ir.Constant(I64, width + length), block)
@@ -197,7 +189,7 @@ def add_products(
     totals : address of fp32 [tokens, 16].
     """
     number = builder.add(builder.mul(tokens, ir.Constant(I64, 2)), halves)
-    behind, choice = _switch(builder, number)
+    behind, choice = choice_of(builder, number)
     for count, parts in product(TOKENS, (1, 2)):
         block = builder.append_basic_block(f"{parts}_halves_of_{count}")
         choice.add_case(ir.Constant(I64, 2 * count + parts), block)

@@ -23,15 +23,15 @@ from mcsharp_sdk.kernels.simd import (
     after,
     ask_for_line,
     call,
+    choice_of,
     constant,
     load,
     operation,
-    pick,
-    planes,
     repeated,
     splat,
     sum_products,
 )
+from mcsharp_sdk.kernels.simd_codes import codes_of
 from mcsharp_sdk.kernels.simd_quads import QUAD, Quad, sum_each
 from mcsharp_sdk.kernels.support import BLOCK, VECTOR
 from mcsharp_sdk.quantization.packing import PARTS
@@ -66,9 +66,8 @@ def tile_sums(
     factors : address of fp32 [units, 4], scales of weights times scales of activations.
     ahead : bytes from a code to one whose memory is asked for.
     """
-    behind = builder.append_basic_block("summed")
-    other = builder.append_basic_block("no_such_width")
-    choice = builder.switch(builder.add(builder.mul(bits, ir.Constant(I64, 8)), vectors), other)
+    number = builder.add(builder.mul(bits, ir.Constant(I64, 8)), vectors)
+    behind, choice = choice_of(builder, number)
     found = []
     for width, count in product(PARTS, _VECTORS):
         block = builder.append_basic_block(f"{width}_bits_{count}_vectors")
@@ -77,8 +76,6 @@ def tile_sums(
         sums = _block_sums(builder, width, count, [r0, r1, r2, r3], blocks, x, factors, ahead)
         found.append((sum_each(builder, *sums), builder.block))
         builder.branch(behind)
-    builder.position_at_end(other)
-    builder.unreachable()
     builder.position_at_end(behind)
     result = builder.phi(Quad.llvm)
     for value, block in found:
@@ -138,32 +135,9 @@ def _unit_sums(
         high = load(builder, after(builder, values, VECTOR * vector), Bytes.llvm)
         low = load(builder, after(builder, values, VECTOR * vector + BLOCK), Bytes.llvm)
         for place, row in enumerate(rows):
-            codes = _codes(builder, bits, row, vector)
+            codes = codes_of(builder, bits, BLOCK, row, vector)
             sums[place] = (
                 sum_products(builder, sums[place][0], codes, high),
                 sum_products(builder, sums[place][1], codes, low),
             )
     return sums
-
-
-def _codes(builder: Any, bits: int, block: Any, vector: int) -> Any:
-    """Codes of the 32 columns from 32·vector on, of the full block at an address."""
-    found = None
-    for width, place in planes(bits):
-        # In the plane, the same field of so many bytes that follow each other.
-        length, begin = BLOCK * width // 8, BLOCK // 8 * place
-        field, byte = divmod(VECTOR * vector, length)
-        size = min(length, VECTOR)
-        words = load(builder, after(builder, block, begin + byte), ir.VectorType(I32, size // 4))
-        fields = [field + lane // (size // 4) for lane in range(VECTOR // 4)]
-        words = pick(builder, words, [lane % (size // 4) for lane in range(VECTOR // 4)])
-        words = builder.lshr(words, constant(I32, [width * field for field in fields]))
-        codes = builder.and_(words, _every_byte((1 << width) - 1))
-        if place:
-            codes = builder.shl(codes, constant(I32, [place] * (VECTOR // 4)))
-        found = codes if found is None else builder.or_(found, codes)
-    return builder.bitcast(found, Bytes.llvm)
-
-
-def _every_byte(mask: int) -> Any:
-    return constant(I32, [mask * 0x01010101] * (VECTOR // 4))

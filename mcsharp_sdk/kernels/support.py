@@ -32,7 +32,7 @@ def has_vnni() -> bool:
 
 
 def has_wide_vnni() -> bool:
-    """Whether it does so in vectors of 512 bits."""
+    """Whether the processor does so in vectors of 512 bits."""
     return "avx512vnni" in cpu_features()
 
 
