@@ -6,7 +6,8 @@ it, runs it in a process of its own, and prints what was said beside what was me
     python benchmarks/plan_accuracy.py [--layers 2] [--hidden 2048] [--intermediate 2560] \
         [--experts 8] [--sequences 16] [--length 512] [--spill]
 
-``--spill`` allows so little memory that activations lie on disk.
+``--spill`` allows so little memory that activations lie on disk. ``--sequences 0`` does without a
+calibration: uniform widths, and rounding to nearest.
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ MARGIN = 0.25
 
 
 def recipe(sequences: int, length: int) -> Any:
-    """All three stages of a compression."""
+    """All three stages of a compression, or what does not measure."""
     from mcsharp_sdk import Recipe
 
+    if not sequences:
+        allocation = {"type": "BitAllocation", "target_bits": 2.5, "allocator": "uniform"}
+        return Recipe.from_dict(
+            {"version": 1, "stages": [allocation, {"type": "GPTQQuantize", "quantizer": "rtn"}]}
+        )
     calibration = {"source": "embedded", "sequences": sequences, "length": length}
     stages = [
         {"type": "ExpertStats", "group_size": 128},

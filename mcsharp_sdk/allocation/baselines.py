@@ -88,6 +88,7 @@ class Allocator:
     needs : which statistic the cost uses besides how often and how strongly experts are used.
     keeps_required : whether the required widths (``at_least``) are met.
     whole_model : it compares layers, so that there is one budget for all of them.
+    blind : it looks at no statistics at all.
     """
 
     summary: str
@@ -96,6 +97,7 @@ class Allocator:
     needs: Need | None = None
     keeps_required: bool = True
     whole_model: bool = False
+    blind: bool = False
 
 
 def error_norm_cost(factors: Factors, exponents: Exponents, rng: np.random.Generator) -> FloatArray:
@@ -247,8 +249,11 @@ ALLOCATORS: Mapping[AllocatorName, Allocator] = {
         no_cost,
         spread_evenly,
         keeps_required=False,
+        blind=True,
     ),
-    "random": Allocator("seeded chance, the whole budget spent", random_cost, spend_all),
+    "random": Allocator(
+        "seeded chance, the whole budget spent", random_cost, spend_all, blind=True
+    ),
     "frequency": Allocator("how often the expert is selected, φ · 4^-b", frequency_cost),
     "routing_weight": Allocator("its summed routing weight, w · 4^-b", routing_weight_cost),
     "f_norm": Allocator("its quantisation error alone, ε^γ", error_norm_cost, needs="quant_error"),

@@ -241,6 +241,12 @@ class ExpertStatistics(Artifact):
                     f"but num_experts is {self.num_experts}"
                 )
 
+    @classmethod
+    def unmeasured(cls, experts: Mapping[int, int]) -> ExpertStatistics:
+        """Of a model with so many experts per MoE layer (decoder layer -> count): all zero."""
+        layers = (LayerStatistics(n, np.zeros(e), np.zeros(e)) for n, e in experts.items())
+        return cls("", "nothing was measured", None, None, tuple(layers))
+
     def experts(self) -> dict[int, int]:
         """Decoder layer -> number of experts."""
         return {s.layer: s.num_experts for s in self.layers}

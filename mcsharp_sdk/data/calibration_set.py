@@ -125,9 +125,9 @@ class CalibrationSet:
         Raises
         ------
         InputError
-            If there are fewer sequences than parts.
+            If there are fewer sequences than parts, but some.
         """
-        if parts == 1:
+        if parts == 1 or not self.groups:
             return self
         count = self.num_sequences
         if count < parts:

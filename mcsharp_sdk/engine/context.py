@@ -64,6 +64,11 @@ class RunContext:
     spill: bool = False
     ranks: Ranks = ALONE
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether there is anything to measure with."""
+        return bool(self.calibration.groups)
+
     def stream(
         self, description: str, *, quantised: bool = False, by_expert: bool = False
     ) -> Iterator[StreamedLayer]:

@@ -115,7 +115,9 @@ def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) ->
 
 
 def _quantising_work(stage: GPTQQuantize, layer: LayerSizes, tokens: int) -> float:
-    """Multiplications for quantising a layer; every quantiser gets Hessians."""
+    """Multiplications for quantising a layer; every quantiser gets Hessians of what tokens tell."""
+    if not tokens:
+        return 0.0
     work = _expert_hessians(layer, tokens) + _told_errors(layer)
     if stage.quantizer == "gptq":
         work += _expert_updates(layer, 1)

@@ -53,7 +53,7 @@ def stage_keys(recipe: Recipe, parts: Mapping[str, str]) -> list[str]:
     makers: dict[str, str] = {}
     for position, stage in enumerate(recipe.stages):
         names = [*COMMON, *(_file_part(position, setting) for setting in stage.files())]
-        if stage.uses_calibration or stage.needs_calibration():
+        if stage.measures(calibrated=recipe.calibration is not None):
             names += [CALIBRATION, TOKENIZER]
         inputs = {*stage.needs(), *stage.uses, stage.writes}
         depends_on = [

@@ -14,6 +14,7 @@ from mcsharp_sdk.engine.quantising_memory import (
     expert_quantising,
     experts_together,
     linear_quantising,
+    rounding,
 )
 from mcsharp_sdk.engine.sizes import LayerSizes, ModelSizes, packed_bytes_of
 from mcsharp_sdk.models.embedding import TOKENS_PER_BATCH
@@ -144,9 +145,10 @@ def _export_need(work: Workload, *, packed: bool) -> Need:
 
 
 def _stage_need(stage: Modifier, work: Workload, bits: float | None) -> Need:
-    if not stage.needs_calibration():
+    if not (stage.needs_calibration() or isinstance(stage, _BUILT_IN)):
         return Need(0, 0)
-    embedding = Need(work.sizes.embedding_bytes + _forward_bytes(work), work.activations)
+    embedded = work.sizes.embedding_bytes + _forward_bytes(work) if work.tokens else 0
+    embedding = Need(embedded, work.activations)
     layers = [_layer_need(stage, layer, work, bits) for layer in work.sizes.layers]
     if _holds_model(stage):
         layers.append(_whole_model(work))
@@ -270,7 +272,12 @@ def _quantising(
     """Working set, and what may lie in files: packed experts, and the original's activations."""
     width = bits if bits is not None else 3.0
     packed = packed_bytes_of(layer.expert_weights, width, stage.group_size)
+    # The layer before may still be on its way to the disk.
+    packed *= 2 if work.overlaps else 1
     dtype, count = work.sizes.dtype_bytes, work.tokens_per_expert(layer)
+    if not work.tokens:
+        others = stage.other_bits is not None
+        return rounding(layer, dtype, linears=others, overlaps=work.overlaps), packed
     experts = expert_quantising(
         layer,
         dtype,
@@ -279,8 +286,6 @@ def _quantising(
         refines=stage.refinements is not None,
         overlaps=work.overlaps,
     )
-    # The layer before may still be on its way to the disk.
-    packed *= 2 if work.overlaps else 1
     linears = 0
     if stage.other_bits is not None:
         linears = linear_quantising(layer, dtype, propagates=stage.propagates)

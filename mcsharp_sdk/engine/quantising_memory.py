@@ -11,6 +11,9 @@ FACTOR_COPIES = 3.0
 
 FLOAT = 4
 
+ROUNDING = 10
+"""Bytes per weight of the one matrix that is rounded: in float32, and what its codes become."""
+
 REFINING = 20
 """Bytes per weight of the one matrix whose codes are chosen once more."""
 
@@ -67,6 +70,23 @@ def expert_quantising(
     # The next experts, the last of which is there twice while it is read.
     ahead = (count + 1) * weights * dtype if overlaps and count < layer.experts else 0
     return count * (weights + first) * dtype + ahead + kept + peak
+
+
+def rounding(layer: LayerSizes, dtype: int, *, linears: bool, overlaps: bool = False) -> int:
+    """What quantising a layer takes that is known by its weights alone.
+
+    Parameters
+    ----------
+    linears : whether linear layers outside of the experts are quantised too.
+    overlaps : whether the next experts are read meanwhile.
+    """
+    count = experts_together(layer) if layer.experts else 0
+    experts = list(zip(layer.expert_rows, layer.expert_columns, strict=True)) * bool(count)
+    # A chunk of experts with one of their matrices stacked, its codes, and one in float32.
+    held = (count + (2 if overlaps else 1)) * dtype * sum(r * c for r, c in experts)
+    held += max((count * r * c * (dtype + 1) + ROUNDING * r * c for r, c in experts), default=0)
+    others = zip(layer.linear_rows, layer.linear_columns, strict=True) if linears else ()
+    return max(held, *((2 * dtype + ROUNDING) * r * c for r, c in others), 0)
 
 
 def linear_quantising(layer: LayerSizes, dtype: int, *, propagates: bool = False) -> int:

@@ -166,8 +166,7 @@ def _compress(
 
 def _shared_calibration(recipe: Recipe, source: SourceModel, ranks: Ranks) -> CalibrationSet:
     calibration = read_calibration(recipe, source)
-    if calibration.groups:
-        calibration.share(ranks.rank, ranks.count)  # fewer sequences than processes are refused
+    calibration.share(ranks.rank, ranks.count)  # fewer sequences than processes are refused
     return calibration
 
 

@@ -130,7 +130,7 @@ def _run_stage(context: RunContext, stage: Modifier, name: str, watch: _Stopwatc
     logger.info("%s begins", stage.type)
     context.report = RunReport()
     with watch.measure(stage.type):
-        if stage.needs_calibration() or context.ranks.alone:
+        if context.ranks.alone or stage.measures(calibrated=context.calibrated):
             stage.run(context)
         elif context.ranks.first:
             stage.run(replace(context, directory=context.directory.own, ranks=ALONE))

@@ -40,6 +40,15 @@ class RoutedInputs:
     num_experts: int
     ranks: Ranks = ALONE
 
+    @classmethod
+    def none(cls, layer: StreamedLayer) -> RoutedInputs:
+        """Of no tokens."""
+        columns = layer.expert_weights.shape("gate_up")[1]
+        hidden = layer.inputs.scratch.empty(0, columns, dtype=layer.source.dtype)
+        index = torch.empty(0, layer.moe.top_k, dtype=torch.int64, device=hidden.device)
+        weights, ranks = index.to(hidden.dtype), layer.inputs.ranks
+        return cls(hidden, hidden, index, weights, (), layer.moe.num_experts, ranks)
+
     @property
     def num_tokens(self) -> int:
         """T."""
@@ -91,6 +100,8 @@ def routed_inputs(layer: StreamedLayer, *, last: bool = False) -> RoutedInputs:
         of it but for the experts' outputs, where these are added last, so that only these
         are left to add.
     """
+    if not layer.inputs.hidden:
+        return RoutedInputs.none(layer)
     experts: Any = layer.module.get_submodule(layer.moe.experts)
     router = layer.module.get_submodule(layer.moe.router)
     gathered = _Gathered(layer)

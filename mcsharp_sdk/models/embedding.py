@@ -30,18 +30,20 @@ def embed(
 ) -> LayerInputs:
     """Embed a calibration set and capture what each decoder layer is called with.
 
-    Parts outside of the decoder layers are loaded for this and freed: the embedding, and all but
-    the head where there are images.
+    Of an empty set there is nothing, and the model is not run. Parts outside of the decoder layers
+    are loaded for this and freed: the embedding, and all but the head where there are images.
 
     Raises
     ------
     InputError
         If the model does more between its layers than adding.
     """
-    needed = _outer_names(source) if calibration.has_images else [_embedding_path(source)]
-    source.load(*needed)
     scratch = scratch or Scratch(device=source.device)
     inputs, pool = LayerInputs([], [], [], scratch=scratch), _Pool()
+    if not calibration.groups:
+        return inputs
+    needed = _outer_names(source) if calibration.has_images else [_embedding_path(source)]
+    source.load(*needed)
     room = scratch.empty(calibration.num_tokens, _hidden_size(source), dtype=source.dtype)
     taken = 0
     checked: set[frozenset[str]] = set()

@@ -80,9 +80,14 @@ class ExpertRuns:
             tokens = ExchangedTokens.of_layer(routed, _cost(weights), ranks, scratch)
         outputs = scratch.zeros(*tokens.hidden.shape, dtype=routed.hidden.dtype)
         runs = cls(weights, routed, tokens, outputs, scratch)
-        if not ranks.alone:
+        if runs.calibrated and not ranks.alone:
             runs._sampled = routed.sample(OVERALL_TOKENS)  # all processes do this together
         return runs
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there are any tokens in the run."""
+        return bool(self.routed.batch_tokens)
 
     @property
     def experts(self) -> Sequence[int]:

@@ -39,6 +39,15 @@ def fused_weight(experts: Any, matrix: Matrix) -> Tensor:
     return fused.transpose(1, 2) if experts.is_transposed else fused
 
 
+def projection_of_row(experts: Any, matrix: Matrix) -> Tensor:
+    """int64 (rows,), which linear layer each row of a fused matrix is of: 0 is gate, 1 is up."""
+    rows = torch.arange(fused_weight(experts, matrix).shape[1])
+    if matrix == "down" or not experts.has_gate:
+        return torch.zeros_like(rows)
+    concatenated = getattr(experts, "is_concatenated", True)
+    return rows // (len(rows) // 2) if concatenated else rows % 2
+
+
 def activate(experts: Any, projected: Tensor, expert: int | Tensor) -> Tensor:
     """What goes into the down projection, (tokens, intermediate), from the first one's output.
 

@@ -25,7 +25,7 @@ class Modifier(BaseModel, ABC):
     reads : names of the artifacts that the stage needs from earlier stages.
     uses : names of the artifacts that change its result if an earlier stage made them.
     writes : name of the artifact that the stage makes.
-    uses_calibration : the stage measures with the calibration text.
+    uses_calibration : the stage measures with the calibration, where there is one.
     shares_work : several processes can run it together, each with some of the calibration.
     reads_routing : the stage needs to know how the model's routers choose.
     PRESETS : mode -> default settings of that mode; what the user wrote wins over them.
@@ -58,6 +58,10 @@ class Modifier(BaseModel, ABC):
     def needs_calibration(self) -> bool:
         """Whether a calibration must be given with these settings."""
         return self.uses_calibration
+
+    def measures(self, *, calibrated: bool) -> bool:
+        """Whether it measures with the calibration of a recipe that has one, or has none."""
+        return self.needs_calibration() or (self.uses_calibration and calibrated)
 
     def why_not_shared(self) -> str | None:
         """Why several processes cannot run it together with these settings; None if they can."""

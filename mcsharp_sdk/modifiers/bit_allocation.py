@@ -103,6 +103,7 @@ class BitAllocation(Modifier):
     ] = None
 
     reads: ClassVar[tuple[str, ...]] = (ExpertStatistics.NAME,)
+    uses: ClassVar[tuple[str, ...]] = reads  # for what a map costs, where none are needed
     writes: ClassVar[str] = BitMap.NAME
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "best": {"alpha": 0.0, "beta": 0.0, "gamma": 2.0, "budget": "at_most"},
@@ -146,7 +147,8 @@ class BitAllocation(Modifier):
         return self
 
     def needs(self) -> tuple[str, ...]:
-        return self.reads if self.factors is None else ()
+        blind = ALLOCATORS[self.allocator].blind
+        return () if blind or self.factors is not None else self.reads
 
     def files(self) -> dict[str, Path]:
         return {} if self.factors is None else {"factors": self.factors}
@@ -211,9 +213,15 @@ class BitAllocation(Modifier):
         return "; with 'at_least: {}' no width is required" if self.required_widths() else ""
 
     def run(self, context: RunContext) -> None:
-        statistics = self.factors or context.read(ExpertStatistics)
-        bit_map = allocate(statistics, self, track=context.track)
+        bit_map = allocate(self._statistics(context), self, track=context.track)
         context.write(bit_map)
+
+    def _statistics(self, context: RunContext) -> ExpertStatistics | Path:
+        if self.factors is not None:
+            return self.factors
+        if self.needs() or context.directory.has(ExpertStatistics):
+            return context.read(ExpertStatistics)
+        return ExpertStatistics.unmeasured(context.model.topology.experts_per_layer())
 
 
 def _no_track(items: Sequence[Layers], description: str) -> Iterable[Layers]:

@@ -27,6 +27,7 @@ class GPTQQuantize(Modifier):
 
     GPTQ (arXiv 2210.17323) with one Hessian per expert, gate and up sharing theirs. ``mode: paper``
     and ``mode: released`` follow MC (arXiv 2410.06270) and its released code; ``best`` is ours.
+    Without a calibration, which ``rtn`` and ``hqq`` do not need, the model is not run.
     """
 
     type: Literal["GPTQQuantize"] = "GPTQQuantize"
@@ -151,6 +152,9 @@ class GPTQQuantize(Modifier):
     def needs(self) -> tuple[str, ...]:
         return () if self.bits is not None else self.reads
 
+    def needs_calibration(self) -> bool:
+        return self.quantizer not in _WITHOUT_CALIBRATION
+
     def files(self) -> dict[str, Path]:
         return {"bits": self.bits} if isinstance(self.bits, Path) else {}
 
@@ -177,7 +181,8 @@ class GPTQQuantize(Modifier):
                 if layers.has(layer.index):
                     if original is not None:
                         original.advance()
-                    self._restore(layer, layers, widths)
+                    if context.calibrated:
+                        self._restore(layer, layers, widths)
                 else:
                     tensors, notes = quantiser.quantise(layer, widths, original)
                     writer.write(layer.index, tensors, notes.to_json())
@@ -267,6 +272,9 @@ class GPTQQuantize(Modifier):
                     context.report.warn(f"layer {index}: {message}: {_listed(note[what])}")
         context.report.stages[self.type] = {"layers": {str(i): note for i, note in notes.items()}}
 
+
+_WITHOUT_CALIBRATION = ("rtn", "hqq")
+"""Quantisers that can do with the weights alone."""
 
 _CLIP_SEARCH: Mapping[str, Mapping[str, Any]] = {
     "wide": {},

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.models.capture import linear_inputs, paired_linear_inputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
-from mcsharp_sdk.models.experts import MATRICES, Matrix
+from mcsharp_sdk.models.experts import MATRICES, Matrix, projection_of_row
 from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.models.ranks import divide
 from mcsharp_sdk.models.streamed_layer import StreamedLayer
@@ -24,6 +22,14 @@ from mcsharp_sdk.models.topology import router_weight
 from mcsharp_sdk.modifiers.expert_buckets import ExpertBuckets
 from mcsharp_sdk.modifiers.expert_chunks import expert_chunks
 from mcsharp_sdk.modifiers.expert_hessians import expert_hessians
+from mcsharp_sdk.modifiers.layer_linears import (
+    components,
+    linear_moments,
+    linear_of_row,
+    linears_of,
+    split_rows,
+    stacked,
+)
 from mcsharp_sdk.modifiers.layer_notes import LayerNotes
 from mcsharp_sdk.modifiers.matrix_quantisation import Moments, QuantizerSettings, quantise_matrices
 from mcsharp_sdk.modifiers.original_model import OriginalExperts, OriginalLayer
@@ -36,8 +42,6 @@ from mcsharp_sdk.quantization.grid import (
     group_count,
     pack_weight,
 )
-from mcsharp_sdk.quantization.hessian import accumulate
-from mcsharp_sdk.quantization.propagation import accumulate_cross
 from mcsharp_sdk.quantization.rotation import expert_signs, rotate_, rotate_both_, turned_back
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.runtime.layout import linear_tensors
@@ -107,23 +111,30 @@ class LayerQuantiser:
         original: OriginalLayer | None,
     ) -> Iterator[tuple[str, PackedWeight]]:
         """Linears of one part of the layer, quantised on inputs as they are now, and put back."""
-        moments, ranks = _linear_moments(layer, names, original), layer.inputs.ranks
+        moments, ranks = linear_moments(layer, names, original), layer.inputs.ranks
         groups = list(moments)
-        owned = divide([float(m.hessians.shape[-1]) ** 3 for m in moments.values()], ranks.count)
+        columns = [linears_of(layer, group)[0].in_features for group in groups]
+        owned = divide([float(count) ** 3 for count in columns], ranks.count)
         batches = {}
         for position in owned[ranks.rank]:
             group = groups[position]
-            weights = _stacked(layer, group).unsqueeze(0)
+            weights = stacked(layer, group).unsqueeze(0)
             batches[position] = quantise_matrices(
-                self.settings, weights, moments.pop(group), [bits], group[:1], notes
+                self.settings,
+                weights,
+                moments.pop(group),
+                [bits],
+                group[:1],
+                notes,
+                linear_of_row(layer, group),
             )
         for position, group in enumerate(groups):
-            linears: list[Any] = [layer.module.get_submodule(name) for name in group]
+            linears = linears_of(layer, group)
             rows = [linear.out_features for linear in linears]
             owner = next(rank for rank, own in enumerate(owned) if position in own)
             shape = (sum(rows), linears[0].in_features)
             batch = self._spread(batches.pop(position, None), shape, bits, owner, layer)
-            for name, linear, part in zip(group, linears, _split_rows(batch, rows), strict=True):
+            for name, linear, part in zip(group, linears, split_rows(batch, rows), strict=True):
                 linear.weight.copy_(dequantise(part, linear.weight.dtype))
                 yield name, pack_weight(part)
 
@@ -212,23 +223,43 @@ class LayerQuantiser:
         beside: OriginalExperts | None,
     ) -> QuantizedBatch:
         """One matrix of some experts, quantised."""
-        weighted = self.settings.routing_weighted
-        moments = Moments(*expert_hessians(runs, matrix, chunk, notes, routing_weighted=weighted))
-        if beside is not None:
-            moments.cross = beside.cross_grams(matrix, chunk, routing_weighted=weighted)
+        moments = self._expert_moments(runs, matrix, chunk, notes, beside)
         weights = torch.stack([runs.weights.read(matrix, expert) for expert in chunk])
         if self.rotated:
             weights = weights.float()
             signs = expert_signs(runs.weights.num_experts, weights.shape[2], weights.device)
             for position, expert in enumerate(chunk):
                 rotate_(weights[position], signs[expert])
-                for squares in (moments.hessians, moments.cross):
+                for squares in () if moments is None else (moments.hessians, moments.cross):
                     if squares is not None:
                         rotate_both_(squares[position], signs[expert])
         names = [f"experts.{expert}.{matrix}" for expert in chunk]
         return quantise_matrices(
-            self.settings, weights, moments, [bits[e] for e in chunk], names, notes
+            self.settings,
+            weights,
+            moments,
+            [bits[e] for e in chunk],
+            names,
+            notes,
+            projection_of_row(runs.weights.module, matrix),
         )
+
+    def _expert_moments(
+        self,
+        runs: ExpertRuns,
+        matrix: Matrix,
+        chunk: Sequence[int],
+        notes: LayerNotes,
+        beside: OriginalExperts | None,
+    ) -> Moments | None:
+        """Of the inputs of one matrix of some experts; None if there is nothing to measure with."""
+        if not runs.calibrated:
+            return None
+        weighted = self.settings.routing_weighted
+        moments = Moments(*expert_hessians(runs, matrix, chunk, notes, routing_weighted=weighted))
+        if beside is not None:
+            moments.cross = beside.cross_grams(matrix, chunk, routing_weighted=weighted)
+        return moments
 
 
 def _remove(runs: ExpertRuns, experts: Iterable[int]) -> None:
@@ -237,56 +268,3 @@ def _remove(runs: ExpertRuns, experts: Iterable[int]) -> None:
         for matrix in MATRICES:
             zeros = runs.routed.hidden.new_zeros(runs.weights.shape(matrix))
             runs.weights.replace(matrix, expert, zeros)
-
-
-def _linear_moments(
-    layer: StreamedLayer, names: Sequence[str], original: OriginalLayer | None
-) -> dict[tuple[str, ...], Moments]:
-    """Linears that share their input -> its moments over the tokens of all processes."""
-    found: dict[tuple[str, ...], Moments] = {}
-    ranks = layer.inputs.ranks
-    tokens = ranks.total(sum(hidden.shape[:2].numel() for hidden in layer.inputs.hidden))
-
-    def collect(group: tuple[str, ...], inputs: Tensor) -> None:
-        if group not in found:
-            columns = inputs.shape[-1]
-            hessians = torch.zeros(1, columns, columns, device=inputs.device)
-            found[group] = Moments(hessians, [tokens])
-        accumulate(found[group].hessians[0], inputs)
-
-    def collect_both(group: tuple[str, ...], inputs: Tensor, wanted: Tensor) -> None:
-        collect(group, inputs)
-        moments = found[group]
-        if moments.cross is None:
-            moments.cross = torch.zeros_like(moments.hessians)
-        accumulate_cross(moments.cross[0], wanted, inputs)
-
-    if original is None:
-        linear_inputs(layer, names, collect)
-    else:
-        paired_linear_inputs(layer, original.in_place, names, collect_both)
-    for moments in found.values():
-        ranks.sum_(moments.hessians)
-    return found
-
-
-def _stacked(layer: StreamedLayer, names: Sequence[str]) -> Tensor:
-    """The weights of linears that share their input, as one tall matrix [R, K]."""
-    linears: list[Any] = [layer.module.get_submodule(name) for name in names]
-    return torch.cat([linear.weight for linear in linears])
-
-
-def _split_rows(batch: QuantizedBatch, rows: Sequence[int]) -> Iterator[QuantizedWeight]:
-    """Cut a batch of one tall matrix into the matrices that were stacked in it."""
-    whole = batch.expert(0)
-    parts = (tensor.split(list(rows)) for tensor in (whole.codes, whole.scales, whole.zeros))
-    for codes, scales, zeros in zip(*parts, strict=True):
-        yield QuantizedWeight(codes, scales, zeros, whole.bits, whole.group_size)
-
-
-def components(names: Sequence[str]) -> list[list[str]]:
-    """Linears by the child of the layer that they are in (attention, MLP), in order of the tree."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(name.split(".")[0], []).append(name)
-    return list(found.values())

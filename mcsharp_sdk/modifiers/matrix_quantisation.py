@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,11 +21,11 @@ from mcsharp_sdk.quantization.hessian import (
     factorise,
     squared_output_error,
 )
-from mcsharp_sdk.quantization.hqq import quantise_hqq
+from mcsharp_sdk.quantization.hqq import fit_half_quadratic
 from mcsharp_sdk.quantization.lwc import quantise_lwc
 from mcsharp_sdk.quantization.propagation import make_up
-from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
-from mcsharp_sdk.quantization.search import GridSettings
+from mcsharp_sdk.quantization.round_to_nearest import GroupFit, quantise_rtn
+from mcsharp_sdk.quantization.search import GridSettings, fit_group
 
 QuantizerName = Literal["gptq", "rtn", "hqq", "lwc"]
 
@@ -79,17 +79,27 @@ class Moments:
 def quantise_matrices(
     settings: QuantizerSettings,
     weights: Tensor,
-    moments: Moments,
+    moments: Moments | None,
     bits: Sequence[int],
     names: Sequence[str],
     notes: LayerNotes,
+    matrix_of_row: Tensor | None = None,
 ) -> QuantizedBatch:
     """Quantise matrices [n, R, K], and note their errors.
 
     With propagation they are the errors against the weights that make up for those of the inputs.
+
+    Parameters
+    ----------
+    moments : of the inputs. None where nothing is known of them: then no error is, and only the
+        quantisers in ``FITS`` can do without.
+    matrix_of_row : int64 [R], which linear layer each row is of; all of one if left out.
     """
+    if moments is None:
+        fit = FITS[settings.quantizer]
+        return quantise_rtn(weights, bits, settings.grid, matrix_of_row=matrix_of_row, fit=fit)
     hessians = moments.hessians
-    weights, batch = _quantised(settings, weights, moments, bits, names, notes)
+    weights, batch = _quantised(settings, weights, moments, bits, names, notes, matrix_of_row)
     for position, name in enumerate(names):
         rows = _some_rows(weights.shape[1])
         changed = dequantise(_at_rows(batch.expert(position), rows), torch.float32)
@@ -106,14 +116,20 @@ def _quantised(
     bits: Sequence[int],
     names: Sequence[str],
     notes: LayerNotes,
+    matrix_of_row: Tensor | None,
 ) -> tuple[Tensor, QuantizedBatch]:
     """The weights that were quantised, and what they became."""
     hessians = moments.hessians
-    if s.quantizer == "rtn":
-        importance = diagonal_importance(hessians)
-        return weights, quantise_rtn(weights, bits, s.grid, importance=importance)
-    if s.quantizer == "hqq":
-        return weights, quantise_hqq(weights, bits, s.grid)
+    if s.quantizer in FITS:
+        rounded = quantise_rtn(
+            weights,
+            bits,
+            s.grid,
+            importance=diagonal_importance(hessians),
+            matrix_of_row=matrix_of_row,
+            fit=FITS[s.quantizer],
+        )
+        return weights, rounded
     if s.quantizer == "lwc":
         return weights, quantise_lwc(weights, hessians, bits, s.grid)
     factor = factorise(hessians, damping=_damping(s, moments))
@@ -124,11 +140,20 @@ def _quantised(
         weights = make_up(weights, moments.cross, factor, s.propagation)
         moments.cross = None
     batch = quantise_gptq(
-        weights, factor, bits, s.grid, compensate_within_block=s.compensate_within_block
+        weights,
+        factor,
+        bits,
+        s.grid,
+        compensate_within_block=s.compensate_within_block,
+        matrix_of_row=matrix_of_row,
     )
     if s.refinements is not None:
         _refine(weights, batch, hessians, factor, s.refinements)
     return weights, batch
+
+
+FITS: Mapping[str, GroupFit] = {"rtn": fit_group, "hqq": fit_half_quadratic}
+"""Quantiser that rounds to nearest -> how it chooses scale and zero point of a group."""
 
 
 def _damping(s: QuantizerSettings, moments: Moments) -> list[float]:

@@ -28,7 +28,7 @@ from mcsharp_sdk.quantization.grid import (
     zero_codes,
 )
 from mcsharp_sdk.quantization.hessian import InverseFactor
-from mcsharp_sdk.quantization.search import GridSettings, fit_group
+from mcsharp_sdk.quantization.search import GridSettings, fit_group, row_magnitudes
 
 BLOCK = 128
 """Columns whose updates to all later columns are applied together."""
@@ -50,6 +50,7 @@ def quantise_gptq(
     grid: GridSettings,
     *,
     compensate_within_block: bool = True,
+    matrix_of_row: Tensor | None = None,
 ) -> QuantizedBatch:
     """Quantise the same linear layer of several experts with error compensation.
 
@@ -63,6 +64,7 @@ def quantise_gptq(
         error there once later columns have made up for it.
     compensate_within_block : False leaves out the updates inside a block of 128 columns for the
         experts of ``MOST_BLOCKWISE_BITS`` and less, as the authors' released code does.
+    matrix_of_row : int64 [R], as of :func:`~mcsharp_sdk.quantization.search.row_magnitudes`.
 
     Returns
     -------
@@ -83,7 +85,8 @@ def quantise_gptq(
         )
     order = sorted(range(experts), key=lambda expert: widths[expert])
     blockwise = [not compensate_within_block and widths[e] <= MOST_BLOCKWISE_BITS for e in order]
-    state = _start(weights, upper, order, [widths[e] for e in order], blockwise, grid)
+    magnitudes = [row_magnitudes(weights[expert], grid, matrix_of_row) for expert in order]
+    state = _start(weights, upper, order, [widths[e] for e in order], blockwise, grid, magnitudes)
     for start, stop in _blocks(columns, grid.group_size):
         _quantise_block(state, start, stop)
     return _finish(state, order, widths, grid.group_size)
@@ -103,7 +106,7 @@ class _State:
     zeros: Tensor  # fp32 [E, G, R]
     widths: list[int]
     top: Tensor  # fp32 [B, rows]: the largest code
-    magnitude: Tensor  # fp32 [E]: mean |w| of the expert
+    magnitudes: list[Tensor | None]  # of the E experts, fp32 [R], where the search needs them
     grid: GridSettings
 
     def updates(self, start: int, stop: int) -> Tensor:
@@ -139,6 +142,7 @@ def _start(
     widths: list[int],
     blockwise: list[bool],
     grid: GridSettings,
+    magnitudes: list[Tensor | None],
 ) -> _State:
     experts, rows, columns = weights.shape
     shared = len(upper) == 1 and len(set(blockwise)) == 1
@@ -147,7 +151,7 @@ def _start(
     transposed = weights.new_empty(
         matrices, columns, experts * rows // matrices, dtype=torch.float32
     )
-    importance, magnitude = upper.new_empty(matrices, columns), upper.new_empty(experts)
+    importance = upper.new_empty(matrices, columns)
     for place, expert in enumerate(order):
         # One transposing copy per expert: several times faster than of the whole batch.
         target = transposed[0, :, place * rows :][:, :rows] if shared else transposed[place]
@@ -155,7 +159,6 @@ def _start(
             weights[expert].split(COPIED_ROWS), target.split(COPIED_ROWS, dim=1), strict=True
         ):
             into.copy_(some.float().T)
-        magnitude[place] = torch.linalg.vector_norm(target, 1) / target.numel()
     for place, matrix in enumerate(places):
         torch.reciprocal(upper[matrix].diagonal().square(), out=importance[place])
     groups = group_count(columns, grid.group_size)
@@ -171,7 +174,7 @@ def _start(
         zeros=transposed.new_empty(experts, groups, rows),
         widths=widths,
         top=top.unsqueeze(-1).expand(-1, rows).reshape(len(transposed), -1),
-        magnitude=magnitude,
+        magnitudes=magnitudes,
         grid=grid,
     )
 
@@ -224,10 +227,16 @@ def _fit_groups(state: _State, group: int) -> None:
             width,
             importance if len(importance) == 1 else importance[same],
             state.grid,
-            state.magnitude[same, None].expand(-1, weights.shape[-1]),
+            _stacked(state.magnitudes[same]),
         )
         state.scales[same, group] = fitted.scales
         state.zeros[same, group] = fitted.zeros
+
+
+def _stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """[n, R] of n times [R]; None if they are not there."""
+    found = [row for row in rows if row is not None]
+    return torch.stack(found) if found else None
 
 
 def walk_columns(exact: Tensor, updates: Tensor | None, top: Tensor, error: Tensor) -> Tensor:

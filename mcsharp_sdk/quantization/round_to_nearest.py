@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,9 +14,12 @@ from mcsharp_sdk.quantization.grid import (
     top_code,
     zero_codes,
 )
-from mcsharp_sdk.quantization.search import GridSettings, GroupGrid, fit_group
+from mcsharp_sdk.quantization.search import GridSettings, GroupGrid, fit_group, row_magnitudes
 
-GroupFit = Callable[[Tensor, int, Tensor, GridSettings, Tensor], GroupGrid]
+ROWS = 512
+"""Rows that are worked on at a time: what is made of them stays in the processor's caches."""
+
+GroupFit = Callable[[Tensor, int, Tensor, GridSettings, Tensor | None], GroupGrid]
 """Chooses scale and zero point of a group; arguments as of :func:`fit_group`."""
 
 
@@ -26,6 +29,7 @@ def quantise_rtn(
     grid: GridSettings,
     *,
     importance: Tensor | None = None,
+    matrix_of_row: Tensor | None = None,
     fit: GroupFit = fit_group,
 ) -> QuantizedBatch:
     """Quantise the same linear layer of several experts, each weight to its nearest level.
@@ -37,6 +41,7 @@ def quantise_rtn(
     grid : group size and search.
     importance : [E or 1, K], weight of each column in the search, e.g. the diagonal of the Hessian;
         all equal if left out.
+    matrix_of_row : int64 [R], as of :func:`row_magnitudes`.
     fit : how scale and zero point of a group are chosen.
 
     Returns
@@ -62,15 +67,36 @@ def quantise_rtn(
     scales = torch.empty(experts, rows, groups, dtype=torch.float16, device=weights.device)
     zeros = torch.empty(experts, rows, groups, dtype=torch.uint8, device=weights.device)
     for expert, width in enumerate(widths):
-        transposed = weights[expert].float().T.unsqueeze(0)
-        magnitude = transposed.abs().mean().expand(1, rows)
-        for group in range(groups):
-            part = slice(group * grid.group_size, (group + 1) * grid.group_size)
-            fitted = fit(
-                transposed[:, part], width, importance[None, expert, part], grid, magnitude
-            )
-            exact = transposed[0, part] / fitted.scales + fitted.zeros
-            codes[expert, :, part] = exact.round_().clamp_(0, top_code(width)).T
-            scales[expert, :, group] = fitted.scales[0]
-            zeros[expert, :, group] = zero_codes(fitted.zeros[0], width)
+        magnitude = row_magnitudes(weights[expert], grid, matrix_of_row)
+        for start in range(0, rows, ROWS):
+            some = slice(start, start + ROWS)
+            transposed = weights[expert, some].T.float().contiguous()
+            for first, part in _grouped(transposed, grid.group_size):
+                count, size, _ = part.shape
+                these = slice(first, first + count)
+                weighed = importance[expert, first * grid.group_size :][: count * size]
+                fitted = fit(
+                    part,
+                    width,
+                    weighed.reshape(count, size),
+                    grid,
+                    None if magnitude is None else magnitude[some].expand(count, -1),
+                )
+                part /= fitted.scales.unsqueeze(1)
+                part += fitted.zeros.unsqueeze(1)
+                scales[expert, some, these] = fitted.scales.T
+                zeros[expert, some, these] = zero_codes(fitted.zeros, width).T
+            codes[expert, some] = transposed.round_().clamp_(0, top_code(width)).byte().T
     return QuantizedBatch(codes, scales, zeros, widths, grid.group_size)
+
+
+def _grouped(transposed: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    """Views of all whole groups of columns, [n, g, R], and of the last one if it is shorter.
+
+    Each with the number of its first group.
+    """
+    whole = len(transposed) // size
+    if whole:
+        yield 0, transposed[: whole * size].unflatten(0, (whole, size))
+    if whole * size < len(transposed):
+        yield whole, transposed[whole * size :].unsqueeze(0)

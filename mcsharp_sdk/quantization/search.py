@@ -98,6 +98,26 @@ def fit_group(
     return _search_compiled(compiled, weights, bits, importance, settings)
 
 
+def row_magnitudes(
+    weight: Tensor, settings: GridSettings, matrix_of_row: Tensor | None = None
+) -> Tensor | None:
+    """Mean |w| of the matrix that each row is of, fp32 [R]; None where the search needs none.
+
+    Parameters
+    ----------
+    weight : [R, K], one matrix, or several stacked or interleaved by rows.
+    matrix_of_row : int64 [R], which of them each row is of; there is one if left out.
+    """
+    if settings.binary != "paper":
+        return None
+    rows = torch.linalg.vector_norm(weight, 1, dim=1, dtype=torch.float32) / weight.shape[1]
+    if matrix_of_row is None:
+        return rows.mean().expand(len(rows))
+    matrix_of_row = matrix_of_row.to(rows.device)
+    means = torch.bincount(matrix_of_row, rows) / torch.bincount(matrix_of_row)
+    return means[matrix_of_row]
+
+
 def _search_compiled(
     search: GroupSearch, weights: Tensor, bits: int, importance: Tensor, settings: GridSettings
 ) -> GroupGrid:

@@ -59,10 +59,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def together(work: Path, output: str, *program: str) -> subprocess.CompletedProcess[str]:
+def together(
+    work: Path, output: str, *program: str, recipe: str = "recipe.yaml"
+) -> subprocess.CompletedProcess[str]:
     """Run the command in two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = ["compress", "recipe.yaml", "--model", "model", "--output", output]
+    arguments = ["compress", recipe, "--model", "model", "--output", output]
     return subprocess.run(
         [
             *launcher,
@@ -120,6 +122,20 @@ def test_two_processes_give_what_one_gives_up_to_the_order_of_sums(work: Path) -
     for name, curve in curves[0].items():
         np.testing.assert_allclose(curves[1][name].error, curve.error, rtol=0.1)
         np.testing.assert_allclose(curves[1][name].keep_ratio, curve.keep_ratio, atol=0.05)
+
+
+@pytest.mark.timeout(900)
+def test_two_processes_that_measure_nothing_give_the_same_bytes(work: Path) -> None:
+    recipe = work / "weights.yaml"
+    recipe.write_text(
+        "version: 1\nstages: [{type: GPTQQuantize, quantizer: rtn, bits: 2, group_size: 16}]\n"
+    )
+    done = together(work, "both", recipe=recipe.name)
+    assert done.returncode == 0, done.stderr
+    mcsharp_sdk.compress(recipe, work / "model", work / "alone", progress=False)
+    both, alone = packed(work / "both"), packed(work / "alone")
+    assert both.keys() == alone.keys()
+    assert all(torch.equal(both[name], tensor) for name, tensor in alone.items())
 
 
 @pytest.mark.slow

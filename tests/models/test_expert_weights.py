@@ -12,7 +12,7 @@ from tiny_models import save_tiny_model
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.errors import RunError
 from mcsharp_sdk.models import scratch as scratch_module
-from mcsharp_sdk.models.experts import MATRICES
+from mcsharp_sdk.models.experts import MATRICES, projection_of_row
 from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.stream import stream_layers
@@ -114,3 +114,17 @@ def _resident() -> int:
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
     return int(line.split()[1]) * 1024
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
+def test_rows_of_fused_matrices_are_told_apart(family: str, tmp_path: Path) -> None:
+    source = SourceModel(save_tiny_model(tmp_path, family))
+    index = next(iter(source.topology.moe))
+    experts = source.load_layer(index)
+    assert experts is not None
+    of_row = projection_of_row(experts.module, "gate_up")
+    projected = torch.ones(1, len(of_row))
+    without_gate = projected.masked_fill(of_row == 0, 0.0)
+    assert experts.module._apply_gate(projected).abs().min() > 0
+    assert not experts.module._apply_gate(without_gate).any()
+    assert not projection_of_row(experts.module, "down").any()

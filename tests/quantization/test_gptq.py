@@ -213,6 +213,24 @@ def test_one_bit_scale_is_the_mean_magnitude(binary: BinaryScale, per_group: boo
     torch.testing.assert_close(quantised.dequantise(), expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("rows", ["stacked", "interleaved"])
+def test_the_papers_one_bit_scale_is_of_each_linear_layer_by_itself(rows: str) -> None:
+    gate, up = layer(1, 24, 64)[0][0], 3 * layer(1, 24, 64)[0][0].flip(0)
+    fused = torch.cat([gate, up])
+    matrix_of_row = torch.arange(48) // 24
+    if rows == "interleaved":
+        fused, matrix_of_row = torch.stack([gate, up], 1).flatten(0, 1), torch.arange(48) % 2
+    grid, factor = GridSettings(group_size=32, binary="paper"), factorise(torch.eye(64)[None])
+    for quantised in (
+        quantise_rtn(fused[None], [1], grid, matrix_of_row=matrix_of_row),
+        quantise_gptq(fused[None], factor, [1], grid, matrix_of_row=matrix_of_row),
+    ):
+        levels = quantised.dequantise()[0].abs()
+        for number, weight in enumerate((gate, up)):
+            expected = weight.abs().mean().expand(24, 64)
+            torch.testing.assert_close(levels[matrix_of_row == number], expected, rtol=1e-3, atol=0)
+
+
 def test_zero_weights_stay_zero() -> None:
     weights = torch.zeros(1, 4, 64)
     quantised = quantise_rtn(weights, [2], GridSettings(group_size=32))
