@@ -11,12 +11,14 @@ from mcsharp_sdk.artifacts import (
     CALIBRATED_ROUTERS,
     QUANTIZED_WEIGHTS,
     TOP_ANY_ROUTER,
+    BitMap,
     TokenProtectionRule,
 )
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.engine.progress import ProgressBars
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import AnyArtifact, LayerStore, RunDirectory
+from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.routing import Router
 from mcsharp_sdk.models.scratch import Scratch
@@ -170,7 +172,18 @@ class RunContext:
         return self.directory.read(kind)
 
     def write(self, artifact: Artifact) -> None:
-        """Keep an artifact for the stages behind."""
+        """Keep an artifact for the stages behind.
+
+        Raises
+        ------
+        RunError
+            If it is a bit map that does not fit the model.
+        """
+        if isinstance(artifact, BitMap):
+            try:
+                artifact.for_model(self.model.topology.experts_per_layer())
+            except InputError as error:
+                raise RunError(f"the bit map that a stage made {error}") from error
         self.directory.write(artifact)
 
     def layers(self, name: str) -> LayerStore:

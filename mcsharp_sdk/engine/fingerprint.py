@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mcsharp_sdk.data.fingerprint import data_fingerprint
 from mcsharp_sdk.data.tokenise import TOKENIZER_FILES
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.source import SourceModel
+from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.recipe.schema import Recipe
 
 RECIPE = "recipe"
@@ -35,6 +37,9 @@ def fingerprint(recipe: Recipe, source: SourceModel) -> dict[str, str]:
     for position, stage in enumerate(recipe.stages):
         for setting, path in stage.files().items():
             parts[_file_part(position, setting)] = hash_of(path.read_bytes().hex())
+        code = _own_code(type(stage))
+        if code is not None:
+            parts[_code_part(position)] = hash_of(code)
     return parts
 
 
@@ -53,6 +58,7 @@ def stage_keys(recipe: Recipe, parts: Mapping[str, str]) -> list[str]:
     makers: dict[str, str] = {}
     for position, stage in enumerate(recipe.stages):
         names = [*COMMON, *(_file_part(position, setting) for setting in stage.files())]
+        names.append(_code_part(position))
         if stage.measures(calibrated=recipe.calibration is not None):
             names += [CALIBRATION, TOKENIZER]
         inputs = {*stage.needs(), *stage.uses, stage.writes}
@@ -68,6 +74,23 @@ def stage_keys(recipe: Recipe, parts: Mapping[str, str]) -> list[str]:
 
 def _file_part(position: int, setting: str) -> str:
     return f"stages[{position}].{setting}"
+
+
+def _code_part(position: int) -> str:
+    return f"code of stages[{position}]"
+
+
+def _own_code(stage: type[Modifier]) -> str | None:
+    """Source of the file that a stage of another package is in; None for stages of this one.
+
+    Of a class without a file, such as one that was typed into an interpreter, as much as is known.
+    """
+    if stage.__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return None
+    try:
+        return Path(inspect.getfile(stage)).read_text()
+    except (OSError, TypeError):
+        return f"{stage.__module__}.{stage.__qualname__}"
 
 
 def _weight_identity(checkpoint: Checkpoint) -> list[Any]:

@@ -222,7 +222,7 @@ def _summary(stage: Any) -> str:
 
 
 _TOLD = (
-    *("mode", "quantizer", "allocator", "target_bits", "group_size", "other_bits"),
+    *("mode", "quantizer", "allocator", "target_bits", "bits", "group_size", "other_bits"),
     *("metric", "protect_ratio", "scope", "target_activation", "activation_penalty"),
 )
 """Settings that a line about a stage tells, where the stage has them."""

@@ -136,6 +136,11 @@ def _run_stage(context: RunContext, stage: Modifier, name: str, watch: _Stopwatc
             stage.run(replace(context, directory=context.directory.own, ranks=ALONE))
         context.ranks.wait()
     files = context.directory.files_written(stage.writes)
+    if not any(Path(name).parts[0] in (stage.writes, f"{stage.writes}.json") for name in files):
+        raise RunError(
+            f"{stage.type} did not write its result: 'run' must end with '{stage.writes}' written "
+            "by context.write or into context.layers"
+        )
     finished = FinishedStage(files, context.report, context.directory.checksums(files))
     context.directory.mark_finished(name, finished)
     logger.info("%s took %.1f s", stage.type, watch.seconds[stage.type])

@@ -187,11 +187,11 @@ class ExpertStats(Modifier):
             )
 
     def _name_starved(self, context: RunContext, measured: list[LayerStatistics]) -> None:
-        for layer in measured:
-            counts = {e: int(n) for e, n in enumerate(layer.activation_count)}
-            starved = [f"{e} ({n} tokens)" for e, n in counts.items() if n < self.coverage]
-            if starved:
-                context.report.warn(
-                    f"layer {layer.layer}: statistics are weak for experts that fewer than "
-                    f"{self.coverage} tokens reached: {', '.join(starved)}"
-                )
+        starved = sum(int((layer.activation_count < self.coverage).sum()) for layer in measured)
+        if starved:
+            context.report.warn(
+                f"fewer than {self.coverage} calibration tokens reached {starved} of "
+                f"{sum(layer.num_experts for layer in measured)} experts, so their statistics are "
+                "weak (the report names them): give more 'sequences', or text that is more like "
+                "what the model is for"
+            )

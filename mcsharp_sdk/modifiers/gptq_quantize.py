@@ -211,7 +211,7 @@ class GPTQQuantize(Modifier):
     def _bit_map(self, context: RunContext) -> BitMap:
         experts = context.model.topology.experts_per_layer()
         if self.bits is None:
-            return context.read(BitMap).for_model(experts)
+            return _storable(context.read(BitMap).for_model(experts))
         return self.given_map(experts)
 
     def given_map(self, experts: Mapping[int, int]) -> BitMap:
@@ -224,12 +224,7 @@ class GPTQQuantize(Modifier):
         """
         if not isinstance(self.bits, Path):
             return BitMap({layer: (int(self.bits or 0),) * n for layer, n in experts.items()})
-        bit_map = BitMap.load(self.bits).for_model(experts)
-        for widths in bit_map.bits.values():
-            for width in widths:
-                if width != REMOVED:
-                    _known_width(width)
-        return bit_map
+        return _storable(BitMap.load(self.bits).for_model(experts))
 
     def quantiser(self) -> LayerQuantiser:
         """What quantises layers with these settings."""
@@ -260,18 +255,26 @@ class GPTQQuantize(Modifier):
         return PackedLayout(self.group_size, experts, linears, rotated=self.rotated)
 
     def _report(self, context: RunContext, layers: LayerStore) -> None:
+        if self.bits is not None and context.directory.has(BitMap):
+            context.report.warn(
+                f"'bits: {self.bits}' stands in place of the widths that an earlier stage chose: "
+                "leave that stage out, or 'bits'"
+            )
         for kept in context.model.topology.kept_experts:
             context.report.warn(f"these experts are not compressed, but kept as they are: {kept}")
         if self.other_bits is not None and context.model.topology.kept_linears:
             names = ", ".join(context.model.topology.kept_linears)
             context.report.warn(f"these linear layers keep their precision: {names}")
         notes = {index: layers.notes(index) for index in range(context.model.topology.num_layers)}
-        for index, note in notes.items():
-            for what, message in _WARNINGS.items():
-                if note[what]:
-                    context.report.warn(f"layer {index}: {message}: {_listed(note[what])}")
+        for what, message in _WARNINGS.items():
+            noted = [f"layer {i}: {name}" for i, note in notes.items() for name in note[what]]
+            if noted:
+                context.report.warn(f"{message}: {_listed(noted)}")
         context.report.stages[self.type] = {"layers": {str(i): note for i, note in notes.items()}}
 
+
+MOST_NAMED = 3
+"""Most experts or matrices that a warning names."""
 
 _WITHOUT_CALIBRATION = ("rtn", "hqq")
 """Quantisers that can do with the weights alone."""
@@ -284,17 +287,25 @@ _CLIP_SEARCH: Mapping[str, Mapping[str, Any]] = {
 """Name -> settings of the grid search; ``wide`` is the grid's own default."""
 
 _WARNINGS = {
-    "starved": "few tokens reached these experts, so their Hessians lean on those of all tokens",
+    "starved": "few tokens reached these experts, so their Hessians lean on those of all tokens, "
+    "and more 'sequences' would serve them",
     "raised_damping": "the Hessians of these matrices needed more damping",
     "fallbacks": "these matrices were rounded to nearest, since no damping helped",
 }
 """Kind of note about a layer -> what it means."""
 
 
-def _listed(noted: Mapping[str, int] | Sequence[str]) -> str:
-    if isinstance(noted, Mapping):
-        return ", ".join(f"{name} ({count} tokens)" for name, count in noted.items())
-    return ", ".join(noted)
+def _listed(noted: Sequence[str]) -> str:
+    first, rest = noted[:MOST_NAMED], len(noted) - MOST_NAMED
+    more = f" and {rest} more, all named in the report's JSON" if rest > 0 else ""
+    return "; ".join(first) + more
+
+
+def _storable(bit_map: BitMap) -> BitMap:
+    """The map itself; InputError if a width cannot be stored."""
+    for width in {w for widths in bit_map.bits.values() for w in widths} - {REMOVED}:
+        _known_width(width)
+    return bit_map
 
 
 def _known_width(bits: int) -> int:

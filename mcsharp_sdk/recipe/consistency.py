@@ -42,6 +42,11 @@ def misfits(
                 findings.append(Finding(location, _uncalibrated(stage)))
             if stage.uses_calibration and stage.writes in chain.made:
                 findings.append(Finding(location, _made_twice(stage)))
+            findings += [
+                Finding(location, _too_early(stage, later))
+                for later in stages[index + 1 :]
+                if later is not None and later.writes in stage.uses
+            ]
             earlier = [s for s in stages[:index] if isinstance(s, Modifier)]
             findings += [
                 Finding(_place(location, problem), problem.message)
@@ -99,6 +104,12 @@ def _made_twice(stage: Modifier) -> str:
     # It would find the layers of the first one in the run directory, and take them for its own.
     what = stage.writes.replace("_", " ")
     return f"an earlier stage makes the {what} already: leave one of them out"
+
+
+def _too_early(stage: Modifier, later: Modifier | type[Modifier]) -> str:
+    name = later.type if isinstance(later, Modifier) else later.__name__
+    what = later.writes.replace("_", " ")
+    return f"{stage.type} goes by the {what} of {name}, which comes after it: move it behind {name}"
 
 
 @dataclass

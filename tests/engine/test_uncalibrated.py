@@ -45,7 +45,7 @@ def rounded(folder: Path, quantiser: str, bits: int) -> Any:
                 weights.copy_(quantise(weights, [bits] * len(weights), GRID).dequantise())
     for layer, names in topology.linears.items():
         for name in names:
-            weight = model.get_submodule(f"{topology.layers_path}.{layer}.{name}").weight
+            weight = model.get_parameter(f"{topology.layers_path}.{layer}.{name}.weight")
             weight.copy_(quantise(weight[None], [4], GRID).dequantise()[0])
     return model
 
@@ -130,3 +130,22 @@ def test_the_plan_counts_no_passes_and_no_hessians(tmp_path: Path) -> None:
     hessian = 4 * 2048**2
     assert without.stages[0].seconds < with_text.stages[0].seconds
     assert without.peak_memory + hessian < with_text.peak_memory
+
+
+def test_stages_that_go_by_the_quantised_model_stand_behind_it() -> None:
+    calibration = {"source": "embedded", "sequences": 8, "length": 64}
+    stages = [{"type": "TokenProtection"}, {"type": "GPTQQuantize", "bits": 2}]
+    with pytest.raises(InputError, match=r"stages\[0\].*move it behind GPTQQuantize"):
+        mcsharp_sdk.Recipe.from_dict({"version": 1, "calibration": calibration, "stages": stages})
+
+
+def test_a_width_in_place_of_a_map_is_told(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", "mixtral")
+    stages = [
+        {"type": "BitAllocation", "allocator": "uniform", "target_bits": 3.0},
+        {"type": "GPTQQuantize", "quantizer": "rtn", "bits": 2, "group_size": 16},
+    ]
+    recipe = mcsharp_sdk.Recipe.from_dict({"version": 1, "stages": stages})
+    done = mcsharp_sdk.compress(recipe, folder, tmp_path / "out", progress=False)
+    assert any("'bits: 2' stands in place of" in warning for warning in done.warnings)
+    assert "bits 2" in done.plan.stages[1].summary

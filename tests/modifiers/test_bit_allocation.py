@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -229,8 +230,9 @@ def test_the_stage_writes_the_map_of_what_it_reads(tmp_path: Path) -> None:
     path = tmp_path / "factors.json"
     statistics.save(path)
     with RunDirectory(tmp_path / "run", {}) as directory, ProgressBars(visible=False) as progress:
-        nothing: Any = None  # the stage touches neither model, recipe nor tokens
-        context = RunContext(nothing, nothing, nothing, directory, progress)
+        nothing: Any = None  # the stage touches neither recipe nor tokens, and no weights
+        model: Any = SimpleNamespace(topology=SimpleNamespace(experts_per_layer=statistics.experts))
+        context = RunContext(model, nothing, nothing, directory, progress)
         settings.model_copy(update={"factors": path}).run(context)
         from_file = directory.read(BitMap)
         directory.write(statistics)
