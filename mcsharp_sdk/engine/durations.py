@@ -6,11 +6,12 @@ What a stage does besides is left out, which for models of a few million weights
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from mcsharp_sdk.engine.sizes import LayerSizes, ModelSizes, network_bytes
 from mcsharp_sdk.models.bfloat16 import linear
@@ -23,7 +24,10 @@ from mcsharp_sdk.modifiers.token_protection import TokenProtection
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
 from mcsharp_sdk.quantization import lwc
 from mcsharp_sdk.quantization.gptq import quantise_gptq
+from mcsharp_sdk.quantization.grid import QuantizedBatch
 from mcsharp_sdk.quantization.hessian import InverseFactor
+from mcsharp_sdk.quantization.hqq import quantise_hqq
+from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
 
 PASS = 3.0
@@ -42,13 +46,13 @@ class Speeds:
     ----------
     forward : multiplications in the model's dtype.
     exact : multiplications in float32.
-    weights : of a matrix that are quantised by GPTQ, updates left out.
-    weights_quickly : the same with the coarser search of ExpertStats.
+    weights : quantiser -> of a matrix that are quantised, updates and steps left out.
+    weights_quickly : by GPTQ with the coarser search of ExpertStats.
     """
 
     forward: float
     exact: float
-    weights: float
+    weights: Mapping[str, float]
     weights_quickly: float
 
     @classmethod
@@ -59,8 +63,9 @@ class Speeds:
 
         forward = _multiplications_per_second(dtype)
         exact = forward if dtype == torch.float32 else _multiplications_per_second(torch.float32)
-        grids = (GridSettings(group_size), GridSettings(group_size, **QUICK_SEARCH))
-        return cls(forward, exact, *(_weights_per_second(grid) for grid in grids))
+        whole, quick = GridSettings(group_size), GridSettings(group_size, **QUICK_SEARCH)
+        weights = {name: _weights_per_second(run, whole) for name, run in _QUANTISERS.items()}
+        return cls(forward, exact, weights, _weights_per_second(_gptq, quick))
 
 
 def stage_seconds(
@@ -99,7 +104,7 @@ def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) ->
         forward += 4 * active * min(stage.loss_tokens, tokens) / speeds.forward
     elif isinstance(stage, GPTQQuantize):
         linears = 0 if stage.other_bits is None else sizes.linear_weights
-        searching = (sizes.expert_weights + linears) / speeds.weights
+        searching = (sizes.expert_weights + linears) / speeds.weights[stage.quantizer]
         work = sum(_quantising_work(stage, layer, tokens) for layer in sizes.layers)
         if stage.propagates:
             # The original runs beside; its experts' first matrices on other tokens once more.
@@ -232,13 +237,32 @@ def _multiplications_per_second(dtype: torch.dtype, size: int = 768) -> float:
     return rounds * size**3 / (time.perf_counter() - start)
 
 
-def _weights_per_second(grid: GridSettings) -> float:
-    """Weights that GPTQ quantises to 2 bits on this machine, measured for a moment."""
+def _gptq(weights: Tensor, bits: Sequence[int], grid: GridSettings) -> QuantizedBatch:
+    columns = weights.shape[-1]
+    factor = InverseFactor(torch.eye(columns).unsqueeze(0), (0.01,), (), ())
+    return quantise_gptq(weights, factor, bits, grid)
+
+
+Quantiser = Callable[[Tensor, Sequence[int], GridSettings], QuantizedBatch]
+
+_QUANTISERS: Mapping[str, Quantiser] = {
+    "gptq": _gptq,
+    "rtn": quantise_rtn,
+    "hqq": quantise_hqq,
+    "lwc": quantise_rtn,  # what it does before and after its steps
+}
+"""Quantiser -> what it does besides multiplications, for timing."""
+
+
+def _weights_per_second(quantise: Quantiser, grid: GridSettings) -> float:
+    """Weights that are quantised to 2 bits on this machine, measured for a moment."""
     rows, columns = MEASURED
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(1, rows, columns, generator=generator)
-    factor = InverseFactor(torch.eye(columns).unsqueeze(0), (0.01,), (), ())
-    quantise_gptq(weights[:, :32], factor, [2], grid)
+    quantise(weights[..., :32], [2], grid)
     start = time.perf_counter()
-    quantise_gptq(weights, factor, [2], grid)
-    return rows * columns / (time.perf_counter() - start)
+    rounds = 0
+    while not rounds or time.perf_counter() - start < 0.02:
+        quantise(weights, [2], grid)
+        rounds += 1
+    return rounds * rows * columns / (time.perf_counter() - start)

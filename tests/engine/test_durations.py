@@ -47,7 +47,8 @@ def sizes(**linears: Any) -> ModelSizes:
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Callable[..., float]:
     """Planned multiplications in float32 of a stage."""
-    speeds = Speeds(math.inf, 1.0, math.inf, math.inf)
+    weights = dict.fromkeys(("gptq", "rtn", "hqq", "lwc"), math.inf)
+    speeds = Speeds(math.inf, 1.0, weights, math.inf)
     monkeypatch.setattr(durations.Speeds, "measure", lambda *_: speeds)
 
     def of(stage: Modifier, tokens: int = ENOUGH, **linears: Any) -> float:
