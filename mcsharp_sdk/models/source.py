@@ -61,9 +61,7 @@ class SourceModel:
     dtype : the dtype that it computes in.
     """
 
-    def __init__(
-        self, path: Path, device: str = "cpu", dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
         check_device(device)
         self.overlaps = overlaps(device)
         keep_large_blocks_out_of_the_heap()

@@ -46,7 +46,7 @@ def test_scales_are_rounded_as_torch_rounds_to_fp16() -> None:
     numbers = np.arange(0, 0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     between = (numbers[1:] + numbers[:-1]) / 2
     around = [np.nextafter(between, np.float32(end)) for end in (0, np.inf)]
-    scales = np.concatenate([numbers, between, *around, np.float32([-1, 1e-30, 65519.0])])
+    scales = np.concatenate([numbers, between, *around, np.array([-1, 1e-30, 65519], np.float32)])
     found = [storable(s, np.float32(2**-24), np.float32(65504)) for s in scales]
     rounded = torch.from_numpy(scales).clamp(2**-24, 65504).half().float()
     assert torch.equal(torch.tensor(found), rounded)

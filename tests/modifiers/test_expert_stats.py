@@ -183,8 +183,8 @@ def test_model_errors_of_bfloat16_weights_are_those_of_the_same_weights_in_float
         assert exact.drop_error is not None
         np.testing.assert_allclose(rounded.drop_error, exact.drop_error, rtol=1e-4)
         for width in (3, 4):
-            errors = (layer.quant_error[width] for layer in (rounded, exact))
-            np.testing.assert_allclose(*errors, rtol=1e-4)
+            found_errors, expected = rounded.quant_error[width], exact.quant_error[width]
+            np.testing.assert_allclose(found_errors, expected, rtol=1e-4)
 
 
 def test_experts_that_no_token_reaches_on_which_model_errors_are_measured_are_named(

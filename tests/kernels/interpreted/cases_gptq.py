@@ -129,9 +129,7 @@ def test_the_kernel_searches_as_the_settings_say(
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-9, 1e-6, 1e-5, 1e6])
-def test_scales_are_those_that_fp16_holds(
-    scale: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scales_are_those_that_fp16_holds(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = torch.randn(1, 30, 40, generator=torch.Generator().manual_seed(0)) * scale
     importance = torch.rand(1, 30, generator=torch.Generator().manual_seed(1))
     for bits in (1, 2):
