@@ -134,9 +134,12 @@ def _by_rule(
     """Keep mask of :func:`mcsharp_sdk.pruning.weight_rule`."""
     # A first threshold of 0 keeps rank 0 by the same comparison.
     by_rank = graph.constant(np.array([0.0, *thresholds], np.float32))
-    factors = graph.add("Gather", by_rank, ranking.ranks)
-    least = graph.add("Mul", factors, ranking.largest(graph))
-    return graph.add("Not", graph.add("Less", weights, least))
+    least = graph.add("Gather", by_rank, ranking.ranks)
+    first = ranking.largest(graph)
+    ratios = graph.add("Div", weights, first)
+    some = graph.add("Greater", first, graph.scalar(0.0))
+    ratios = graph.add("Where", some, ratios, graph.scalar(1.0))
+    return graph.add("Not", graph.add("Less", ratios, least))
 
 
 def _learned(

@@ -163,9 +163,10 @@ def _holds_model(stage: Modifier) -> bool:
 
 
 def _whole_model(work: Workload) -> Need:
-    """The whole model, in float32 where it is held on a CPU."""
+    """The whole model and the three activations of a layer's tokens, in float32."""
     sizes = work.sizes
-    return Need(sizes.used_bytes * FLOAT // sizes.stored_bytes_per_weight, 2 * work.activations)
+    activations = 3 * work.own_tokens * sizes.hidden_size * FLOAT
+    return Need(sizes.used_bytes * FLOAT // sizes.stored_bytes_per_weight, activations)
 
 
 def _gradient_needs(loss_tokens: int, work: Workload) -> list[Need]:

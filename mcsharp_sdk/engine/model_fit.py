@@ -13,6 +13,7 @@ from mcsharp_sdk.models.routing import router_settings
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.token_protection import TokenProtection
+from mcsharp_sdk.pruning.importance import ATTENTION
 from mcsharp_sdk.recipe.document import Location
 from mcsharp_sdk.recipe.schema import Recipe
 
@@ -33,6 +34,7 @@ def check_model(recipe: Recipe, model: str | os.PathLike[str] | SourceModel) -> 
         *_routing_misfits(recipe, source),
         *_export_misfits(recipe, source),
         *_calibration_misfits(recipe, source),
+        *_attention_misfits(recipe),
     ]
     if misfits:
         raise recipe.error(misfits)
@@ -92,6 +94,20 @@ def _calibration_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit
                     "sequence is not known: calibrate on text, or give 'metric: none'"
                 )
                 yield ("stages", position, "metric"), message
+
+
+def _attention_misfits(recipe: Recipe) -> Iterator[Misfit]:
+    """Sequences of one token, where tokens are ranked by the attention of later ones."""
+    rules = [stage.rule for stage in recipe.stages if isinstance(stage, TokenProtection)]
+    metrics = [rule.metric for rule in rules if rule.importance == ATTENTION]
+    for index, settings in enumerate(recipe.sources if metrics else ()):
+        if settings.length == 1:
+            yield (
+                (*recipe.source_location(index), "length"),
+                f"TokenProtection with metric {metrics[0]!r} ranks the tokens of a sequence by the "
+                "attention that they receive, and one token alone has nothing to be ranked "
+                "against: give 2 or more, or another metric, such as 'metric: variance'",
+            )
 
 
 def check_shared(recipe: Recipe) -> None:

@@ -28,15 +28,24 @@ VECTOR_ROWS = 16
 
 TINY = np.finfo(np.float32).tiny
 
+SMALLEST_NORMAL = np.float32(2**-14)
+"""Of fp16: numbers below are multiples of 2**-24."""
+
 
 @inlined
 def storable(scale, smallest, largest):
-    """Clamped, and rounded to the 11 bits of an fp16 number, halves to even."""
+    """Clamped, and rounded to an fp16 number, halves to even.
+
+    Normal ones have 11 bits. To those below, what fp32 rounds off is when 0.5 is added: between
+    0.5 and 1 its numbers are 2**-24 apart.
+    """
     scale = scale if scale > smallest else smallest
     scale = scale if scale < largest else largest
     pattern = np.float32(scale).view(np.int32)
     pattern += np.int32(0xFFF) + ((pattern >> np.int32(13)) & np.int32(1))
-    return np.int32(pattern & np.int32(~0x1FFF)).view(np.float32)
+    normal = np.int32(pattern & np.int32(~0x1FFF)).view(np.float32)
+    subnormal = np.float32(np.float32(scale) + np.float32(0.5)) - np.float32(0.5)
+    return normal if scale >= SMALLEST_NORMAL else subnormal
 
 
 @inlined

@@ -32,7 +32,7 @@ def search_groups(
     weights : fp32 [n, g, R], the group's columns, transposed.
     importance : fp32 [n or 1, g].
     codes : the largest code, and the distance of zero points.
-    limits : smallest and largest scale, normal fp16 numbers.
+    limits : smallest and largest scale, positive fp16 numbers.
     search : ``clip_ratios``, ``neighbours`` and ``refinements`` of the settings.
     """
     if weights.stride(-1) != 1:

@@ -36,7 +36,7 @@ def nearest_integer(x):
 
 @triton.jit
 def storable(scale, smallest, largest):
-    """Rounded to fp16, kept in its normal range; fp32."""
+    """Rounded to a positive finite fp16 number; fp32."""
     return tl.minimum(tl.maximum(scale, smallest), largest).to(tl.float16).to(tl.float32)
 
 

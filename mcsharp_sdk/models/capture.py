@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mcsharp_sdk.models.evenly_spaced import evenly_spaced
 from mcsharp_sdk.models.experts import answering, tokens_of_expert
 from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.streamed_layer import StreamedLayer
@@ -67,7 +68,7 @@ class RoutedInputs:
         own = torch.zeros(self.ranks.count, dtype=torch.int64)
         own[self.ranks.rank] = len(self.hidden)
         counts = self.ranks.sum_(own).tolist()
-        chosen = torch.linspace(0, sum(counts) - 1, min(sum(counts), most)).long()
+        chosen = evenly_spaced(sum(counts), most)
         chosen -= sum(counts[: self.ranks.rank])
         chosen = chosen[(chosen >= 0) & (chosen < len(self.hidden))]
         if self.ranks.alone:

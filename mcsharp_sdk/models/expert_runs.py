@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.models.capture import RoutedInputs, routed_inputs
+from mcsharp_sdk.models.evenly_spaced import evenly_spaced
 from mcsharp_sdk.models.expert_exchange import ExchangedTokens, ExpertTokens, OwnTokens
 from mcsharp_sdk.models.expert_weights import ExpertWeights
 from mcsharp_sdk.models.experts import MATRICES, Matrix, weigh
@@ -103,7 +104,7 @@ class ExpertRuns:
         """
         token, routing = self.tokens.of(expert)
         if len(token) > most:
-            chosen = torch.linspace(0, len(token) - 1, most).long()
+            chosen = evenly_spaced(len(token), most)
             return self.tokens.hidden[token[chosen]], routing[chosen], len(token)
         return self.tokens.hidden[token], routing, len(token)
 

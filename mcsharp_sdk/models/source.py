@@ -49,6 +49,7 @@ class SourceModel:
     ----------
     path : folder with ``config.json`` and safetensors.
     device : where parts are loaded to.
+    dtype : to compute in; None for the one that ``compute_dtype`` gives.
 
     Attributes
     ----------
@@ -57,10 +58,10 @@ class SourceModel:
     names : of its tensors, on disk and in the module tree.
     topology : where its layers, routers, experts and linears are.
     stored_dtype : the dtype of its weights on disk.
-    dtype : the dtype that it computes in, see ``compute_dtype``.
+    dtype : the dtype that it computes in.
     """
 
-    def __init__(self, path: Path, device: str = "cpu") -> None:
+    def __init__(self, path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
         check_device(device)
         self.overlaps = overlaps(device)
         keep_large_blocks_out_of_the_heap()
@@ -76,7 +77,7 @@ class SourceModel:
         check_unquantised(self.checkpoint)
         check_layer_count(self.config, len(self.checkpoint.tensors), path)
         self.stored_dtype = stored_dtype(self.config, path)
-        self.dtype = compute_dtype(self.stored_dtype, device)
+        self.dtype = dtype or compute_dtype(self.stored_dtype, device)
         self.model = empty_model(self.config, self.dtype)
         self.names = TensorNames(self.checkpoint, self.model)
         self.topology: Topology = read_topology(self.model, self.config)

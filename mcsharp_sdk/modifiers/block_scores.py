@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mcsharp_sdk.models.evenly_spaced import evenly_spaced
 from mcsharp_sdk.models.streamed_layer import StreamedLayer
 from mcsharp_sdk.modifiers.expert_outputs import states_behind
 
@@ -53,10 +54,8 @@ def _predicted(inputs: Sequence[Tensor], cosines: Tensor) -> float:
     half = len(cosines) // 2
     if not half:
         return float(cosines.double().mean())
-    known, asked = (
-        torch.linspace(start, stop, min(half, FITTED_TOKENS)).long()
-        for start, stop in ((0, half - 1), (half, len(cosines) - 1))
-    )
+    known = evenly_spaced(half, FITTED_TOKENS)
+    asked = half + evenly_spaced(len(cosines) - half, min(half, FITTED_TOKENS))
     rows, values = _rows(inputs, known), cosines[known].double()
     centre, mean = rows.mean(0), values.mean()
     rows -= centre

@@ -1,7 +1,8 @@
 """Quantisation errors at the output of the whole model (MC, arXiv 2410.06270, Eq. 3).
 
 The model is held in memory, and everything behind a layer runs again for each of its experts and
-widths: for small models.
+widths: for small models. It is in float32: of hidden states that each layer rounds to 16 bits, the
+rounding would count as an error of the expert.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mcsharp_sdk.models.embedding import embed
 from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.expert_weights import LoadedExperts
 from mcsharp_sdk.models.experts import MATRICES, fused_weight
+from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.streamed_layer import LayerInputs, StreamedLayer
 from mcsharp_sdk.quantization.grid import REMOVED
 
@@ -41,12 +43,13 @@ def measure_model_errors(
     F is taken before the final norm and head, over as many whole sequences as ``error_tokens``
     allows, at least one.
     """
-    source, calibration = context.model, context.calibration
+    source = SourceModel(context.model.path, context.model.device, torch.float32)
+    calibration = context.calibration
     few = calibration.first(measurement.error_tokens)
     last = source.topology.num_layers
     inputs, probe = embed(source, calibration, context.scratch()), embed(source, few)
     source.load(f"{source.topology.layers_path}.")
-    reference = _run_layers(context, probe, 0, last)
+    reference = _run_layers(source, probe, 0, last)
     removal = REMOVED, dict.fromkeys(MATRICES, torch.zeros(()))
     filled = []
     for index in context.track(range(last), "measuring model errors"):
@@ -61,8 +64,8 @@ def measure_model_errors(
             for expert, variants in measurement.quantised_experts(runs):
                 for width, weights in itertools.chain([removal], variants):
                     with _replaced(experts.module, expert, weights):
-                        output = _run_layers(context, probe, index, last)
-                    errors[width][expert] = float((output - reference).float().norm())
+                        output = _run_layers(source, probe, index, last)
+                    errors[width][expert] = float((output - reference).norm())
             dropped = errors.pop(REMOVED)
             _name_unreached(context, statistics, dropped, few.num_tokens)
             filled.append(replace(statistics, quant_error=errors, drop_error=dropped))
@@ -85,11 +88,11 @@ def _name_unreached(
         )
 
 
-def _run_layers(context: RunContext, like: LayerInputs, start: int, stop: int) -> Tensor:
+def _run_layers(source: SourceModel, like: LayerInputs, start: int, stop: int) -> Tensor:
     """[T, hidden] behind layer ``stop - 1``, from what is in front of layer ``start``."""
     passing = replace(like, hidden=[batch.clone() for batch in like.hidden])
     for index in range(start, stop):
-        passing.advance(context.model.layer(index), index)
+        passing.advance(source.layer(index), index)
     return torch.cat([batch.flatten(0, 1) for batch in passing.hidden])
 
 

@@ -276,11 +276,16 @@ def what_trains(name: str) -> str:
 
 
 def renormalised(weights: Tensor, keep: Tensor) -> Tensor:
-    """Weights of the kept slots, their sum as before: as at run time, but with gradients.
+    """Weights of the kept slots, their sum as before; zeros for a token whose weights are all 0.
+
+    As :func:`mcsharp_sdk.pruning.renormalise` at run time, but with gradients, also of the slots of
+    tokens that keep everything: there that hands on the weights themselves.
 
     Parameters
     ----------
     weights, keep : (T, k) floating; ``keep`` is 0 or 1, and 1 somewhere in each row.
     """
     kept = weights * keep
-    return kept * (weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True))
+    after = kept.sum(-1, keepdim=True)
+    after = torch.where(after > 0, after, torch.ones_like(after))
+    return kept * (weights.sum(-1, keepdim=True) / after)

@@ -15,6 +15,8 @@ from mcsharp_sdk.errors import InputError
 
 ATTENTION = "attention"
 
+LARGEST = float(torch.finfo(torch.float32).max)
+
 
 def token_importance(metric: str, hidden: Tensor, received: Tensor | None, valid: Tensor) -> Tensor:
     """Importance of every token.
@@ -29,7 +31,8 @@ def token_importance(metric: str, hidden: Tensor, received: Tensor | None, valid
 
     Returns
     -------
-    float32 [B, L], finite for finite input; 0 for padding.
+    float32 [B, L], finite for finite input: what is too large for float32 is its largest number;
+    0 for padding.
 
     Raises
     ------
@@ -41,7 +44,7 @@ def token_importance(metric: str, hidden: Tensor, received: Tensor | None, valid
     if metric == ATTENTION and received is None:
         raise InputError("the metric 'attention' needs the attention that each token receives")
     importance = METRICS[metric](hidden.float(), received, valid)
-    return importance.masked_fill(~valid, 0.0)
+    return importance.clamp(max=LARGEST).masked_fill(~valid, 0.0)
 
 
 def most_important(importance: Tensor, valid: Tensor, share: float) -> Tensor:
@@ -87,12 +90,13 @@ def _attention(hidden: Tensor, received: Tensor | None, valid: Tensor) -> Tensor
     """
     assert received is not None
     later = valid.flip(-1).cumsum(-1).flip(-1).clamp(min=1)
-    return hidden.abs().sum(-1) * received.float() / later
+    return hidden.abs().sum(-1).clamp(max=LARGEST) * received.float() / later
 
 
 def _kurtosis(hidden: Tensor, received: Tensor | None, valid: Tensor) -> Tensor:
     """Fourth central moment over the squared variance; 0 for a constant vector."""
-    centred = hidden - hidden.mean(-1, keepdim=True)
+    shape, _ = _shape_and_size(hidden)
+    centred = shape - shape.mean(-1, keepdim=True)
     variance = centred.square().mean(-1)
     fourth = centred.square().square().mean(-1)
     return torch.where(variance > 0, fourth / variance.square(), torch.zeros_like(variance))
@@ -100,12 +104,24 @@ def _kurtosis(hidden: Tensor, received: Tensor | None, valid: Tensor) -> Tensor:
 
 def _variance(hidden: Tensor, received: Tensor | None, valid: Tensor) -> Tensor:
     """Of the vector's elements, divided by their number."""
-    return hidden.var(-1, correction=0)
+    shape, size = _shape_and_size(hidden)
+    return shape.var(-1, correction=0) * size * size
+
+
+def _shape_and_size(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors over their largest magnitude, so that powers neither overflow nor vanish, and that.
+
+    [B, L, H] and [B, L]; the magnitude of zeros is given as 1.
+    """
+    size = hidden.abs().amax(-1)
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    return hidden / size.unsqueeze(-1), size
 
 
 def _mean(hidden: Tensor, received: Tensor | None, valid: Tensor) -> Tensor:
     """Mean magnitude of the vector's elements."""
-    return hidden.abs().mean(-1)
+    shape, size = _shape_and_size(hidden)
+    return shape.abs().mean(-1) * size
 
 
 METRICS: Mapping[str, Callable[[Tensor, Tensor | None, Tensor], Tensor]] = {

@@ -35,11 +35,14 @@ def in_slot_order(by_rank: Tensor, order: Tensor) -> Tensor:
 
 
 def weight_rule(weights: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """Which slots are kept: that of rank i >= 1 is dropped iff its weight < thresholds[i-1]·w_0.
+    """Which slots are kept: that of rank i >= 1 is dropped iff w_i / w_0 < thresholds[i-1].
+
+    Quotients, not products, are compared, as :func:`slot_thresholds` takes quantiles of quotients:
+    a slot that is at the quantile itself is kept.
 
     Parameters
     ----------
-    weights : floating [T, k]; compared in float32.
+    weights : floating [T, k]; divided and compared in float32.
     thresholds : k - 1 numbers, for the ranks from 1. Zeros drop nothing.
 
     Returns
@@ -57,8 +60,8 @@ def weight_rule(weights: Tensor, thresholds: Sequence[float]) -> Tensor:
     order = ranked(weights)
     by_rank = weights.float().gather(-1, order)
     # A first threshold of 0 keeps rank 0 by the same comparison.
-    least = by_rank.new_tensor([0.0, *thresholds]) * by_rank[..., :1]
-    return in_slot_order(~(by_rank < least), order)
+    least = by_rank.new_tensor([0.0, *thresholds])
+    return in_slot_order(~(_ratios(by_rank) < least), order)
 
 
 def slot_thresholds(weights: Tensor, quantile: float) -> list[float]:
@@ -84,9 +87,14 @@ def slot_thresholds(weights: Tensor, quantile: float) -> list[float]:
     if not 0 <= quantile <= 1:
         raise InputError(f"a quantile of {quantile} is not from 0 to 1")
     by_rank = weights.float().sort(dim=-1, descending=True).values
-    first = by_rank[:, :1]
-    ratios = torch.where(first > 0, by_rank[:, 1:] / first, torch.ones_like(first)).double()
+    ratios = _ratios(by_rank)[:, 1:].double()
     return [_quantile(column, quantile) for column in ratios.unbind(1)]
+
+
+def _ratios(by_rank: Tensor) -> Tensor:
+    """w_i / w_0, float32 [T, k]; 1 where w_0 is 0."""
+    first = by_rank[:, :1]
+    return torch.where(first > 0, by_rank / first, torch.ones_like(first))
 
 
 def _quantile(values: Tensor, quantile: float) -> float:

@@ -1,4 +1,9 @@
-"""Quantisation as plain functions on tensors: grid, packing, Hessians, GPTQ, round-to-nearest."""
+"""Quantisation as plain functions on tensors: grid, packing, Hessians, GPTQ, round-to-nearest.
+
+Numbers are taken to be finite, and not looked at for it: what NaN or infinite weights become means
+nothing. Weights of a model are checked when they are read, by
+:func:`mcsharp_sdk.models.weight_checks.check_finite`.
+"""
 
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.grid import (

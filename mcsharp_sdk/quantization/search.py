@@ -26,7 +26,9 @@ CHUNK_ELEMENTS = 1 << 17
 GPU_CHUNK_ELEMENTS = 1 << 24
 """The same on a GPU: enough work for each of many small operations, in temporaries of 64 MiB."""
 
-SMALLEST_SCALE = float(torch.finfo(torch.float16).smallest_normal)
+SMALLEST_SCALE = 2.0**-24
+"""The smallest fp16 number above 0. It is subnormal: below 2**-14 all are multiples of it."""
+
 LARGEST_SCALE = float(torch.finfo(torch.float16).max)
 
 
@@ -235,5 +237,5 @@ def _on_offset_grid(offset: Tensor, top: int) -> Tensor:
 
 
 def _storable(scale: Tensor) -> Tensor:
-    """Rounded to fp16, kept in its normal range; fp32."""
+    """Rounded to a positive finite fp16 number; fp32."""
     return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()

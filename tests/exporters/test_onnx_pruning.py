@@ -22,7 +22,7 @@ from torch import Tensor
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.router_settings import RouterSettings
 from mcsharp_sdk.models.routing import Router, Routing, route, router_scores
-from mcsharp_sdk.pruning import TopAnyNetwork, keep_mask, renormalise, weight_rule
+from mcsharp_sdk.pruning import TopAnyNetwork, keep_mask, renormalise, slot_thresholds, weight_rule
 from mcsharp_sdk.pruning.rule import ranked
 from mcsharp_sdk.runtime.pruning_layout import PruningMode
 
@@ -157,6 +157,17 @@ def test_any_number_of_experts_per_token(scoring: str, k: int, mode: PruningMode
     assert torch.equal(found.indices, expected.indices)
     assert_same(found, expected, is_clear(router, pruning, net, hidden))
     assert len(found.keep.sum(-1).unique()) >= k - 1, "it should keep this and that number"
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_slots_at_a_measured_threshold_are_kept(scoring: str) -> None:
+    """Of one token every ratio is its own quantile."""
+    router = some_router(scoring, k=4)
+    unpruned = router_graph(router)
+    for token in hidden_states(20).split(1):
+        measured = tuple(slot_thresholds(run(unpruned, token).weights, 0.5))
+        pruning = LayerPruning("rule", measured, protects=False)
+        assert run(router_graph(router, pruning=pruning), token).keep.all()
 
 
 def some_router(scoring: Any, k: int, experts: int = 12, seed: int = 0) -> Router:

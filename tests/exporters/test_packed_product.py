@@ -25,15 +25,17 @@ from onnx import TensorProto, helper
 from mcsharp_sdk.quantization.grid import WIDTHS, QuantizedWeight, dequantise
 
 
-def random_weight(rows: int, columns: int, bits: int, block: int, seed: int) -> QuantizedWeight:
-    """Codes, zero points and signs of every kind."""
+def random_weight(
+    rows: int, columns: int, bits: int, block: int, seed: int, size: float = 1.0
+) -> QuantizedWeight:
+    """Codes, zero points and signs of every kind, and scales of about this size."""
     generator = torch.Generator().manual_seed(seed)
     groups = -(-columns // block)
 
     def integers(*shape: int) -> torch.Tensor:
         return torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
 
-    scales = torch.randn(rows, groups, generator=generator).half()
+    scales = (torch.randn(rows, groups, generator=generator) * size).half()
     return QuantizedWeight(integers(rows, columns), scales, integers(rows, groups), bits, block)
 
 
@@ -83,6 +85,15 @@ def test_products_are_those_of_the_dequantised_weights(
     for weight, y in zip(weights, found, strict=True):
         expected = x.astype(np.float64) @ dequantise(weight).double().numpy().T
         np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * (1 + np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_subnormal_scales_are_read_as_they_are(bits: int, tmp_path: Path) -> None:
+    weight = random_weight(30, 300, bits, 64, seed=bits, size=1e-6)
+    x = np.random.default_rng(0).standard_normal((3, 300)).astype(np.float32)
+    (found,) = multiply([weight], x, 0, tmp_path)
+    expected = x.astype(np.float64) @ dequantise(weight).double().numpy().T
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("block", [32, 64, 128])

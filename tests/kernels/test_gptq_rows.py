@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from grid_errors import squared_error
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(bool(missing_support()), reason=missing_support(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 150)),
     bits=st.sampled_from([1, 2, 3, 4, 8]),
     shared=st.booleans(),
-    scale=st.sampled_from([0.0, 1e-9, 0.02, 1e6]),
+    scale=st.sampled_from([0.0, 1e-9, 1e-6, 1e-5, 0.02, 1e6]),
     seed=st.integers(0, 1000),
 )
 def test_search_is_as_good_as_torchs(
@@ -37,6 +38,18 @@ def test_search_is_as_good_as_torchs(
     assert (ours <= theirs * 1.05 + 1e-30).float().mean() >= 0.9
     assert ours.sum() <= theirs.sum() * 1.01 + 1e-30
     assert torch.equal(compiled.scales, compiled.scales.half().float())
+
+
+def test_scales_are_rounded_as_torch_rounds_to_fp16() -> None:
+    from mcsharp_sdk.kernels.gptq_loops import storable
+
+    numbers = np.arange(0, 0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    between = (numbers[1:] + numbers[:-1]) / 2
+    around = [np.nextafter(between, np.float32(end)) for end in (0, np.inf)]
+    scales = np.concatenate([numbers, between, *around, np.array([-1, 1e-30, 65519], np.float32)])
+    found = [storable(s, np.float32(2**-24), np.float32(65504)) for s in scales]
+    rounded = torch.from_numpy(scales).clamp(2**-24, 65504).half().float()
+    assert torch.equal(torch.tensor(found), rounded)
 
 
 def test_search_reads_transposed_weights_where_they_lie() -> None:

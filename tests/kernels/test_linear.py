@@ -47,9 +47,9 @@ compiled_only = pytest.mark.skipif(
 
 
 def random_stack(
-    count: int, rows: int, columns: int, bits: int, group: int, seed: int = 0
+    count: int, rows: int, columns: int, bits: int, group: int, seed: int = 0, size: float = 0.1
 ) -> tuple[PackedStack, Tensor]:
-    """Random packed matrices and what they stand for, in float64."""
+    """Random packed matrices with scales of about this size, and what they are in float64."""
     generator = torch.Generator().manual_seed(seed)
     groups = group_count(columns, group)
 
@@ -57,7 +57,7 @@ def random_stack(
         return torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
 
     signs = torch.randint(0, 2, (count, rows, groups), generator=generator) * 2 - 1
-    scales = (torch.rand(count, rows, groups, generator=generator) + 0.5) * 0.1 * signs
+    scales = (torch.rand(count, rows, groups, generator=generator) + 0.5) * size * signs
     weight = QuantizedWeight(
         codes(count, rows, columns), scales.half(), codes(count, rows, groups), bits, group
     )
@@ -107,6 +107,25 @@ def assert_close(
     unit = max(ROUNDED_OFF.get(kernel, 1e-4), 2 * torch.finfo(x.dtype).eps)
     assert found.dtype == x.dtype
     assert ((found.double() - expected).abs() <= unit * size + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-5, 1e-7])
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_subnormal_scales_are_read_as_they_are(
+    kernel: str, bits: int, size: float, dtype: torch.dtype
+) -> None:
+    for rows, columns, group in ((7, 33, 16), (17, 300, 64), (130, 512, 128), (66, 512, 384)):
+        stack, exact = random_stack(2, rows, columns, bits, group, size=size)
+        assert (stack.weight.scales.abs() < torch.finfo(torch.float16).smallest_normal).all()
+        if KERNELS[kernel].refuses(case_of(stack, 40, dtype)):
+            continue
+        x = torch.randn(45, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+        found = KERNELS[kernel].run(x, stack, [0, 1], [5, 40])
+        expected = by_experts(x, exact, [0, 1], [5, 40])
+        unit = max(ROUNDED_OFF.get(kernel, 1e-4), 2 * torch.finfo(dtype).eps)
+        assert (found.double() - expected).norm() <= unit * expected.norm()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

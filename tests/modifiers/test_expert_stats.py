@@ -168,6 +168,25 @@ def test_model_errors_equal_a_plain_computation_on_the_full_model(
             assert found.drop_error[expert] == pytest.approx(drop, rel=1e-3)
 
 
+def test_model_errors_of_bfloat16_weights_are_those_of_the_same_weights_in_float32(
+    text: Path, tmp_path: Path
+) -> None:
+    stored = save_tiny_model(tmp_path / "bf16", "mixtral", dtype=torch.bfloat16)
+    full_model(stored).save_pretrained(tmp_path / "fp32")
+    found = []
+    for folder in (stored, tmp_path / "fp32"):
+        save_tiny_tokenizer(folder)
+        work = folder / "work"
+        found.append(measure(folder, text, work, mode="paper", bits=[3, 4], error_tokens=64))
+    for rounded, exact in zip(found[0].layers, found[1].layers, strict=True):
+        assert rounded.drop_error is not None
+        assert exact.drop_error is not None
+        np.testing.assert_allclose(rounded.drop_error, exact.drop_error, rtol=1e-4)
+        for width in (3, 4):
+            found_errors, expected = rounded.quant_error[width], exact.quant_error[width]
+            np.testing.assert_allclose(found_errors, expected, rtol=1e-4)
+
+
 def test_experts_that_no_token_reaches_on_which_model_errors_are_measured_are_named(
     text: Path, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.topology import MoeBlock
 from mcsharp_sdk.modifiers import protection_measurement
 from mcsharp_sdk.modifiers.token_protection import TokenProtection
+from mcsharp_sdk.recipe.schema import Recipe
 
 
 def measure(
@@ -180,6 +181,27 @@ def test_a_layer_without_softmax_attention_asks_for_another_metric(
     monkeypatch.setattr(protection_measurement, "attach_tap", lambda *_: None)
     with pytest.raises(RunError, match=r"layer 0 has no softmax attention .*give another metric"):
         measure(models["mixtral"], text, tmp_path)
+
+
+@pytest.mark.parametrize("metric", ["attention", "drop_insignificant"])
+def test_sequences_of_one_token_cannot_be_ranked_by_attention(
+    metric: str, models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    recipe = pruning_recipe(text, {"type": "TokenProtection", "metric": metric}, exports=[])
+    short = Recipe.from_dict(recipe.settings(), overrides=["calibration.length=1"])
+    with pytest.raises(InputError, match=rf"calibration\.length: .*'{metric}'.*give 2 or more"):
+        run(models["mixtral"], short, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("settings", [{"metric": "variance"}, {"protect_ratio": 0}])
+def test_sequences_of_one_token_do_where_attention_is_not_asked_for(
+    settings: dict[str, Any], models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    recipe = pruning_recipe(text, {"type": "TokenProtection", **settings}, exports=[])
+    short = Recipe.from_dict(recipe.settings(), overrides=["calibration.length=1"])
+    run(models["mixtral"], short, tmp_path)
+    assert (tmp_path / "run" / TokenProtectionRule.FILE).exists()
 
 
 @pytest.mark.parametrize(

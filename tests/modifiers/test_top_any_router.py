@@ -40,9 +40,11 @@ from mcsharp_sdk.modifiers.top_any_training import (
     Training,
     new_network,
     noise_like,
+    renormalised,
     seeded,
     temperature_at,
 )
+from mcsharp_sdk.pruning.rule import renormalise
 from mcsharp_sdk.pruning.top_any import kept_counts, soft_keep
 
 SHORT: dict[str, Any] = {"type": "TopAnyRouter", "steps": 30, "batch_tokens": 96, "patience": None}
@@ -66,6 +68,17 @@ def training_of(work: Path) -> TopAnyTraining:
 
 
 # The loss
+
+
+def test_weights_in_training_are_those_at_run_time_also_of_tokens_without_any() -> None:
+    weights = torch.tensor([[0.6, 0.3, 0.1], [0.0, 0.0, 0.0], [0.5, 0.0, 0.0], [0.5, 0.3, 0.2]])
+    keep = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 0, 1], [1, 1, 1]]).float().requires_grad_()
+    found = renormalised(weights, keep)
+    torch.testing.assert_close(found, renormalise(weights, keep.bool()))
+    found.square().sum().backward()
+    assert keep.grad is not None
+    assert keep.grad.isfinite().all()
+    assert (keep.grad[3] != 0).any()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])

@@ -66,6 +66,28 @@ def test_each_metric_follows_its_definition(
     assert (found[~valid] == 0).all()
 
 
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-12, 1e-6, 1.0, 1e5, 1e10, 1e20, 1e37])
+@pytest.mark.parametrize("metric", METRICS)
+def test_hidden_states_of_any_size_have_a_finite_importance(
+    metric: str, scale: float, hidden: Tensor, received: Tensor
+) -> None:
+    hidden *= scale
+    found = token_importance(metric, hidden, received, torch.ones(BATCH, LENGTH, dtype=torch.bool))
+    for b in range(BATCH):
+        for j in range(LENGTH):
+            exact = slow_importance(
+                metric, hidden[b, j].tolist(), received[b, j].item(), LENGTH - j
+            )
+            within_range = min(exact, torch.finfo(torch.float32).max)
+            assert found[b, j].item() == pytest.approx(within_range, rel=1e-4, abs=1e-37)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_nothing_but_zeros_has_a_finite_importance(metric: str) -> None:
+    hidden, valid = torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool)
+    assert (token_importance(metric, hidden, torch.ones(1, 2), valid) == 0).all()
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_constant_vector_has_a_finite_importance(metric: str) -> None:
     hidden, valid = torch.full((1, 2, 4), 0.5), torch.ones(1, 2, dtype=torch.bool)

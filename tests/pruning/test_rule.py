@@ -69,6 +69,18 @@ def test_a_quantile_of_the_ratios_drops_that_share() -> None:
         assert keep[1:] == pytest.approx([1 - quantile] * 3, abs=2e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slot_at_its_threshold_is_kept(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for token in torch.randn(200, 1, 4, generator=generator).softmax(-1).to(dtype):
+        assert weight_rule(token, slot_thresholds(token, 0.5)).all()
+
+
+def test_tokens_without_any_weight_drop_nothing() -> None:
+    assert weight_rule(torch.zeros(2, 3), [1.0, 0.5]).all()
+    assert slot_thresholds(torch.zeros(2, 3), 0.5) == [1.0, 1.0]
+
+
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=30), st.floats(0, 1))
 def test_slot_thresholds_are_the_quantiles_of_torch(ratios: list[float], quantile: float) -> None:
     second = torch.tensor(ratios)

@@ -231,6 +231,26 @@ def test_the_papers_one_bit_scale_is_of_each_linear_layer_by_itself(rows: str) -
             torch.testing.assert_close(levels[matrix_of_row == number], expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("binary", ["optimised", "released", "paper"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("quantise", ["gptq", "rtn"])
+def test_weights_of_tiny_size_lose_no_more_than_others(
+    quantise: str, bits: int, binary: BinaryScale
+) -> None:
+    weights, hessians = layer(1, 24, 128)
+    factor, grid = factorise(hessians), GridSettings(group_size=64, binary=binary)
+
+    def lost(size: float) -> float:
+        scaled = weights / weights.std() * size
+        if quantise == "rtn":
+            batch = quantise_rtn(scaled, [bits], grid)
+        else:
+            batch = quantise_gptq(scaled, factor, [bits], grid)
+        return float((batch.dequantise() - scaled).norm() / scaled.norm())
+
+    assert lost(1e-5) == pytest.approx(lost(1.0), rel=0.05)
+
+
 def test_zero_weights_stay_zero() -> None:
     weights = torch.zeros(1, 4, 64)
     quantised = quantise_rtn(weights, [2], GridSettings(group_size=32))
