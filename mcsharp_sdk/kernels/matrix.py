@@ -83,11 +83,12 @@ class PackedStack:
             and codes.device == scales.device == zeros.device
         ):
             return
+        given = ", ".join(_described(part) for part in (codes, scales, zeros))
         raise InputError(
             f"packed matrices of {rows} x {self.columns} weights of {self.bits} bits in groups of "
-            f"{self.group_size} have, on one device, codes of uint8 {[count, rows, per_row]}, scales "
-            f"of float16 {[count, rows, groups]} and zeros of uint8 {[count, groups, per_group]}, "
-            f"not {_described(codes)}, {_described(scales)} and {_described(zeros)}"
+            f"{self.group_size} have, on one device, codes of uint8 {[count, rows, per_row]}, "
+            f"scales of float16 {[count, rows, groups]} and zeros of uint8 "
+            f"{[count, groups, per_group]}, not {given}"
         )
 
     def matrix(self, slot: int) -> PackedMatrix:
