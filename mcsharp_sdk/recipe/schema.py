@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from mcsharp_sdk.arguments import refuse_single
 from mcsharp_sdk.data.calibration import Calibration
 from mcsharp_sdk.errors import InputProblems
 from mcsharp_sdk.recipe.consistency import misfits
@@ -141,6 +142,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def _checked(cls, document: Document, overrides: Sequence[str], base: Path | None) -> Recipe:
+        refuse_single(overrides, "overrides")
         apply_overrides(document, overrides)
         recipe = checked(document, base or Path.cwd(), cls)
         recipe._document = document
