@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -106,7 +105,6 @@ class PackedStack:
         return StackMemory(*(part.contiguous() for part in parts))
 
 
-@lru_cache
 def _stored(rows: int, columns: int, bits: int, group_size: int) -> tuple[int, int, int]:
     """Bytes of a row's codes, groups of a row, and bytes of a group's zero-point codes."""
     try:

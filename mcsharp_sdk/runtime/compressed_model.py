@@ -66,8 +66,8 @@ class CompressedModelMixin:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled by its stock class, since a file cannot name a class made here."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _unfilled, (type(self).__bases__[1],), *state
+        whole: Any = super().__reduce_ex__(protocol)
+        return _unfilled, (type(self).__bases__[1],), *whole[2:]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save under the file names of compressed models, so that it can be loaded again.
@@ -111,5 +111,5 @@ def _savable_class(original: type) -> type:
 
 def _unfilled(original: type) -> Any:
     """A compressed model without its state, for pickle and copies."""
-    savable = _savable_class(original)
+    savable: Any = _savable_class(original)
     return savable.__new__(savable)

@@ -178,8 +178,8 @@ class PackedExpertsMixin:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled by its original class, since a file cannot name a class made here."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _unfilled, (type(self).__bases__[1],), *state
+        whole: Any = super().__reduce_ex__(protocol)
+        return _unfilled, (type(self).__bases__[1],), *whole[2:]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]  # of nn.Module, which is beside it
@@ -280,5 +280,5 @@ def _packed_class(original: type) -> type:
 
 def _unfilled(original: type) -> Any:
     """A packed experts module without its state, for pickle and copies."""
-    packed = _packed_class(original)
+    packed: Any = _packed_class(original)
     return packed.__new__(packed)
