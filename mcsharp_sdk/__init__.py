@@ -2,6 +2,21 @@
 
 Importing it lets transformers load compressed models: ``from_pretrained`` knows the format then.
 The verbs of the command line are functions here; each is imported when it is first used.
+
+================== ==================================================================
+``Recipe``         what to do to a model, checked in full when it is read
+``plan``           what ``compress`` would do, and what it would take
+``compress``       make a compressed model as a recipe says
+``verify``         read a model folder to its last byte, and say what is wrong
+``evaluate``       perplexity and size of a model
+``compare``        several models on one text, and how far they are from the original
+``evaluate_tasks`` a model's results in tasks of lm-eval
+``sweep``          variants of a recipe, compressed, evaluated and compared
+``allocate``       widths from expert statistics alone, without a model
+``export``         write a finished model down in another form
+================== ==================================================================
+
+Errors that are raised on purpose are in ``mcsharp_sdk.errors``.
 """
 
 from __future__ import annotations
@@ -11,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from mcsharp_sdk import errors
 from mcsharp_sdk._version import __version__
 
 if TYPE_CHECKING:
@@ -31,6 +47,7 @@ __all__ = [
     "allocate",
     "compare",
     "compress",
+    "errors",
     "evaluate",
     "evaluate_tasks",
     "export",
@@ -76,3 +93,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mcsharp_sdk' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

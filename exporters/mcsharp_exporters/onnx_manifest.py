@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mcsharp_exporters.manifest_file import MANIFEST, read_manifest_of
+from mcsharp_exporters.manifest_file import MANIFEST, format_of, read_manifest_of
 from mcsharp_exporters.model_nodes import AccuracyLevel, Precision
 from mcsharp_exporters.model_pruning import GraphPruning
 from mcsharp_sdk.checked_files import file_hash
@@ -70,11 +69,7 @@ class ModelManifest(BaseModel):
 
 def is_exported_model(folder: Path) -> bool:
     """Whether a folder says that it holds an exported model."""
-    try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and content.get("format") == FORMAT
+    return format_of(folder) == FORMAT
 
 
 def read_manifest(folder: Path) -> ModelManifest:

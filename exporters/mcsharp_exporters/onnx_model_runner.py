@@ -19,6 +19,7 @@ from mcsharp_exporters.onnx_runner import (
     execution_providers,
     import_onnxruntime,
 )
+from mcsharp_sdk.arguments import whole_number
 from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.memory import keep_large_blocks_out_of_the_heap, release_free_memory
 
@@ -58,7 +59,7 @@ class OnnxModel:
     Raises
     ------
     InputError
-        If the manifest is bad, or a file is missing, cut short or changed.
+        If the manifest is bad, a file is missing, cut short or changed, or ``threads`` is negative.
     RunError
         If onnxruntime is not installed or cannot open the model.
     """
@@ -73,6 +74,8 @@ class OnnxModel:
     ) -> None:
         if provider not in ("auto", "cuda", "cpu"):
             raise InputError(f"provider {provider!r} is not known: give auto, cuda or cpu")
+        if threads is not None and whole_number(threads, "threads") < 0:
+            raise InputError(f"threads is {threads}: give 1 or more, or None for the default")
         folder = Path(folder)
         self.manifest = read_manifest(folder)
         self.manifest.entry(GRAPH)
@@ -114,9 +117,10 @@ class OnnxModel:
         Raises
         ------
         InputError
-            If the shapes do not fit, a token is none of the vocabulary, or there are more tokens
-            than positions.
+            If types or shapes do not fit, a token is none of the vocabulary, or there are more
+            tokens than positions.
         """
+        _check_types(ids, cache, mask)
         cache = cache or self._empty_cache(len(ids))
         mask = np.ones(ids.shape, np.int64) if mask is None else mask.astype(np.int64)
         self._check(ids, cache, mask)
@@ -198,3 +202,12 @@ class OnnxModel:
             raise InputError(
                 f"{total} tokens are more than {self.manifest.context_length} positions"
             )
+
+
+def _check_types(ids: object, cache: object, mask: object) -> None:
+    """Refuse what has no shapes to check."""
+    for what, given in (("tokens", ids), ("mask", mask)):
+        if not isinstance(given, np.ndarray) and (given is not None or what == "tokens"):
+            raise InputError(f"{what}: a numpy array is needed, not {type(given).__name__}")
+    if cache is not None and not isinstance(cache, Cache):
+        raise InputError(f"cache: what an earlier call gave is needed, not {type(cache).__name__}")

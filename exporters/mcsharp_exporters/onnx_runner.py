@@ -8,7 +8,7 @@ import warnings
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -30,7 +30,13 @@ ProviderChoice = Literal["auto", "cuda", "cpu"]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+class RoutedArrays(NamedTuple):
+    """As :class:`mcsharp_sdk.models.routing.Routing`, of numpy arrays."""
+
+    indices: np.ndarray
+    weights: np.ndarray
+    keep: np.ndarray
 
 
 class OnnxRouters:
@@ -98,14 +104,14 @@ class OnnxRouters:
     @overload
     def __call__(
         self, layer: int, hidden: np.ndarray, protected: np.ndarray | None = None
-    ) -> Arrays: ...
+    ) -> RoutedArrays: ...
 
     def __call__(
         self,
         layer: int,
         hidden: torch.Tensor | np.ndarray,
         protected: torch.Tensor | np.ndarray | None = None,
-    ) -> Routing | Arrays:
+    ) -> Routing | RoutedArrays:
         """Route tokens.
 
         Parameters
@@ -125,8 +131,8 @@ class OnnxRouters:
         Raises
         ------
         InputError
-            If there is no such layer, ``hidden`` or ``protected`` has another shape or dtype, or
-            the routers do not take ``protected``.
+            If there is no such layer, ``hidden`` or ``protected`` has another type, shape or dtype,
+            ``hidden`` holds NaN, or the routers do not take ``protected``.
         """
         self._check(layer, hidden)
         inputs = {HIDDEN_STATES: self._ort_value(hidden)}
@@ -140,14 +146,17 @@ class OnnxRouters:
             )
         found = self._sessions[layer].run_with_ort_values(list(OUTPUTS), inputs)
         indices, weights, keep = (value.numpy() for value in found)
+        if np.isnan(weights).any():
+            raise InputError(f"router of layer {layer}: hidden states give weights that are NaN")
         if isinstance(hidden, np.ndarray):
-            return indices, weights, keep
+            return RoutedArrays(indices, weights, keep)
         return Routing(*(torch.from_numpy(a).to(hidden.device) for a in (indices, weights, keep)))
 
     def _check(self, layer: int, hidden: torch.Tensor | np.ndarray) -> None:
         if layer not in self._entries:
             known = ", ".join(map(str, self.layers))
             raise InputError(f"layer {layer} has no exported router; layers are {known}")
+        _check_type("hidden states", hidden)
         width, shape = self._entries[layer].hidden_size, list(hidden.shape)
         wanted, given = _dtype_name(self.dtype), _dtype_name(hidden.dtype)
         if len(shape) != 2 or shape[1] != width or given != wanted:
@@ -177,6 +186,7 @@ def _protected(layer: int, protected: torch.Tensor | np.ndarray | None, tokens: 
     """(tokens,) bool, all false if none is given."""
     if protected is None:
         return np.zeros(tokens, np.bool_)
+    _check_type("protected tokens", protected)
     given, shape = _dtype_name(protected.dtype), list(protected.shape)
     if given != "bool" or shape != [tokens]:
         raise InputError(
@@ -186,6 +196,13 @@ def _protected(layer: int, protected: torch.Tensor | np.ndarray | None, tokens: 
     if isinstance(protected, torch.Tensor):
         protected = protected.detach().cpu().numpy()
     return np.ascontiguousarray(protected)
+
+
+def _check_type(what: str, given: object) -> None:
+    if not isinstance(given, (torch.Tensor, np.ndarray)):
+        raise InputError(
+            f"{what} are a torch tensor or a numpy array, not of type {type(given).__name__}"
+        )
 
 
 def _dtype_name(dtype: torch.dtype | np.dtype) -> str:

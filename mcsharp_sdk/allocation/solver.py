@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,12 +55,13 @@ def solve_bit_allocation(
     InfeasibleBudget
         If no assignment meets the budget and ``at_least``; the message gives the feasible range.
     InputError
-        If ``cost`` or ``widths`` are not as described.
+        If ``cost``, ``widths``, ``budget`` or ``budget_rule`` are not as described.
     RunError
         If CP-SAT does not prove the optimum.
     """
     cost = np.asarray(cost, dtype=np.float64)
     _check_shape(cost, widths)
+    budget = _whole(budget)
     check_budget(len(cost), widths, budget, budget_rule=budget_rule, at_least=at_least)
     program = Program(tuple(widths), budget, budget_rule == "exact", dict(at_least))
     chosen = solve_exactly(cost, program)
@@ -81,7 +82,11 @@ def check_budget(
     ------
     InfeasibleBudget
         If there is none; the message gives the feasible range.
+    InputError
+        If there is no such rule.
     """
+    if budget_rule not in get_args(BudgetRule):
+        raise InputError(f"budget_rule {budget_rule!r} is none of {_listed(get_args(BudgetRule))}")
     what = f"{experts} experts of {_listed(widths, 'or')} bits"
     required = {width: count for width, count in at_least.items() if count}
     if required:
@@ -126,6 +131,18 @@ def _check_shape(cost: NDArray[np.float64], widths: Sequence[int]) -> None:
         raise InputError(f"cost has shape {cost.shape}, not (experts, {len(widths)})")
     if not (np.isfinite(cost) & (cost >= 0)).all():
         raise InputError("costs must be finite and not negative")
+
+
+def _whole(budget: float) -> int:
+    """The budget as a whole number, also from another kind of number."""
+    whole: int | None
+    try:
+        whole = int(budget)
+    except (TypeError, ValueError, OverflowError):
+        whole = None
+    if whole is None or whole != budget:
+        raise InputError(f"a budget is a whole number of bits, not {budget!r}")
+    return whole
 
 
 def _listed(values: Sequence[object], last: str = "and") -> str:

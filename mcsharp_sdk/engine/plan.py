@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mcsharp_sdk.engine.budget import must_spill, read_bytes_of
+from mcsharp_sdk.engine.default_dtype import float32_by_default
 from mcsharp_sdk.engine.durations import stage_seconds
 from mcsharp_sdk.engine.memory_plan import MemoryPlan, Workload
 from mcsharp_sdk.engine.model_fit import check_model, check_shared
@@ -19,7 +20,7 @@ from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
-from mcsharp_sdk.recipe.library import as_recipe
+from mcsharp_sdk.recipe.library import RecipeLike, as_recipe
 from mcsharp_sdk.recipe.schema import Recipe
 
 
@@ -76,8 +77,9 @@ class Plan:
         return asdict(self)
 
 
+@float32_by_default()
 def plan(
-    recipe: Recipe | str | os.PathLike[str],
+    recipe: Recipe | RecipeLike,
     model: str | os.PathLike[str],
     overrides: Sequence[str] = (),
     *,
@@ -88,6 +90,7 @@ def plan(
 
     Parameters
     ----------
+    recipe, model, overrides : as ``compress`` takes them.
     max_memory : bytes that the run, or each of its processes, may take, or a text such as ``8GB``.
     processes : that share the work, as torchrun would start them on machines like this one.
 

@@ -11,6 +11,7 @@ from typing import Any
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.data.gathering import gather
 from mcsharp_sdk.engine.budget import read_bytes_of
+from mcsharp_sdk.engine.default_dtype import float32_by_default
 from mcsharp_sdk.engine.disk_space import check_disk_space
 from mcsharp_sdk.engine.fingerprint import fingerprint
 from mcsharp_sdk.engine.output_folder import check_output
@@ -25,7 +26,7 @@ from mcsharp_sdk.models.memory import peak_resident_bytes
 from mcsharp_sdk.models.ranks import Ranks
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.weight_checks import check_outer_weights
-from mcsharp_sdk.recipe.library import as_recipe
+from mcsharp_sdk.recipe.library import RecipeLike, as_recipe
 from mcsharp_sdk.recipe.schema import Recipe
 
 
@@ -59,8 +60,9 @@ class Compression:
         }
 
 
+@float32_by_default()
 def compress(
-    recipe: Recipe | str | os.PathLike[str],
+    recipe: Recipe | RecipeLike,
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
@@ -80,12 +82,13 @@ def compress(
 
     Parameters
     ----------
-    recipe : a recipe, a recipe file, or the name of a recipe that comes with the package.
+    recipe : a recipe, a recipe file, the name of a recipe that comes with the package, or plain
+        data.
     model : folder of a Hugging Face MoE model in safetensors.
     output : folder to make.
     run_dir : where intermediate results are kept. By default beside the output, and removed when
         the run is finished.
-    overrides : e.g. ``stages.BitAllocation.target_bits=2.0``; only with a recipe file or name.
+    overrides : e.g. ``stages.BitAllocation.target_bits=2.0``; not with a ``Recipe``.
     overwrite : replace an output folder that is there.
     device : where to compute, e.g. ``cpu`` or ``cuda:0``.
     max_memory : bytes of memory that the run keeps to, or a text such as ``8GB``; for device

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.arguments import whole_number
+from mcsharp_sdk.engine.default_dtype import float32_by_default
 from mcsharp_sdk.engine.disk_space import check_disk_space
 from mcsharp_sdk.engine.output_folder import check_writable
 from mcsharp_sdk.engine.plan import make_plan
@@ -18,11 +20,11 @@ from mcsharp_sdk.engine.run_directory import RunDirectory, write_json
 from mcsharp_sdk.engine.stage_store import StageStore
 from mcsharp_sdk.engine.sweep_folder import WORK_FOLDER, Result, SweepFolder
 from mcsharp_sdk.engine.sweep_plan import EvaluationSettings, PlannedVariant, SweepPlan, plan_sweep
-from mcsharp_sdk.engine.variants import RecipeLike
 from mcsharp_sdk.engine.work import Work
 from mcsharp_sdk.errors import InputError, McSharpError
 from mcsharp_sdk.evaluation.evaluate import evaluate
 from mcsharp_sdk.models.weight_checks import check_outer_weights
+from mcsharp_sdk.recipe.library import RecipeLike
 
 OnVariant = Callable[[str, int, int], None]
 
@@ -53,6 +55,7 @@ class Sweep:
         return {"output": str(self.output), "varied": list(self.varied), "variants": variants}
 
 
+@float32_by_default()
 def sweep(
     recipe: RecipeLike,
     model: str | os.PathLike[str],
@@ -103,6 +106,10 @@ def sweep(
     """
     if started_together() > 1:
         raise InputError("a sweep runs in one process: start it without torchrun")
+    if window is not None:
+        window = whole_number(window, "window")
+    if max_tokens is not None:
+        max_tokens = whole_number(max_tokens, "max_tokens")
     settings = EvaluationSettings(None if text is None else Path(text), window, max_tokens)
     plan = plan_sweep(recipe, Path(model), vary, overrides, settings, device)
     check_outer_weights(plan.source)

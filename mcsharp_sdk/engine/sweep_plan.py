@@ -19,7 +19,6 @@ from mcsharp_sdk.engine.model_fit import check_model
 from mcsharp_sdk.engine.run import read_calibration
 from mcsharp_sdk.engine.variants import (
     ProblemsOfVariants,
-    RecipeLike,
     Variant,
     open_variants,
     parse_variations,
@@ -27,6 +26,7 @@ from mcsharp_sdk.engine.variants import (
 )
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
 from mcsharp_sdk.models.source import SourceModel
+from mcsharp_sdk.recipe.library import RecipeLike
 from mcsharp_sdk.recipe.schema import Recipe
 
 

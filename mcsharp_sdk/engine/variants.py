@@ -5,20 +5,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.arguments import refuse_single
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
-from mcsharp_sdk.recipe.library import open_recipe
+from mcsharp_sdk.recipe.library import RecipeLike, as_recipe
 from mcsharp_sdk.recipe.schema import Recipe
 from mcsharp_sdk.recipe.yaml_text import parse_value
-
-RecipeLike = str | os.PathLike[str] | Mapping[str, Any]
-"""A recipe file, the name of one that comes with the package, or a recipe's plain data."""
 
 LONGEST_NAME = 100
 """Characters of a folder's name; file systems allow 255 bytes."""
@@ -116,7 +113,10 @@ def parse_variations(vary: Sequence[str]) -> list[Variation]:
     ------
     InputProblems
         With everything that cannot be read.
+    InputError
+        If ``vary`` is a single text.
     """
+    refuse_single(vary, "vary")
     problems: list[Problem] = []
     variations = []
     for text in vary:
@@ -199,6 +199,7 @@ def open_variants(
     """
     if isinstance(recipe, Recipe):
         raise InputError("a sweep changes a recipe file, a recipe's name or plain data, no Recipe")
+    refuse_single(overrides, "overrides")
     problems = ProblemsOfVariants("recipe" if isinstance(recipe, Mapping) else Path(recipe).name)
     short = _short_names([variation.target for variation in variations])
     variants = []
@@ -208,7 +209,7 @@ def open_variants(
         name = _name([f"{short[target]}={value.shown}" for target, value in values.items()])
         problems.variants += 1
         try:
-            opened = _open(recipe, [*overrides, *assignments])
+            opened = as_recipe(recipe, [*overrides, *assignments])
             variants.append(Variant(name, values, opened))
         except InputProblems as error:
             for problem in error.problems:
@@ -248,12 +249,6 @@ def _values(here: str, texts: Sequence[str], problems: list[Problem]) -> Iterato
             yield Value(text, parse_value(text))
         except ValueError as error:
             problems.append(Problem(f"{here}={text}", f"the value cannot be read: {error}"))
-
-
-def _open(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:
-    if isinstance(recipe, Mapping):
-        return Recipe.from_dict(recipe, overrides=overrides)
-    return open_recipe(recipe, overrides)
 
 
 def _of_vary(problem: Problem, assignments: Sequence[str]) -> Problem:

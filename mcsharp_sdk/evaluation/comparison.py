@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mcsharp_sdk.arguments import refuse_single
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
 from mcsharp_sdk.evaluation.evaluate import Conditions, Evaluation, measure, prepare
 from mcsharp_sdk.evaluation.reference import Distance, Reference
@@ -82,7 +83,7 @@ def compare(
     window: int | None = None,
     max_tokens: int | None = None,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     pruning: str | None = None,
     track: Track = iter,
     on_model: Callable[[str], None] = lambda name: None,
@@ -111,9 +112,10 @@ def compare(
         With everything that is wrong with any of the folders, or if a model has another vocabulary
         than the original, before work begins.
     InputError
-        If there is no folder, the tokenizers differ, or the disk has no room for the original's
-        outputs.
+        If there is no folder, or no list of them, the tokenizers differ, or the disk has no room
+        for the original's outputs.
     """
+    refuse_single(model_dirs, "model_dirs")
     if not model_dirs:
         raise InputError("there is nothing to compare: give one model folder or more")
     settings = {"window": window, "max_tokens": max_tokens, "device": device, "dtype": dtype}

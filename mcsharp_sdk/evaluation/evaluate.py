@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mcsharp_sdk.arguments import whole_number
 from mcsharp_sdk.data.corpora import text_pieces
 from mcsharp_sdk.data.tokenise import load_tokenizer, token_stream
 from mcsharp_sdk.embedded.text import evaluation_text
@@ -23,6 +24,7 @@ from mcsharp_sdk.evaluation.loading import (
     check_pruning,
     choose_device,
     choose_dtype,
+    dtype_name,
     load_model,
 )
 from mcsharp_sdk.evaluation.perplexity import Observer, perplexity
@@ -100,7 +102,7 @@ def evaluate(
     window: int | None = None,
     max_tokens: int | None = None,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     pruning: str | None = None,
     track: Callable[[range], Iterable[int]] = iter,
 ) -> Evaluation:
@@ -115,7 +117,7 @@ def evaluate(
     max_tokens : use only so many tokens from the start of the text.
     device : ``auto`` (GPUs where there are any), or a device of torch.
     dtype : to compute in: ``auto`` (the checkpoint's, but float32 for float16 on a CPU),
-        ``float32``, ``bfloat16`` or ``float16``.
+        ``float32``, ``bfloat16`` or ``float16``, by name or as torch's.
     pruning : how to prune experts: ``off``, ``rule``, ``learned`` or ``both``, as far as the model
         can; None for as it was made.
     track : wraps the range of windows, e.g. to show progress.
@@ -126,7 +128,7 @@ def evaluate(
         If the folder, its tokenizer, the text, the window, the device, the dtype or the pruning
         cannot be used.
     """
-    directory = Path(model_dir)
+    directory, dtype = Path(model_dir), dtype_name(dtype)
     manifest = exported_manifest(directory, device, dtype, pruning)
     if manifest is not None:
         length = _choose_window(window, manifest.context_length)
@@ -182,11 +184,11 @@ def prepare(
     window: int | None = None,
     max_tokens: int | None = None,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     pruning: str | None = None,
 ) -> Conditions:
     """Check everything that :func:`evaluate` takes, and read the text; no weight is loaded."""
-    directory = Path(model_dir)
+    directory, dtype = Path(model_dir), dtype_name(dtype)
     if exported_manifest(directory, device, dtype, pruning) is not None:
         raise InputError(
             f"{directory} is a model as ONNX, which is evaluated by itself: leave out --compare, "
@@ -266,6 +268,7 @@ def _activity_fields(activity: ExpertActivity, cost: ModelCost) -> dict[str, Any
 def _choose_window(window: int | None, positions: int | None) -> int:
     if window is None:
         return min(DEFAULT_WINDOW, positions or DEFAULT_WINDOW)
+    window = whole_number(window, "window")
     if window < 2:
         raise InputError(f"a window of {window} predicts nothing: use 2 tokens or more")
     if positions and window > positions:
@@ -284,7 +287,7 @@ def _read_tokens(
     text: Iterable[str], directory: Path, limit: int | None, vocabulary: int
 ) -> Tensor:
     """Token ids of the text, (n,) int64, checked against the model's vocabulary."""
-    if limit is not None and limit < 2:
+    if limit is not None and whole_number(limit, "max_tokens") < 2:
         raise InputError(f"max_tokens is {limit}: perplexity needs 2 tokens or more")
     tokens = token_stream(text, load_tokenizer(directory), limit=limit)
     if tokens.numel() < 2:

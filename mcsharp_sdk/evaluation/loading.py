@@ -104,6 +104,11 @@ def choose_device(name: str) -> str:
     return name
 
 
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """The name of a dtype, as it is given or as torch has it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def choose_dtype(name: str, config: Any, directory: Path, device: str) -> torch.dtype:
     """The dtype to compute in; ``auto`` goes by the weights of the model in ``directory``.
 

@@ -109,8 +109,10 @@ def explain_choice(case: Case) -> Choice:
     Raises
     ------
     InputError
-        If ``MCSHARP_KERNEL`` names no kernel, or one that cannot do the case.
+        If ``MCSHARP_KERNEL`` names no kernel, or one that cannot do the case, or if activations
+        are of another dtype than ``EVERY_DTYPE``.
     """
+    _check_dtype(case.dtype)
     forced = os.environ.get(VARIABLE)
     if forced:
         return Choice(_forced(forced, case), VARIABLE)
@@ -160,7 +162,13 @@ def packed_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
     Returns
     -------
     [..., R] in x's dtype.
+
+    Raises
+    ------
+    InputError
+        If x, or the tensors of the matrix, are not as described.
     """
+    _check_columns(x, matrix.columns)
     rows = x.reshape(-1, matrix.columns)
     out = packed_linears(rows, matrix.stack(), [len(rows)])
     return out.reshape(*x.shape[:-1], matrix.rows)
@@ -180,7 +188,13 @@ def packed_linears(x: Tensor, stack: PackedStack, counts: Sequence[int]) -> Tens
     Returns
     -------
     [N, R] in x's dtype.
+
+    Raises
+    ------
+    InputError
+        If x, counts, or the tensors of the stack, are not as described.
     """
+    _check_product(x, stack, counts)
     used = [slot for slot, count in enumerate(counts) if count]
     if not used:
         return x.new_empty(0, stack.rows)
@@ -200,6 +214,34 @@ def packed_linears(x: Tensor, stack: PackedStack, counts: Sequence[int]) -> Tens
         out[start:stop] = KERNELS[name].run(x[start:stop], stack, slots, here)
         start = stop
     return out
+
+
+def _check_product(x: Tensor, stack: PackedStack, counts: Sequence[int]) -> None:
+    stack.check()
+    _check_dtype(x.dtype)
+    _check_columns(x, stack.columns)
+    scales = stack.weight.scales
+    if x.ndim != 2 or x.device != scales.device:
+        raise InputError(
+            f"activations have shape {list(x.shape)} and are on {x.device}: packed_linears takes "
+            f"[tokens, columns] on {scales.device}, where the matrices are"
+        )
+    if len(counts) != len(scales) or sum(counts) != len(x) or (len(counts) and min(counts) < 0):
+        raise InputError(
+            f"counts {list(counts)} do not share {len(x)} rows among {len(scales)} matrices: give "
+            "one for each matrix, 0 or more, which sum to the rows"
+        )
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in EVERY_DTYPE:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in EVERY_DTYPE)
+        raise InputError(f"activations are {dtype}; products take {allowed}")
+
+
+def _check_columns(x: Tensor, columns: int) -> None:
+    if not x.ndim or x.shape[-1] != columns:
+        raise InputError(f"activations have shape {list(x.shape)}, not [..., {columns}] as weights")
 
 
 def _choose(x: Tensor, stack: PackedStack, tokens: int) -> str:

@@ -37,7 +37,12 @@ def top_code(bits: int) -> int:
 
 
 def group_count(columns: int, group_size: int) -> int:
-    """Groups in a row of ``columns`` columns; the last may be short."""
+    """Groups in a row of ``columns`` columns; the last may be short.
+
+    ValueError if ``group_size`` is not positive.
+    """
+    if group_size < 1:
+        raise ValueError(f"a group has 1 column or more, not {group_size}")
     return -(-columns // group_size)
 
 

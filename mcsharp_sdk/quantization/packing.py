@@ -54,8 +54,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         If the width is not supported, ``codes`` is not uint8, or a code does not fit.
     """
     _check_width(bits)
-    if codes.dtype != torch.uint8:
-        raise ValueError(f"codes must be uint8, got {codes.dtype}")
+    if not isinstance(codes, Tensor) or codes.dtype != torch.uint8:
+        given = f"a tensor of {codes.dtype}" if isinstance(codes, Tensor) else type(codes).__name__
+        raise ValueError(f"codes must be uint8 in a torch tensor, got {given}")
     if codes.numel() and int(codes.max()) >> bits:
         raise ValueError(f"a code of {int(codes.max())} does not fit into {bits} bits")
     columns = codes.shape[-1]

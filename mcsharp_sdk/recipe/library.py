@@ -6,10 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.recipe.document import suggestion
 from mcsharp_sdk.recipe.schema import Recipe
+
+RecipeLike = str | os.PathLike[str] | Mapping[str, Any]
+"""A recipe file, the name of one that comes with the package, or a recipe's plain data."""
 
 _SUFFIX = ".yaml"
 
@@ -66,10 +70,23 @@ def open_recipe(
     raise InputError(f"there is no recipe file '{path}' here{near}")
 
 
-def as_recipe(recipe: Recipe | str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe itself, or that in a file or of a name."""
-    if not isinstance(recipe, Recipe):
+def as_recipe(recipe: Recipe | RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe itself, or that of a file, a name or plain data.
+
+    Raises
+    ------
+    InputProblems, InputError
+        If the recipe is wrong, it is none of these, or overrides are given for a ``Recipe``.
+    """
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise InputError("overrides go with a recipe file, name or plain data, no Recipe")
+        return recipe
+    if isinstance(recipe, Mapping):
+        return Recipe.from_dict(recipe, overrides=overrides)
+    if isinstance(recipe, (str, os.PathLike)):
         return open_recipe(recipe, overrides)
-    if overrides:
-        raise InputError("overrides go with a recipe file or name, not with a Recipe")
-    return recipe
+    raise InputError(
+        "a recipe is a Recipe, a file, the name of one that comes with the package, or a mapping, "
+        f"not {recipe!r}"
+    )

@@ -8,8 +8,16 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    PrivateAttr,
+    model_validator,
+)
 
+from mcsharp_sdk.arguments import refuse_single
 from mcsharp_sdk.data.calibration import Calibration
 from mcsharp_sdk.errors import InputProblems
 from mcsharp_sdk.recipe.consistency import misfits
@@ -26,8 +34,11 @@ _DEFAULT_EXPORTS: Any = ({"type": "safetensors"},)
 class Recipe(BaseModel):
     """What to do to a model: stages in order, and how to write the result down.
 
-    A recipe is checked in full when it is made: a stage finds what it needs among what earlier
-    stages make, files that it names exist (they may be relative to the recipe's folder).
+    A recipe is checked when it is made: a stage finds what it needs among what earlier stages
+    make. With :meth:`from_file`, :meth:`from_text` and :meth:`from_dict` files that it names exist
+    (they may be relative to the recipe's folder), and what is wrong is an ``InputProblems``. Made
+    of settings directly it raises pydantic's ``ValidationError``, a ``ValueError``; relative paths
+    start at the current folder, and ``compress`` checks that files exist.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,9 +55,14 @@ class Recipe(BaseModel):
         CalibrationSettings | None,
         Field(description="What the stages measure with: a source, or a list of sources."),
     ] = None
-    stages: Annotated[tuple[Stage, ...], Field(description="The work, in this order.")]
+    stages: Annotated[
+        Sequence[Stage],
+        GetPydanticSchema(lambda _, schema: schema(tuple[Stage, ...])),
+        Field(description="The work, in this order."),
+    ]
     exports: Annotated[
-        tuple[Export, ...],
+        Sequence[Export],
+        GetPydanticSchema(lambda _, schema: schema(tuple[Export, ...])),
         Field(description="Ways to write the result down.", validate_default=True),
     ] = _DEFAULT_EXPORTS
 
@@ -126,6 +142,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def _checked(cls, document: Document, overrides: Sequence[str], base: Path | None) -> Recipe:
+        refuse_single(overrides, "overrides")
         apply_overrides(document, overrides)
         recipe = checked(document, base or Path.cwd(), cls)
         recipe._document = document

@@ -64,6 +64,11 @@ class CompressedModelMixin:
 
     half = float = bfloat16 = double = _refuse_cast
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled by its stock class, since a file cannot name a class made here."""
+        whole: Any = super().__reduce_ex__(protocol)
+        return _unfilled, (type(self).__bases__[1],), *whole[2:]
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save under the file names of compressed models, so that it can be loaded again.
 
@@ -90,12 +95,21 @@ _SAVABLE_CLASSES: dict[type, type] = {}
 
 def make_savable(model: Any) -> None:
     """Give a loaded compressed model its own ``save_pretrained``; the class keeps its name."""
-    original = type(model)
-    if issubclass(original, CompressedModelMixin):
-        return
+    if not isinstance(model, CompressedModelMixin):
+        model.__class__ = _savable_class(type(model))
+
+
+def _savable_class(original: type) -> type:
+    """The class of compressed models of a stock class; always the same one."""
     if original not in _SAVABLE_CLASSES:
         names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
         _SAVABLE_CLASSES[original] = type(
             original.__name__, (CompressedModelMixin, original), names
         )
-    model.__class__ = _SAVABLE_CLASSES[original]
+    return _SAVABLE_CLASSES[original]
+
+
+def _unfilled(original: type) -> Any:
+    """A compressed model without its state, for pickle and copies."""
+    savable: Any = _savable_class(original)
+    return savable.__new__(savable)

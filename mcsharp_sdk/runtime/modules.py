@@ -25,6 +25,7 @@ from mcsharp_sdk.models.experts import (
 from mcsharp_sdk.quantization.grid import PackedWeight
 from mcsharp_sdk.quantization.rotation import expert_signs, rotate
 from mcsharp_sdk.runtime import operators
+from mcsharp_sdk.runtime.kept_dtypes import KeepsDtypes
 from mcsharp_sdk.runtime.layout import (
     TENSORS,
     bucket_name,
@@ -44,7 +45,7 @@ def _register(module: nn.Module, packed: PackedWeight, names: Sequence[str]) -> 
         module.register_parameter(name, nn.Parameter(getattr(packed, part), requires_grad=False))
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(KeepsDtypes):
     """A linear layer whose weight is packed.
 
     Parameters
@@ -68,6 +69,10 @@ class PackedLinear(nn.Module):
         _register(self, packed, TENSORS)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    def keeps_dtype(self, tensor: Tensor) -> bool:
+        """Packed tensors do; the bias is added to activations."""
+        return tensor is not self.bias
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., R], in x's dtype."""
         packed = (self.qweight, self.scales, self.zeros)
@@ -82,7 +87,7 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group_size}"
 
 
-class ExpertBucket(nn.Module):
+class ExpertBucket(KeepsDtypes):
     """The experts of one layer that share a bit width, stacked.
 
     Parameters
@@ -171,6 +176,11 @@ class PackedExpertsMixin:
     operator_number: int
     children: Callable[[], Iterator[nn.Module]]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled by its original class, since a file cannot name a class made here."""
+        whole: Any = super().__reduce_ex__(protocol)
+        return _unfilled, (type(self).__bases__[1],), *whole[2:]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]  # of nn.Module, which is beside it
         self.operator_number = operators.number_of(self)
@@ -254,11 +264,21 @@ def pack_experts_module(
         experts.add_module(bucket_name(width), bucket)
     experts.removed = tuple(removed(bits))
     experts.operator_number = operators.number_of(experts)
-    original = type(experts)
+    experts.__class__ = _packed_class(type(experts))
+    # The family's weight initialisation would look for the fused weights.
+    experts._is_hf_initialized = True
+
+
+def _packed_class(original: type) -> type:
+    """The packed form of a class of experts modules; always the same one."""
     if original not in _PACKED_CLASSES:
         _PACKED_CLASSES[original] = type(
             f"Packed{original.__name__}", (PackedExpertsMixin, original), {}
         )
-    experts.__class__ = _PACKED_CLASSES[original]
-    # The family's weight initialisation would look for the fused weights.
-    experts._is_hf_initialized = True
+    return _PACKED_CLASSES[original]
+
+
+def _unfilled(original: type) -> Any:
+    """A packed experts module without its state, for pickle and copies."""
+    packed: Any = _packed_class(original)
+    return packed.__new__(packed)

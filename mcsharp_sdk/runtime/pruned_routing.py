@@ -30,7 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.experts import fused_weight
@@ -43,6 +43,7 @@ from mcsharp_sdk.pruning.importance import (
 )
 from mcsharp_sdk.pruning.rule import renormalise, weight_rule
 from mcsharp_sdk.pruning.top_any import keep_mask, top_any_layers, top_any_logits
+from mcsharp_sdk.runtime.kept_dtypes import KeepsDtypes
 from mcsharp_sdk.runtime.pruning_layout import (
     DROP_INSIGNIFICANT,
     PRUNER,
@@ -81,7 +82,7 @@ class PruningState:
         self.batch = TokenBatch()
 
 
-class ExpertPruner(nn.Module):
+class ExpertPruner(KeepsDtypes):
     """Drops slots of the router's choice in one decoder layer.
 
     Parameters

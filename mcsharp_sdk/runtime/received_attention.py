@@ -5,7 +5,8 @@ transformers calls it under the name ``mcsharp_sdpa``; it computes what ``sdpa``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +23,24 @@ PLAIN = "sdpa"
 _TAP = "received_attention_tap"
 
 
-@dataclass(eq=False)
-class TokenBatch:
-    """The tokens of the present forward: bool [B, L], false for padding."""
+class TokenBatch(threading.local):
+    """The tokens of a thread's present forward: bool [B, L], false for padding."""
 
     valid: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[TokenBatch], tuple[()]]:
+        """A copy is of no forward yet."""
+        return TokenBatch, ()
+
+
+class Sums(threading.local):
+    """What the tokens of a thread's present forward received, float32 [B, L]."""
+
+    received: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[Sums], tuple[()]]:
+        """A copy is of no forward yet."""
+        return Sums, ()
 
 
 @dataclass(eq=False)
@@ -37,16 +51,16 @@ class AttentionTap:
     ----------
     batch : the model's present tokens.
     wanted : whether the sums are needed; they are not computed otherwise.
-    received : float32 [B, L], attention received by the tokens of this forward.
+    sums : of the present forward.
     """
 
     batch: TokenBatch
     wanted: bool = False
-    received: Tensor | None = None
+    sums: Sums = field(default_factory=Sums)
 
     def take(self) -> Tensor | None:
         """The sums, once."""
-        received, self.received = self.received, None
+        received, self.sums.received = self.sums.received, None
         return received
 
 
@@ -99,7 +113,7 @@ def _forward(
     tap: AttentionTap | None = getattr(module, _TAP, None)
     if tap is not None and tap.wanted and query.shape[2] > 1:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        tap.received = _received(query, key, attention_mask, scaling, causal, tap.batch.valid)
+        tap.sums.received = _received(query, key, attention_mask, scaling, causal, tap.batch.valid)
     return output, None
 
 

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,3 +190,21 @@ def test_a_budget_in_a_gap_is_told_with_its_neighbours() -> None:
 def test_wrong_costs_and_widths_are_refused(cost: list[list[float]], widths: list[int]) -> None:
     with pytest.raises(InputError):
         solve_bit_allocation(np.array(cost), widths, 10)
+
+
+@pytest.mark.parametrize("rule", ["exactly", "atmost", "", None])
+def test_an_unknown_budget_rule_is_refused(rule: Any) -> None:
+    with pytest.raises(InputError, match="budget_rule .* is none of at_most and exact"):
+        solve_bit_allocation(np.ones((4, 3)), [1, 2, 3], 8, budget_rule=rule)
+
+
+@pytest.mark.parametrize("budget", [8.5, float("nan"), float("inf"), "8", None])
+def test_a_budget_is_a_whole_number(budget: Any) -> None:
+    with pytest.raises(InputError, match="a budget is a whole number of bits, not"):
+        solve_bit_allocation(np.ones((4, 3)), [1, 2, 3], budget)
+
+
+@pytest.mark.parametrize("budget", [7.0, np.int64(7), np.float32(7)])
+def test_a_whole_budget_may_be_of_any_type(budget: Any) -> None:
+    cost = np.array([[3.0, 2.0, 1.0]] * 4)
+    assert solve_bit_allocation(cost, [1, 2, 3], budget).sum() == 7

@@ -382,6 +382,45 @@ def test_a_config_that_names_no_dtype_changes_nothing(text: Path, tmp_path: Path
         assert evaluate(folder, text, max_tokens=8, device="cpu").dtype == "bfloat16"
 
 
+def test_the_default_dtype_of_the_caller_changes_nothing(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    expected = weights(compress(recipe(text), model, tmp_path / "plain").output)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = weights(compress(recipe(text), model, tmp_path / "float64").output)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == expected
+
+
+def test_plain_data_are_taken_as_a_recipe(model: Path, text: Path, tmp_path: Path) -> None:
+    given = {
+        "version": 1,
+        "calibration": {"source": "text", "path": str(text), "sequences": 8, "length": 32},
+        "stages": [{"type": "GPTQQuantize", "bits": 2, "group_size": 16}],
+    }
+    wider = ["stages.GPTQQuantize.bits=3"]
+    before = mcsharp_sdk.plan(Recipe.from_dict(given), model).bytes_after
+    after = mcsharp_sdk.plan(Recipe.from_dict(given, overrides=wider), model).bytes_after
+    assert before < after
+    assert mcsharp_sdk.plan(given, model).bytes_after == before
+    assert mcsharp_sdk.plan(given, model, wider).bytes_after == after
+    done = mcsharp_sdk.compress(given, model, tmp_path / "out", overrides=wider, progress=False)
+    assert done.plan.bytes_after == after
+    with pytest.raises(InputError, match="a recipe is a Recipe, a file, .* not None"):
+        mcsharp_sdk.plan(None, model)  # type: ignore[arg-type]
+
+
+def test_a_text_is_no_list_of_overrides(model: Path, text: Path, tmp_path: Path) -> None:
+    override = "stages.BitAllocation.target_bits=2"
+    with pytest.raises(InputError, match=r"overrides is a list: give \['stages.*'\], not 'stages"):
+        mcsharp_sdk.plan("quickstart", model, override)
+    with pytest.raises(InputError, match="overrides is a list"):
+        mcsharp_sdk.compress("quickstart", model, tmp_path / "out", overrides=override)
+
+
 def test_the_plan_foretells_the_size(model: Path, text: Path, tmp_path: Path) -> None:
     plan = mcsharp_sdk.plan(recipe(text), model)
     cost = model_cost(compress(recipe(text), model, tmp_path / "out").output)

@@ -95,6 +95,15 @@ def weights(folder: Path) -> dict[str, bytes]:
 # Sharing
 
 
+@pytest.mark.parametrize("name", ["window", "max_tokens"])
+def test_a_number_of_tokens_with_a_point_is_refused_before_work(
+    recipe: dict[str, Any], model: Path, tmp_path: Path, name: str
+) -> None:
+    vary = {"stages.BitAllocation.target_bits": [2.0]}
+    with pytest.raises(InputError, match=f"{name} is a whole number, not 64.0"):
+        sweep(recipe, model, tmp_path / "out", vary, **{name: 64.0})
+
+
 def test_each_stage_runs_once_per_distinct_input_and_results_are_those_of_separate_runs(
     model: Path, recipe: dict[str, Any], tmp_path: Path, ran: Counter[str]
 ) -> None:

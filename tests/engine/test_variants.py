@@ -18,6 +18,7 @@ from mcsharp_sdk.engine.variants import (
     split_values,
     variations_of,
 )
+from mcsharp_sdk.errors import InputError
 
 RECIPE: dict[str, Any] = {
     "version": 1,
@@ -116,6 +117,13 @@ def test_names_are_short_distinct_and_safe_for_files() -> None:
     for name in names:
         assert len(name) <= LONGEST_NAME
         assert not set(name) & set("/\\ []{}'\"")
+
+
+def test_a_text_is_no_list_of_variations_or_overrides() -> None:
+    with pytest.raises(InputError, match=r"vary is a list: give \['a=1'\], not 'a=1'"):
+        parse_variations("a=1")
+    with pytest.raises(InputError, match="overrides is a list"):
+        open_variants(RECIPE, variations_of({"quality": ["fast"]}), "quality=best")
 
 
 def test_text_and_the_number_that_it_looks_like_have_different_names() -> None:

@@ -155,6 +155,12 @@ def test_all_that_is_wrong_is_told_together(folder: Path) -> None:
         compare([])
 
 
+@pytest.mark.parametrize("given", ["out", Path("out")])
+def test_one_folder_is_no_list_of_folders(given: Any) -> None:
+    with pytest.raises(InputError, match="model_dirs is a list: give"):
+        compare(given)
+
+
 def test_models_before_one_that_fails_are_not_lost(
     folder: Path,
     tmp_path: Path,

@@ -179,15 +179,18 @@ def test_half_precision_is_widened_on_a_cpu_unless_asked_for(tmp_path: Path, tex
     save_tiny_tokenizer(tmp_path)
     for device in ("cpu", "cpu:0"):
         assert evaluate(tmp_path, text, max_tokens=8, device=device).dtype == "float32"
-    assert (
-        evaluate(tmp_path, text, max_tokens=8, device="cpu", dtype="bfloat16").dtype == "bfloat16"
-    )
+    for dtype in ("bfloat16", torch.bfloat16):
+        found = evaluate(tmp_path, text, max_tokens=8, device="cpu", dtype=dtype)
+        assert found.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"window": 1}, "predicts nothing"),
+        ({"window": 64.0}, "window is a whole number, not 64.0"),
+        ({"max_tokens": "64"}, "max_tokens is a whole number, not '64'"),
+        ({"dtype": torch.float64}, "dtype 'float64' is not known"),
         ({"window": 500}, "longer than the model's 128 positions"),
         ({"max_tokens": 1}, "max_tokens is 1"),
         ({"device": "abacus"}, "device 'abacus' cannot be used"),

@@ -16,6 +16,7 @@ from mcsharp_exporters.external_data import ExternalData
 from mcsharp_exporters.model_tensors import ModelTensors
 from mcsharp_exporters.onnx_model import OnnxModelExporter, export_onnx_model
 from mcsharp_exporters.onnx_model_runner import Cache, OnnxModel
+from mcsharp_exporters.onnx_runner import OnnxRouters
 from onnx import TensorProto, helper
 from onnx_models import FAMILIES, compressed, distance, logits_of, original, pruning_of, reference
 from tiny_models import tiny_config
@@ -403,6 +404,22 @@ def test_what_evaluate_cannot_change_is_said(tmp_path: Path) -> None:
         mcsharp_sdk.evaluate(tmp_path / "onnx", pruning="rule")
     with pytest.raises(InputError, match="auto, cpu or cuda, not on 'mps'"):
         mcsharp_sdk.evaluate(tmp_path / "onnx", device="mps")
+
+
+def test_what_a_runner_cannot_take_is_said(tmp_path: Path) -> None:
+    mcsharp_sdk.export("onnx_model", compressed(tmp_path / "model", "mixtral"), tmp_path / "onnx")
+    with pytest.raises(InputError, match="is not ONNX routers: open it with OnnxModel of"):
+        OnnxRouters(tmp_path / "onnx")
+    with pytest.raises(InputError, match="threads is -1: give 1 or more"):
+        OnnxModel(tmp_path / "onnx", "cpu", threads=-1)
+    model: Any = OnnxModel(tmp_path / "onnx", "cpu", threads=1)
+    ids = np.array([[1, 2]])
+    with pytest.raises(InputError, match="tokens: a numpy array is needed, not list"):
+        model([[1, 2]])
+    with pytest.raises(InputError, match="mask: a numpy array is needed, not list"):
+        model(ids, None, [[1, 1]])
+    with pytest.raises(InputError, match="cache: what an earlier call gave is needed, not str"):
+        model(ids, "cache")
 
 
 def test_settings_of_the_config_are_those_of_the_folder(tmp_path: Path) -> None:

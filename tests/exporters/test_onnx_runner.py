@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from mcsharp_exporters.onnx_model_runner import OnnxModel
 from mcsharp_exporters.onnx_routers import export_onnx_routers
 from mcsharp_exporters.onnx_runner import OnnxRouters
 from mcsharp_exporters.router_pruning import ModelPruning, RouterPruning
@@ -38,6 +39,7 @@ def test_numpy_in_numpy_out_and_the_same_as_torch(folder: Path) -> None:
     routers = OnnxRouters(folder, "cpu")
     hidden = hidden_states(10)
     arrays = routers(LAYER, hidden.numpy()[::-1])
+    assert (arrays.indices, arrays.weights, arrays.keep) == tuple(arrays)
     assert [a.dtype for a in arrays] == [np.int64, np.float32, np.bool_]
     for array, tensor in zip(arrays, routers(LAYER, hidden.flip(0)), strict=True):
         assert np.array_equal(array, tensor.numpy())
@@ -106,6 +108,8 @@ def test_two_builds_side_by_side_are_warned_of(
         (LAYER, torch.zeros(1, 1, HIDDEN), r"got float32 \[1, 1, 64\]"),
         (LAYER, torch.zeros(1, HIDDEN).bfloat16(), "takes float32 .* got bfloat16"),
         (LAYER, np.zeros((1, HIDDEN)), "takes float32 .* got float64"),
+        (LAYER, [[0.0] * HIDDEN], "hidden states are a torch tensor or a numpy array.* list"),
+        (LAYER, torch.full((1, HIDDEN), torch.nan), "give weights that are NaN"),
     ],
 )
 def test_bad_inputs_are_explained(folder: Path, layer: int, hidden: Any, message: str) -> None:
@@ -153,6 +157,8 @@ def test_no_token_is_protected_unless_it_is_said(ruled: OnnxRouters) -> None:
 def test_bad_protection_is_explained(ruled: OnnxRouters, protected: Any, message: str) -> None:
     with pytest.raises(InputError, match=f"router of layer {LAYER} takes protected .*{message}"):
         ruled(LAYER, torch.zeros(3, HIDDEN), protected)
+    with pytest.raises(InputError, match=r"protected tokens are a torch tensor.* list"):
+        ruled(LAYER, torch.zeros(3, HIDDEN), [False] * 3)  # type: ignore[call-overload]
 
 
 def test_routers_that_protect_nothing_say_so(folder: Path) -> None:
@@ -228,6 +234,11 @@ def test_a_broken_manifest_is_an_error_that_names_it(folder: Path, text: str) ->
     (folder / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(InputError, match=r"manifest\.json"):
         OnnxRouters(folder, "cpu")
+
+
+def test_a_folder_of_routers_is_no_model(folder: Path) -> None:
+    with pytest.raises(InputError, match="is not an ONNX model: open it with OnnxRouters of"):
+        OnnxModel(folder)
 
 
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:

@@ -377,7 +377,7 @@ def test_a_layer_attends_where_a_run_tells_what_attention_its_tokens_receive(
         stock.set_attn_implementation(RECEIVING)
     logits(stock, tokens())
     assert {layer: block.attends for layer, block in found.moe.items()} == {
-        layer: taps[layer].received is not None for layer in found.moe
+        layer: taps[layer].take() is not None for layer in found.moe
     }
 
 

@@ -62,9 +62,9 @@ def test_the_settings_of_a_recipe_make_the_same_recipe() -> None:
 
 
 def test_a_recipe_can_be_made_of_objects_and_is_checked_too() -> None:
-    stages = (sample_plugin.Decide(target=2, given=3),)
-    recipe = Recipe(version=1, stages=stages, exports=(sample_plugin.Listing(),))
-    assert recipe.stages == stages
+    stages = [sample_plugin.Decide(target=2, given=3)]
+    recipe = Recipe(version=1, stages=stages, exports=[sample_plugin.Listing()])
+    assert recipe.stages == tuple(stages)
     with pytest.raises(ValueError, match="Decide needs the measurement of an earlier stage"):
         Recipe(version=1, stages=(sample_plugin.Decide(target=2),), exports=())
 

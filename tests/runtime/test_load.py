@@ -250,6 +250,40 @@ def test_a_loaded_model_is_moved_but_not_cast(mixtral: Path, cast: Any) -> None:
     assert model.to(device=torch.device("meta"), dtype=None).device.type == "meta"
 
 
+def test_casting_a_part_of_a_model_leaves_packed_tensors(mixtral: Path) -> None:
+    model = load(mixtral)
+    packed = {id(p) for _, module in packed_modules(model) for p in module.parameters()}
+    names = [name for name, p in model.named_parameters() if id(p) in packed]
+    assert names
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    body = model.model.half()
+    assert body.layers[0].input_layernorm.weight.dtype == torch.float16
+    body.layers[0].bfloat16()
+    body.layers[0].type(torch.float64)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in names)
+    assert {name: after[name].dtype for name in names} == {n: before[n].dtype for n in names}
+    model.model.to("meta", torch.float64)
+    assert {model.state_dict()[name].device.type for name in names} == {"meta"}
+
+
+def test_the_bias_of_a_packed_linear_is_cast_with_what_it_is_added_to() -> None:
+    linear = PackedLinear(32, 16, 2, 32, torch.zeros(16))
+    linear.bfloat16()
+    assert linear.bias is not None
+    assert (linear.bias.dtype, linear.scales.dtype) == (torch.bfloat16, torch.float16)
+
+
+def test_a_pickled_model_gives_the_same_logits(mixtral: Path, tmp_path: Path) -> None:
+    model = load(mixtral)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert type(again) is type(model)
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
+
+
 def test_without_the_package_loading_is_an_error(mixtral: Path) -> None:
     program = (
         "from transformers import AutoModelForCausalLM as A; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -466,6 +467,8 @@ def test_networks_stay_in_float32(mixtral: Made) -> None:
     assert {p.dtype for p in pruners} == {torch.float32}
     assert not any(p.requires_grad for p in pruners)
     assert logits(model, padded("left")[0]).dtype == torch.bfloat16
+    model.model.half()
+    assert {p.dtype for n, p in model.named_parameters() if ".pruner." in n} == {torch.float32}
 
 
 def test_pruners_can_be_offloaded_to_disk(deepseek: Made, tmp_path: Path) -> None:
@@ -480,10 +483,11 @@ def test_pruners_can_be_offloaded_to_disk(deepseek: Made, tmp_path: Path) -> Non
     assert torch.equal(logits(model, ids, attention_mask=mask), expected)
 
 
-def test_a_copy_of_a_model_has_a_mode_of_its_own(mixtral: Made) -> None:
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_model_has_a_mode_of_its_own(mixtral: Made, copied: Any) -> None:
     model, (ids, mask) = load(mixtral.folder), padded("left")
     expected = logits(model, ids, attention_mask=mask)
-    other = copy.deepcopy(model)
+    other = copied(model)
     assert torch.equal(logits(other, ids, attention_mask=mask), expected)
     other.set_expert_pruning("off")
     assert not torch.equal(logits(other, ids, attention_mask=mask), expected)
