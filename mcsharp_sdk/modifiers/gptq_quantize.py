@@ -38,8 +38,8 @@ class GPTQQuantize(Modifier):
     quantizer: Annotated[
         Literal["gptq", "rtn", "hqq", "lwc"],
         Field(
-            description="gptq, or without compensation: rtn, round to nearest; hqq, half-quadratic; "
-            "lwc, learned clipping (OmniQuant). rtn and hqq need no calibration."
+            description="gptq, or without compensation: rtn, round to nearest; hqq, "
+            "half-quadratic; lwc, learned clipping (OmniQuant). rtn and hqq need no calibration."
         ),
     ] = "gptq"
     group_size: Annotated[
