@@ -267,7 +267,7 @@ class GPTQQuantize(Modifier):
             context.report.warn(f"these linear layers keep their precision: {names}")
         notes = {index: layers.notes(index) for index in range(context.model.topology.num_layers)}
         for what, message in _WARNINGS.items():
-            noted = [f"layer {i}: {name}" for i, note in notes.items() for name in note[what]]
+            noted = [f"layer {i}: {n}" for i, note in notes.items() for n in _names(note[what])]
             if noted:
                 context.report.warn(f"{message}: {_listed(noted)}")
         context.report.stages[self.type] = {"layers": {str(i): note for i, note in notes.items()}}
@@ -293,6 +293,13 @@ _WARNINGS = {
     "fallbacks": "these matrices were rounded to nearest, since no damping helped",
 }
 """Kind of note about a layer -> what it means."""
+
+
+def _names(noted: Mapping[str, int] | Sequence[str]) -> Sequence[str]:
+    """Of matrices, or of experts with their tokens."""
+    if isinstance(noted, Mapping):
+        return [f"expert {expert} ({count} tokens)" for expert, count in noted.items()]
+    return noted
 
 
 def _listed(noted: Sequence[str]) -> str:
