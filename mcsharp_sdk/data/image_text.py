@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mcsharp_sdk.data.calibration import ImageTextSource
 from mcsharp_sdk.data.corpora import check_characters, json_object
+from mcsharp_sdk.data.tokenise import choose_windows
 from mcsharp_sdk.errors import InputError
 
 INSTALL_PILLOW = "pip install 'mcsharp_sdk[vision]'"
@@ -49,10 +50,7 @@ def read_pairs(settings: ImageTextSource) -> list[Pair]:
             f"{settings.path}: has {len(rows)} pairs, but {wanted} are asked for; "
             + (f"set 'sequences: {len(rows)}', or give more" if rows else "give some")
         )
-    chosen = torch.arange(wanted)
-    if settings.sampling == "random":
-        generator = torch.Generator().manual_seed(settings.seed)
-        chosen = torch.randperm(len(rows), generator=generator)[:wanted].sort().values
+    chosen = choose_windows(len(rows), settings)
     folder = settings.path.absolute().parent.resolve()
     return [
         Pair(_inside(folder, name, where), text, where)

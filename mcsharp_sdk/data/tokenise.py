@@ -159,7 +159,7 @@ def cut_windows(stream: Tensor, length: int) -> Tensor:
 
 
 def choose_windows(count: int, settings: Calibration) -> Tensor:
-    """(sequences,) int64, ascending: which of ``count`` windows to take, none twice."""
+    """(sequences,) int64, ascending: which of ``count`` windows, or pairs, to take, none twice."""
     if settings.sampling == "first":
         return torch.arange(settings.sequences)
     generator = torch.Generator().manual_seed(settings.seed)

@@ -14,6 +14,7 @@ from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.token_protection import TokenProtection
 from mcsharp_sdk.pruning.importance import ATTENTION
+from mcsharp_sdk.recipe.consistency import place
 from mcsharp_sdk.recipe.document import Location
 from mcsharp_sdk.recipe.schema import Recipe
 
@@ -43,8 +44,7 @@ def check_model(recipe: Recipe, model: str | os.PathLike[str] | SourceModel) -> 
 def _stage_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
     for position, stage in enumerate(recipe.stages):
         for problem in stage.check_blocks(source.topology.moe):
-            setting = (problem.where,) if problem.where else ()
-            yield ("stages", position, *setting), problem.message
+            yield place(("stages", position), problem), problem.message
 
 
 def _routing_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
@@ -61,15 +61,13 @@ def _routing_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
     for position, stage in enumerate(recipe.stages):
         if stage.reads_routing:
             for problem in stage.check_routers(routers):
-                setting = (problem.where,) if problem.where else ()
-                yield ("stages", position, *setting), problem.message
+                yield place(("stages", position), problem), problem.message
 
 
 def _export_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:
     for position, exporter in enumerate(recipe.exports):
         for problem in exporter.check_model(source.config):
-            setting = (problem.where,) if problem.where else ()
-            yield ("exports", position, *setting), problem.message
+            yield place(("exports", position), problem), problem.message
 
 
 def _calibration_misfits(recipe: Recipe, source: SourceModel) -> Iterator[Misfit]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mcsharp_sdk.arguments import whole_number
 from mcsharp_sdk.data.corpora import text_pieces
-from mcsharp_sdk.data.tokenise import load_tokenizer, token_stream
+from mcsharp_sdk.data.tokenise import check_vocabulary, load_tokenizer, token_stream
 from mcsharp_sdk.embedded.text import evaluation_text
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.activation import ExpertActivity, watch_experts
@@ -292,9 +292,5 @@ def _read_tokens(
     tokens = token_stream(text, load_tokenizer(directory), limit=limit)
     if tokens.numel() < 2:
         raise InputError(f"the text has {tokens.numel()} tokens: 2 are needed at least")
-    if int(tokens.max()) >= vocabulary:
-        raise InputError(
-            f"the tokenizer gives token {int(tokens.max())}, but the model knows {vocabulary}: "
-            "use the tokenizer that belongs to the model"
-        )
+    check_vocabulary(tokens, vocabulary)
     return tokens

@@ -10,7 +10,7 @@ from torch import Tensor
 from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import Matrix
 from mcsharp_sdk.modifiers.layer_notes import LayerNotes
-from mcsharp_sdk.quantization.hessian import accumulate, shrink
+from mcsharp_sdk.quantization.hessian import accumulate, complete_
 
 
 def expert_hessians(
@@ -52,7 +52,7 @@ def expert_hessians(
                 shared = None  # the old one goes before the new one is made
                 shared = _mean_hessian(runs, matrix, expert)
             # What completes it gets the expert's mean weight.
-            shrink(hessian[None], [counted], shared, tokens / weights if weighed else 1)
+            complete_(hessian, counted, shared, tokens / weights if weighed else 1)
     return hessians, counts
 
 

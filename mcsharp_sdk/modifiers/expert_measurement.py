@@ -35,7 +35,7 @@ HESSIAN_TOKENS = 2048
 QUICK_SEARCH: dict[str, Any] = {"clip_ratios": (1.0, 0.8, 0.65, 0.5, 0.38), "refinements": 1}
 """A coarser search for scales than weights that are kept get, for the same reason."""
 
-ExpertWeights = dict[Matrix, Tensor]
+QuantisedPair = dict[Matrix, Tensor]
 """Matrix -> [R, K], one expert's weights in the model's dtype."""
 
 
@@ -179,7 +179,7 @@ class ExpertMeasurement:
 
     def quantised_experts(
         self, runs: ExpertRuns
-    ) -> Iterator[tuple[int, Iterator[tuple[int, ExpertWeights]]]]:
+    ) -> Iterator[tuple[int, Iterator[tuple[int, QuantisedPair]]]]:
         """For each expert, its weights quantised to each candidate width.
 
         Hessians and their factors are computed once and serve all widths. Experts are run on all

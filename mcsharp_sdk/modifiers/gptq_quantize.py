@@ -108,7 +108,7 @@ class GPTQQuantize(Modifier):
         ),
     ] = None
 
-    reads: ClassVar[tuple[str, ...]] = ("bit_allocation",)
+    reads: ClassVar[tuple[str, ...]] = (BitMap.NAME,)
     writes: ClassVar[str] = QUANTIZED_WEIGHTS
     uses_calibration: ClassVar[bool] = True
     shares_work: ClassVar[bool] = True

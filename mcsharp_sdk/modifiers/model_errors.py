@@ -29,7 +29,7 @@ from mcsharp_sdk.quantization.grid import REMOVED
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
-    from mcsharp_sdk.modifiers.expert_measurement import ExpertMeasurement, ExpertWeights
+    from mcsharp_sdk.modifiers.expert_measurement import ExpertMeasurement, QuantisedPair
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def _run_layers(source: SourceModel, like: LayerInputs, start: int, stop: int) -
 
 
 @contextmanager
-def _replaced(experts: Any, expert: int, weights: ExpertWeights) -> Iterator[None]:
+def _replaced(experts: Any, expert: int, weights: QuantisedPair) -> Iterator[None]:
     """Give an expert other weights for a while."""
     own = {matrix: fused_weight(experts, matrix)[expert].clone() for matrix in MATRICES}
     for matrix in MATRICES:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mcsharp_sdk.artifacts import LayerProtection
 from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.capture import RoutedInputs
-from mcsharp_sdk.models.expert_runs import ExpertRuns, run_experts
+from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.streamed_layer import StreamedLayer
 from mcsharp_sdk.modifiers.expert_outputs import change_of_output, squared_norms_behind
 from mcsharp_sdk.pruning.importance import (
@@ -72,11 +72,6 @@ class ProtectionMeasurement:
             cost=(change / behind) ** 0.5 if behind else 0.0,
             keep_ratio=ranks.total(float(kept.double().sum())) / slots,
         )
-
-    @torch.no_grad()
-    def pass_layer(self, layer: StreamedLayer) -> None:
-        """Run a layer that an earlier run has measured, with the same numbers."""
-        layer.expert_outputs = run_experts(layer)
 
     def _run(self, layer: StreamedLayer) -> tuple[ExpertRuns, list[Tensor] | None]:
         """The layer's experts, run; and per batch the attention that tokens received, [B, L]."""

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mcsharp_sdk.artifacts import LayerProtection, TokenProtectionRule
+from mcsharp_sdk.artifacts import (
+    CALIBRATED_ROUTERS,
+    QUANTIZED_WEIGHTS,
+    LayerProtection,
+    TokenProtectionRule,
+)
 from mcsharp_sdk.errors import Problem
 from mcsharp_sdk.modifiers.base import Modifier
 
@@ -76,7 +81,7 @@ class TokenProtection(Modifier):
         Field(description="Layers that prune: all, or {cheapest: N}, those where it costs least."),
     ] = "all"
 
-    uses: ClassVar[tuple[str, ...]] = ("quantized_weights", "calibrated_routers")
+    uses: ClassVar[tuple[str, ...]] = (QUANTIZED_WEIGHTS, CALIBRATED_ROUTERS)
     writes: ClassVar[str] = TokenProtectionRule.NAME
     uses_calibration: ClassVar[bool] = True
     shares_work: ClassVar[bool] = True
@@ -110,6 +115,7 @@ class TokenProtection(Modifier):
         return problems
 
     def run(self, context: RunContext) -> None:
+        from mcsharp_sdk.models.expert_runs import run_experts
         from mcsharp_sdk.modifiers.protection_measurement import ProtectionMeasurement
 
         measurement = ProtectionMeasurement(self.rule, self.threshold, self.quantile)
@@ -118,7 +124,7 @@ class TokenProtection(Modifier):
             if layer.moe is None:
                 continue
             if layers.has(layer.index):
-                measurement.pass_layer(layer)
+                layer.expert_outputs = run_experts(layer)
             else:
                 layers.write(layer.index, {}, measurement.of_layer(layer).to_json())
         found = [LayerProtection.from_json(layers.notes(i)) for i in context.model.topology.moe]

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mcsharp_sdk.artifacts import TOP_ANY_ROUTER, WHOLE_MODEL, TopAnyTraining, TrainingCurve
+from mcsharp_sdk.artifacts import (
+    CALIBRATED_ROUTERS,
+    QUANTIZED_WEIGHTS,
+    TOP_ANY_ROUTER,
+    WHOLE_MODEL,
+    TopAnyTraining,
+    TrainingCurve,
+)
 from mcsharp_sdk.errors import Problem
 from mcsharp_sdk.modifiers.base import Modifier
 
@@ -81,7 +88,7 @@ class TopAnyRouter(Modifier):
     ] = 100
     seed: Annotated[int, Field(ge=0, description="Seed of all that is random.")] = 0
 
-    uses: ClassVar[tuple[str, ...]] = ("quantized_weights", "calibrated_routers")
+    uses: ClassVar[tuple[str, ...]] = (QUANTIZED_WEIGHTS, CALIBRATED_ROUTERS)
     writes: ClassVar[str] = TOP_ANY_ROUTER
     uses_calibration: ClassVar[bool] = True
     shares_work: ClassVar[bool] = True

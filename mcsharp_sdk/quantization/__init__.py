@@ -22,9 +22,9 @@ from mcsharp_sdk.quantization.grid import (
 from mcsharp_sdk.quantization.hessian import (
     InverseFactor,
     accumulate,
+    complete_,
     diagonal_importance,
     factorise,
-    shrink,
     squared_output_error,
 )
 from mcsharp_sdk.quantization.packing import pack, packed_bytes, unpack
@@ -39,6 +39,7 @@ __all__ = [
     "QuantizedBatch",
     "QuantizedWeight",
     "accumulate",
+    "complete_",
     "dequantise",
     "dequantise_packed",
     "diagonal_importance",
@@ -50,7 +51,6 @@ __all__ = [
     "packed_rows",
     "quantise_gptq",
     "quantise_rtn",
-    "shrink",
     "squared_output_error",
     "stored_bytes",
     "unpack",

@@ -128,38 +128,27 @@ def _add_gram(hessian: Tensor, rows: Tensor) -> None:
         hessian[stop:, start:stop] = hessian[start:stop, stop:].T
 
 
-def shrink(
-    hessians: Tensor,
-    tokens: Sequence[float],
-    overall: Tensor,
-    overall_tokens: float,
-    *,
-    enough: int | None = None,
-) -> Tensor:
-    """Complete the Hessians of experts with few tokens by that of all tokens of the layer.
+def complete_(hessian: Tensor, tokens: float, overall: Tensor, overall_tokens: float) -> Tensor:
+    """Complete the Hessian of an expert with few tokens by that of all tokens of the layer.
 
-    An expert with n < ``enough`` tokens gets ``enough − n`` tokens' worth of the mean Hessian of
-    all tokens; one without tokens gets only that. Our choice; the papers do not treat the case.
+    With n < K tokens it gets K − n tokens' worth of the mean Hessian of all tokens; without tokens
+    only that. Our choice; the papers do not treat the case.
 
     Parameters
     ----------
-    hessians : fp32 [E, K, K], sums over each expert's tokens; changed in place.
-    tokens : number of tokens in each, length E; an effective one where they are weighed.
+    hessian : fp32 [K, K], sum over the expert's tokens; changed in place.
+    tokens : in it; an effective number where they are weighed.
     overall : fp32 [K, K], sum over all tokens.
     overall_tokens : number of tokens in it, > 0; where others are weighed, over their mean weight.
-    enough : tokens that need no completion; K if left out.
 
     Returns
     -------
-    ``hessians``.
+    ``hessian``.
     """
     if overall_tokens <= 0:
         raise ValueError("the overall Hessian needs at least one token")
-    enough = hessians.shape[-1] if enough is None else enough
-    for hessian, count in zip(hessians, tokens, strict=True):
-        if count < enough:
-            hessian.add_(overall, alpha=(enough - count) / overall_tokens)
-    return hessians
+    missing = max(0.0, len(hessian) - tokens)
+    return hessian.add_(overall, alpha=missing / overall_tokens)
 
 
 def diagonal_importance(hessians: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def misfits(
             ]
             earlier = [s for s in stages[:index] if isinstance(s, Modifier)]
             findings += [
-                Finding(_place(location, problem), problem.message)
+                Finding(place(location, problem), problem.message)
                 for problem in stage.check_earlier(earlier)
             ]
         chain.pass_stage(stage)
@@ -64,7 +64,7 @@ def misfits(
             )
         known = [stage for stage in stages if isinstance(stage, Modifier)]
         findings += [
-            Finding(_place(("exports", index), problem), problem.message)
+            Finding(place(("exports", index), problem), problem.message)
             for problem in exporter.check_stages(known)
         ]
     return findings + _shared_folders(exports)
@@ -88,7 +88,7 @@ def _shared_folders(exports: Sequence[Exporter | type[Exporter] | None]) -> list
     return findings
 
 
-def _place(part: Location, problem: Problem) -> Location:
+def place(part: Location, problem: Problem) -> Location:
     """Of a problem of a part of the recipe: at its setting, if it is about one."""
     return (*part, problem.where) if problem.where else part
 

@@ -228,7 +228,7 @@ def test_a_tokenizer_of_another_model_is_refused(original: Path, tmp_path: Path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 90}))
     (tmp_path / "text.txt").write_text("xyz")
-    with pytest.raises(InputError, match="token 122, but the model knows 90"):
+    with pytest.raises(InputError, match="token 122 occurs, but the model knows 0 to 89"):
         evaluate(folder, tmp_path / "text.txt")
 
 

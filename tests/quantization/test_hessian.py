@@ -10,9 +10,9 @@ import torch
 
 from mcsharp_sdk.quantization import (
     accumulate,
+    complete_,
     diagonal_importance,
     factorise,
-    shrink,
     squared_output_error,
 )
 from mcsharp_sdk.quantization.hessian import damped
@@ -113,16 +113,14 @@ def test_columns_without_input_are_uncorrelated() -> None:
 
 
 def test_experts_with_few_tokens_are_completed_from_all_tokens() -> None:
-    hessians = random_hessians(3, 8, 100)
-    hessians[2] = 0
-    overall = random_hessians(1, 8, 400, seed=1)[0]
-    shrunk = shrink(hessians.clone(), [100, 6, 0], overall, 400)
-    assert torch.equal(shrunk[0], hessians[0])
-    torch.testing.assert_close(shrunk[1], hessians[1] + 2 / 400 * overall)
-    torch.testing.assert_close(shrunk[2], 8 / 400 * overall)
-    assert torch.equal(shrink(hessians.clone(), [8, 8, 8], overall, 400), hessians)
+    many, few = random_hessians(2, 8, 100)
+    overall, none = random_hessians(1, 8, 400, seed=1)[0], torch.zeros(8, 8)
+    torch.testing.assert_close(complete_(few.clone(), 6, overall, 400), few + 2 / 400 * overall)
+    torch.testing.assert_close(complete_(none.clone(), 0, overall, 400), 8 / 400 * overall)
+    for enough in (8, 100):
+        assert torch.equal(complete_(many.clone(), enough, overall, 400), many)
     with pytest.raises(ValueError, match="at least one token"):
-        shrink(hessians, [0, 0, 0], overall, 0)
+        complete_(none, 0, overall, 0)
 
 
 def test_importance_is_the_diagonal() -> None:
