@@ -40,8 +40,11 @@ def check(
 
 
 def _checked(reference: str, model: Path | None, overrides: list[str]) -> Recipe:
+    from mcsharp_sdk.folders import check_model_folder
     from mcsharp_sdk.recipe import open_recipe
 
+    if model is not None:
+        check_model_folder(model)
     recipe = open_recipe(reference, overrides)
     if model is not None:
         from mcsharp_sdk.engine.model_fit import check_model

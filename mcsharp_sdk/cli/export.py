@@ -40,7 +40,9 @@ def export(
 ) -> None:
     """Export from a model folder: onnx_model the whole model, onnx_routers one graph per router."""
     from mcsharp_sdk.engine.export import export as run
+    from mcsharp_sdk.folders import check_model_folder
 
+    check_model_folder(directory)
     settings = _settings([*(overrides or ()), *([f"dtype={dtype}"] if dtype else ())])
     manifest = run(kind, directory, output, overwrite=overwrite, **settings)
     if json:

@@ -30,9 +30,15 @@ def plan(
     json: JsonOption = False,
 ) -> None:
     """Show what a run would do, its size and its memory, without doing it."""
+    from mcsharp_sdk.folders import check_model_folder
+    from mcsharp_sdk.recipe import open_recipe
+
+    check_model_folder(model)
+    opened = open_recipe(recipe, overrides or [])
+
     from mcsharp_sdk.engine.plan import plan as make
 
-    made = make(recipe, model, overrides or [], max_memory=max_memory, processes=processes)
+    made = make(opened, model, max_memory=max_memory, processes=processes)
     if json:
         print_json(made.to_json())
     else:

@@ -34,11 +34,14 @@ def report(
     json: JsonOption = False,
 ) -> None:
     """Write a page that shows what a run did, or compares several; it works offline."""
+    from mcsharp_sdk.folders import check_model_folder
+
     if compare:
         written = _compare(directories, output)
     else:
         if len(directories) > 1:
             raise InputError("several folders go on one page with --compare")
+        check_model_folder(directories[0])
         from mcsharp_sdk.report.page import write_report
 
         written = write_report(directories[0], output)

@@ -68,6 +68,10 @@ def sweep(
 
     Cut off, the same command continues where it was.
     """
+    from mcsharp_sdk.folders import check_model_folder
+
+    check_model_folder(model)
+
     from mcsharp_sdk.engine.sweep import sweep as run
 
     logger = logging.getLogger("mcsharp_sdk")  # what it warns of is told once, at the end

@@ -56,6 +56,11 @@ def export(
         )
     folder = Path(model)
     target = folder / kind if output is None else Path(output)
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise InputError(
+            f"{target} exists already; give --overwrite to replace what an earlier export wrote "
+            "there, or another folder as --output"
+        )
     written = FOLDER_EXPORTS[kind](folder, target, overwrite, settings)
     if target.resolve().is_relative_to(folder.resolve()):
         renew_checksums(folder, target)

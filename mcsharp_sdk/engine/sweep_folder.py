@@ -15,9 +15,9 @@ from mcsharp_sdk.engine.output_folder import check_writable
 from mcsharp_sdk.engine.run_directory import lock, write_json
 from mcsharp_sdk.engine.sweep_plan import PlannedVariant, SweepPlan
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.folders import SWEEP_FILE
 from mcsharp_sdk.report.sweep import Row, csv_table, sweep_plot
 
-SWEEP_FILE = "sweep.json"
 TABLE_FILE = "sweep.csv"
 PLOT_FILE = "sweep.svg"
 VARIANTS_FOLDER = "variants"

@@ -9,6 +9,7 @@ from typing import Any
 
 from mcsharp_sdk.artifact_file import read_json_object
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.folders import CONFIG_FILE, check_model_folder
 
 METHOD = "mcsharp"
 """``quant_method`` of the models that this package compressed."""
@@ -28,9 +29,8 @@ def check_config(path: Path) -> dict[str, Any]:
         If there is none, it is no JSON object, or it gives a size that would take up all memory or
         time before it is found out to be wrong.
     """
-    file = path / "config.json"
-    if not file.is_file():
-        raise InputError(f"{path} is not a model folder: it has no config.json")
+    check_model_folder(path)
+    file = path / CONFIG_FILE
     try:
         config = read_json_object(file)
     except InputError as error:

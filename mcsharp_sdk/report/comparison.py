@@ -11,6 +11,7 @@ from mcsharp_sdk._version import __version__
 from mcsharp_sdk.artifact_file import read_json_object, write_text_atomically
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
 from mcsharp_sdk.evaluation.saved import EVALUATION_FILE, SavedEvaluation, read_evaluations
+from mcsharp_sdk.folders import SWEEP_FILE
 from mcsharp_sdk.report.elements import (
     Figure,
     Page,
@@ -25,7 +26,6 @@ from mcsharp_sdk.report.page import render
 from mcsharp_sdk.report.plot import Point, line_plot
 from mcsharp_sdk.report.sweep import BYTES, READ, CostAxis, differs
 
-SWEEP_FILE = "sweep.json"
 FRONT = "no other is better in both"
 ORIGINAL = "original"
 

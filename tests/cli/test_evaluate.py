@@ -64,7 +64,7 @@ def test_bad_input_is_exit_code_two_and_one_message(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("evaluate", model / "absent") == 2
-    assert "not a model folder" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err
     text = model / "text.txt"
     assert run("evaluate", model, "--text", text, "--window", "4096", "--json") == 2
     captured = capsys.readouterr()

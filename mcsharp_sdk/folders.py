@@ -1,0 +1,59 @@
+"""What a path is that should be a model folder, told before anything heavy is imported."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mcsharp_sdk.errors import InputError
+
+CONFIG_FILE = "config.json"
+SWEEP_FILE = "sweep.json"
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""``owner/name``, as hubs call their models."""
+
+
+def run_folder_of(output: Path) -> Path:
+    """Where a run keeps what is finished until its output is there, if it is told no other place.
+
+    It is a hidden folder beside the output, which has a name.
+    """
+    return output.with_name(f".{output.name}.run")
+
+
+def check_model_folder(path: Path) -> None:
+    """Check that a path is a folder with a ``config.json``.
+
+    Raises
+    ------
+    InputError
+        If it is not; the message says what it is instead, and what to do.
+    """
+    if (path / CONFIG_FILE).is_file():
+        return
+    if path.is_file():
+        raise InputError(f"{path} is a file: give the folder of the model")
+    if not path.is_dir():
+        raise InputError(_absent(path))
+    if (path / SWEEP_FILE).is_file():
+        raise InputError(
+            f"{path} is a sweep, no model: `mcsharp report --compare {path} --output FILE` draws "
+            "it; models that it kept are in its folder variants"
+        )
+    raise InputError(f"{path} is not a model folder: it has no {CONFIG_FILE}")
+
+
+def _absent(path: Path) -> str:
+    run = run_folder_of(path) if path.name else path
+    if run.is_dir():
+        return (
+            f"{path} does not exist: its run is unfinished ({run}); the same compress command "
+            "continues it"
+        )
+    if _HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
+        return (
+            f"there is no folder {path}; if it is a name on a hub: models are not fetched, so "
+            "download it first and give the folder"
+        )
+    return f"there is no folder {path}"
