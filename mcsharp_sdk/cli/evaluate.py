@@ -88,13 +88,26 @@ def evaluate(
         raise InputError("several folders go into one table with --compare")
     if tasks is not None or suite is not None:
         _refuse({**of_text, "reference": reference, "save": save or None}, "does not go with tasks")
+        _check_folders(directories)
         _tasks(directories, tasks, suite, {**_given(of_tasks), **shared}, json)
         return
     _refuse(of_tasks, "goes with --tasks or --suite")
+    _check_folders([*directories, *([reference] if reference else [])])
     if compare or reference is not None or save:
         _compare(directories, reference, save, {**of_text, **shared}, json)
     else:
         _evaluate(directories[0], {**of_text, **shared}, json)
+
+
+def _check_folders(directories: Iterable[Path]) -> None:
+    """Refuse what is no model, before anything heavy is imported."""
+    from mcsharp_exporters.manifest_file import MANIFEST
+
+    from mcsharp_sdk.folders import check_model_folder
+
+    for directory in directories:
+        if not (directory / MANIFEST).is_file():  # an ONNX model has no config.json
+            check_model_folder(directory)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -150,8 +163,9 @@ def _compare(
 def _renew_page(folder: Path) -> None:
     """Write the report of a folder again, if it has one, so that it shows what was measured."""
     from mcsharp_sdk.report.page import PAGE_FILE, write_report
+    from mcsharp_sdk.report.run_folder import RunFolder
 
-    if (folder / PAGE_FILE).is_file():
+    if (folder / PAGE_FILE).is_file() and RunFolder.read(folder).is_result:
         write_report(folder)
 
 

@@ -13,6 +13,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 
 from mcsharp_sdk._version import __version__
 from mcsharp_sdk.artifact_file import write_text_atomically
+from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.report.elements import Page, Section, Table, Tile, bytes_text, percent_text
 from mcsharp_sdk.report.measured import coverage_section, experts_section
 from mcsharp_sdk.report.outcome import (
@@ -42,10 +43,16 @@ def write_report(directory: str | Path, output: str | Path | None = None) -> Pat
     Raises
     ------
     InputError
-        If the folder is no model, or one of its files cannot be read.
+        If the folder is no model, or not one that mcsharp made, or one of its files cannot be read.
     """
     target = Path(directory) / PAGE_FILE if output is None else Path(output)
-    write_text_atomically(target, render(report_page(RunFolder.read(directory))))
+    run = RunFolder.read(directory)
+    if not run.is_result:
+        raise InputError(
+            f"{directory} is not a result of mcsharp, so there is nothing to report; "
+            f"`mcsharp inspect {directory}` shows what it holds"
+        )
+    write_text_atomically(target, render(report_page(run)))
     return target
 
 

@@ -84,6 +84,11 @@ class RunFolder:
         return str(self.report.get("model") or self.path.resolve().name)
 
     @property
+    def is_result(self) -> bool:
+        """Whether mcsharp made the model."""
+        return bool(self.report) or self.layout is not None
+
+    @property
     def before(self) -> Mapping[str, Any]:
         """Costs of the original, as far as they are known."""
         known = self.report.get("before")

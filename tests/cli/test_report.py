@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,25 +28,52 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def done(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model, compressed."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "recipe.yaml").write_text(
+        f"version: 1\ncalibration: {{source: text, path: {model / 'text.txt'}, sequences: 4, "
+        "length: 16}\nstages:\n  - {type: GPTQQuantize, bits: 2, group_size: 16}\n"
+    )
+    recipe, output = folder / "recipe.yaml", folder / "done"
+    assert run("compress", recipe, "--model", model, "--output", output) == 0
+    return output
+
+
 def test_a_page_lies_in_the_folder_or_where_it_is_wanted(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("report", done) == 0
+    assert str(done / "mcsharp_report.html") in capsys.readouterr().out
+    assert run("report", done, "--output", tmp_path / "page.html", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"output": str(tmp_path / "page.html")}
+    assert (tmp_path / "page.html").read_text() == (done / "mcsharp_report.html").read_text()
+
+
+def test_an_original_model_has_nothing_to_report_and_gets_no_page(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("report", model) == 0
-    assert str(model / "mcsharp_report.html") in capsys.readouterr().out
-    assert run("report", model, "--output", tmp_path / "page.html", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"output": str(tmp_path / "page.html")}
-    assert (tmp_path / "page.html").read_text() == (model / "mcsharp_report.html").read_text()
+    assert run("report", model) == 2
+    told = capsys.readouterr().err
+    assert f"{model} is not a result of mcsharp" in told
+    assert f"`mcsharp inspect {model}` shows what it holds" in told
+    original = shutil.copytree(model, tmp_path / "model")
+    (original / "mcsharp_report.html").write_text("as older versions wrote it")
+    options = ("--text", model / "text.txt", "--window", "32", "--device", "cpu", "--save")
+    assert run("evaluate", original, *options) == 0
+    assert (original / "mcsharp_report.html").read_text() == "as older versions wrote it"
 
 
 def test_what_evaluate_saves_appears_on_the_page_and_can_be_compared(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("report", model) == 0
+    assert run("report", done) == 0
     options = ("--text", model / "text.txt", "--window", "32", "--device", "cpu", "--save")
-    assert run("evaluate", model, *options) == 0
+    assert run("evaluate", done, *options) == 0
     assert "kept in" in capsys.readouterr().err
-    assert "Quality on text.txt" in (model / "mcsharp_report.html").read_text()
-    assert run("report", "--compare", model, "--output", tmp_path / "runs.html") == 0
+    assert "Quality on text.txt" in (done / "mcsharp_report.html").read_text()
+    assert run("report", "--compare", done, "--output", tmp_path / "runs.html") == 0
     assert "1 run compared" in (tmp_path / "runs.html").read_text()
 
 
