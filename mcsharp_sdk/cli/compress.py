@@ -20,6 +20,7 @@ from mcsharp_sdk.errors import InputError
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.run import Compression
+    from mcsharp_sdk.recipe import Recipe
 
 
 def compress(
@@ -48,28 +49,68 @@ def compress(
     json: JsonOption = False,
 ) -> None:
     """Compress a model as a recipe says. Cut off, the same command continues where it was."""
+    from mcsharp_sdk.engine.output_folder import check_output, default_run_directory
+    from mcsharp_sdk.folders import check_model_folder
+    from mcsharp_sdk.recipe import open_recipe
+
+    _log_to(log_file)
+    check_model_folder(model)
+    opened = open_recipe(recipe, overrides or [])
+    output = output.absolute()
+    directory = run_dir or default_run_directory(output, opened)
+    if opened.exports and not directory.exists():  # else a run may have made the output already
+        check_output(output, model, directory, overwrite)
+
     from mcsharp_sdk.cli.plan import show_plan
     from mcsharp_sdk.engine.ranks import is_first
     from mcsharp_sdk.engine.run import compress as run
 
-    _log_to(log_file)
+    result = None
     try:
         result = run(
-            recipe,
+            opened,
             model,
             output,
             run_dir=run_dir,
-            overrides=overrides or [],
             overwrite=overwrite,
             device=device,
             max_memory=max_memory,
             on_plan=None if json else show_plan,
         )
+        if is_first():
+            _tell(result, json)
     except KeyboardInterrupt:
-        print_note("What is finished is kept: the same command continues from there.")
+        finished = result.output if result else None
+        print_note(_what_is_left(opened, directory, output, finished))
         raise
-    if not is_first():
-        return
+
+
+def _what_is_left(recipe: Recipe, directory: Path, output: Path, finished: Path | None) -> str:
+    """What an interrupted run left, and what to do.
+
+    Parameters
+    ----------
+    directory : of the run.
+    finished : the result, if the run had ended.
+    """
+    from mcsharp_sdk.engine.publication import is_published
+
+    if finished is not None:
+        return f"The result is complete in {finished}."
+    if is_published(directory, output, recipe):
+        return (
+            f"The result is complete in {output}. {directory} is left of the run: the same command "
+            "removes it."
+        )
+    if directory.is_dir():
+        return (
+            f"What is finished is kept in {directory}: the same command continues from there. "
+            "Delete that folder to begin again."
+        )
+    return "Nothing was finished: the same command begins again."
+
+
+def _tell(result: Compression, json: bool) -> None:
     if json:
         print_json(result.to_json())
     else:

@@ -9,6 +9,7 @@ import typer
 
 from mcsharp_sdk.cli.options import JsonOption
 from mcsharp_sdk.cli.output import print_json, print_table, print_text
+from mcsharp_sdk.errors import InputError
 
 if TYPE_CHECKING:
     from mcsharp_sdk.evaluation.evaluate import Evaluation
@@ -27,12 +28,15 @@ def demo(
     json: JsonOption = False,
 ) -> None:
     """Compress the model that comes with mcsharp, evaluate it before and after, and compare."""
-    from mcsharp_sdk.cli.plan import show_plan
     from mcsharp_sdk.embedded import model_directory
+
+    source = model_directory()
+    _check_own(output, source.name)
+
+    from mcsharp_sdk.cli.plan import show_plan
     from mcsharp_sdk.engine.run import compress
     from mcsharp_sdk.evaluation.evaluate import evaluate
 
-    source = model_directory()
     compress(recipe, source, output, overwrite=True, on_plan=None if json else show_plan)
     before, after = (
         evaluate(folder, window=DEMO_WINDOW, max_tokens=DEMO_TOKENS) for folder in (source, output)
@@ -42,6 +46,24 @@ def demo(
         return
     print_table("Before and after", ["", "original", "compressed"], _rows(before, after))
     print_text(f"The compressed model is in {output}. Look into it: mcsharp inspect {output}")
+
+
+def _check_own(output: Path, model: str) -> None:
+    """InputError if the output holds something else than a result of the demo's model."""
+    from mcsharp_sdk.artifact_file import read_json_object
+    from mcsharp_sdk.engine.output_folder import REPORT_FILE
+
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    try:
+        made_of = read_json_object(output / REPORT_FILE).get("model")
+    except InputError:
+        made_of = None
+    if made_of != model:
+        raise InputError(
+            f"{output} holds something else than a result of the demo, so it is not replaced; "
+            "give another --output"
+        )
 
 
 def _rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]:

@@ -3,33 +3,81 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+from mcsharp_sdk.artifact_file import TEMPORARY_FILES, read_json_object
+from mcsharp_sdk.checked_files import CHECKSUMS_FILE, UNSUMMED_FILES, read_checksums
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.folders import run_folder_of
+from mcsharp_sdk.recipe.schema import Recipe
 
-RESULT_FILES = ("mcsharp_report.json", "onnx_routers/manifest.json", "onnx_model/manifest.json")
-"""A folder with one of these was written by an exporter, and may be overwritten."""
+REPORT_FILE = "mcsharp_report.json"
+MANIFEST_FILE = "manifest.json"
+RESULT_FILES = (REPORT_FILE, f"onnx_routers/{MANIFEST_FILE}", f"onnx_model/{MANIFEST_FILE}")
+"""A folder with one of these was written by an exporter."""
+
+LATER_FILES = (CHECKSUMS_FILE, *UNSUMMED_FILES, "mcsharp_evaluation.json")
+"""Files of a result that its checksums do not name, or that commands after the run add."""
+
+MOST_NAMED = 3
+"""Most files that a message names."""
+
+
+def default_run_directory(output: Path, recipe: Recipe) -> Path:
+    """A hidden folder beside the output, or the output where nothing else will be there.
+
+    ``output`` is absolute.
+    """
+    if not output.name:
+        raise InputError(f"{output} cannot be replaced: give a folder to make as --output")
+    return run_folder_of(output) if recipe.exports else output
 
 
 def check_output(output: Path, model: Path, run_directory: Path, overwrite: bool) -> None:
-    """InputError if a folder cannot become the output, or holds what is not ours to replace."""
+    """InputError if a folder cannot become the output, or holds what is not ours to replace.
+
+    --overwrite is suggested only where it would work.
+    """
     if output.is_file():
         raise InputError(f"{output} is a file; the output must be a folder to make")
-    if output.exists() and not overwrite:
-        raise InputError(f"{output} exists already; give --overwrite to replace it")
     if _lies_in(model, output):
         raise InputError(
             f"the model {model} lies in the output {output}, which would be replaced: give another "
             "--output"
         )
-    if output.exists() and any(output.iterdir()) and not _is_ours(output):
-        raise InputError(
-            f"{output} holds something else than a result of mcsharp, so it is not overwritten; "
-            "give another --output, or empty the folder yourself"
-        )
     if _lies_in(run_directory, output):
         raise InputError(f"the run directory {run_directory} must not lie in the output {output}")
+    if output.exists():
+        check_replaceable(output)
+        if not overwrite:
+            raise InputError(f"{output} exists already; give --overwrite to replace it")
     check_writable(output)
+
+
+def check_replaceable(folder: Path) -> None:
+    """InputError unless a folder is empty, or holds a result of mcsharp and no file of others."""
+    if not any(folder.iterdir()):
+        return
+    if not is_result(folder):
+        raise InputError(
+            f"{folder} holds something else than a result of mcsharp, so it is not overwritten; "
+            "give another --output, or empty the folder yourself"
+        )
+    strangers = sorted(_strangers(folder))
+    if strangers:
+        some = ", ".join(strangers[:MOST_NAMED])
+        more = f" and {len(strangers) - MOST_NAMED} more" if len(strangers) > MOST_NAMED else ""
+        raise InputError(
+            f"{folder} also holds {some}{more}, which the run that made it did not write "
+            f"({CHECKSUMS_FILE} does not name them), so it is not overwritten; move them "
+            "elsewhere, or give another --output"
+        )
+
+
+def is_result(folder: Path) -> bool:
+    """Whether an exporter wrote a folder."""
+    return any((folder / name).is_file() for name in RESULT_FILES)
 
 
 def check_writable(folder: Path) -> None:
@@ -44,5 +92,26 @@ def _lies_in(path: Path, folder: Path) -> bool:
     return folder.resolve() in (path.resolve(), *path.resolve().parents)
 
 
-def _is_ours(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in RESULT_FILES)
+def _strangers(folder: Path) -> Iterator[str]:
+    """Files of a result, relative to it, that mcsharp did not write."""
+    known = {*LATER_FILES, *read_checksums(folder)}
+    for manifest in folder.glob(f"*/{MANIFEST_FILE}"):
+        known |= {f"{manifest.parent.name}/{name}" for name in _exported(manifest)}
+    for file in folder.rglob("*"):
+        name = file.relative_to(folder).as_posix()
+        ours = name in known or file.match(TEMPORARY_FILES)
+        if not ours and (file.is_symlink() or not file.is_dir()):
+            yield name
+
+
+def _exported(manifest: Path) -> set[str]:
+    """The manifest that ``mcsharp export`` wrote, and the files that it names; else nothing."""
+    try:
+        content = read_json_object(manifest)
+    except InputError:
+        return set()
+    if not str(content.get("format")).startswith("mcsharp."):
+        return set()
+    entries = [e for key in ("files", "layers") if isinstance(e := content.get(key), list)]
+    named = (entry.get("file") for of_key in entries for entry in of_key if isinstance(entry, dict))
+    return {MANIFEST_FILE, *(str(name) for name in named)}

@@ -16,6 +16,7 @@ from mcsharp_sdk.checked_files import (
     read_checked_json,
     write_checksums,
 )
+from mcsharp_sdk.engine.output_folder import check_replaceable
 from mcsharp_sdk.engine.run_directory import PUBLISHED_FILE, RunDirectory, lock
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.recipe.schema import Recipe
@@ -68,13 +69,20 @@ def partial_output(output: Path) -> Iterator[Path]:
 def publish(
     partial: Path, output: Path, recipe: Recipe, directory: RunDirectory, *, overwrite: bool
 ) -> None:
-    """Give a folder in which everything is written its checksums, and rename it to ``output``."""
+    """Give a folder in which everything is written its checksums, and rename it to ``output``.
+
+    Raises
+    ------
+    InputError
+        If ``output`` came into being, or files of others came into it, since the run began.
+    """
     write_checksums(partial)
     directory.mark_published(_identity(output, recipe, partial / CHECKSUMS_FILE))
     old = output.with_name(f".{output.name}.old")
     if output.exists():
         if not overwrite:
             raise InputError(f"{output} came into being meanwhile; give --overwrite to replace it")
+        check_replaceable(output)
         shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed while it replaced
         output.rename(old)
     partial.rename(output)

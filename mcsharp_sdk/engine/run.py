@@ -13,7 +13,7 @@ from mcsharp_sdk.data.gathering import gather
 from mcsharp_sdk.engine.budget import read_bytes_of
 from mcsharp_sdk.engine.disk_space import check_disk_space
 from mcsharp_sdk.engine.fingerprint import fingerprint
-from mcsharp_sdk.engine.output_folder import check_output
+from mcsharp_sdk.engine.output_folder import check_output, default_run_directory
 from mcsharp_sdk.engine.plan import Plan, make_plan
 from mcsharp_sdk.engine.publication import is_published
 from mcsharp_sdk.engine.ranks import SharedRunDirectory, joined, own_device
@@ -130,7 +130,7 @@ def _compress(
     """``compress`` with its arguments read, as one of several processes or alone."""
     allowed = _allowed(max_memory, device)
     output = Path(os.path.abspath(output))
-    directory = run_dir if run_dir is not None else _default_directory(output, recipe)
+    directory = run_dir if run_dir is not None else default_run_directory(output, recipe)
     published = not overwrite and is_published(directory, output, recipe)
     source = SourceModel(model, device)
     checks = Checks()
@@ -169,13 +169,6 @@ def _shared_calibration(recipe: Recipe, source: SourceModel, ranks: Ranks) -> Ca
     if calibration.groups:
         calibration.share(ranks.rank, ranks.count)  # fewer sequences than processes are refused
     return calibration
-
-
-def _default_directory(output: Path, recipe: Recipe) -> Path:
-    """A hidden folder beside the output, or the output where nothing else will be there."""
-    if not output.name:
-        raise InputError(f"{output} cannot be replaced: give a folder to make as --output")
-    return output.with_name(f".{output.name}.run") if recipe.exports else output
 
 
 def _allowed(max_memory: str | int | None, device: str) -> int | None:

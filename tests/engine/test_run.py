@@ -178,12 +178,18 @@ def test_an_existing_output_is_refused_and_left_alone(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
     output = compress(recipe(text), model, tmp_path / "out").output
-    (output / "mine").write_text("precious")
+    (output / "README.md").write_text("edited")
     with pytest.raises(InputError, match="--overwrite"):
         compress(recipe(text), model, output)
+    assert (output / "README.md").read_text() == "edited"
+    (output / "mine").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="also holds mine"):
+            compress(recipe(text), model, output, overwrite=overwrite)
     assert (output / "mine").read_text() == "precious"
+    (output / "mine").unlink()
     compress(recipe(text), model, output, overwrite=True)
-    assert not (output / "mine").exists()
+    assert (output / "README.md").read_text() != "edited"
 
 
 def test_a_folder_of_something_else_is_never_overwritten(
