@@ -75,11 +75,29 @@ def _target(data: Any, steps: Sequence[str]) -> Location:
     """Where the steps lead in the data; the last may name a setting that is not written yet."""
     location: Location = ()
     for step in steps[:-1]:
+        if not location and (meant := _list_with(data, step)):
+            raise BadOverride(
+                f"the recipe has no '{step}'; did you mean {meant}.{'.'.join(steps)}?"
+            )
         location = (*location, _existing(data, step, location))
         data = data[location[-1]]
     if isinstance(data, dict):
         return (*location, steps[-1])
     return (*location, _existing(data, steps[-1], location))
+
+
+def _list_with(data: Any, kind: str) -> str:
+    """Key of the list of the recipe that has an item of a type (or source); empty if none has."""
+    parts = data.items() if isinstance(data, dict) and kind not in data else ()
+    return next((key for key, items in parts if kind in _types(items)), "")
+
+
+def _types(items: Any) -> list[Any]:
+    """The type (or source) of each item of a list; of anything else, none."""
+    return [
+        item.get("type", item.get("source")) if isinstance(item, dict) else None
+        for item in (items if isinstance(items, list) else ())
+    ]
 
 
 def _existing(data: Any, step: str, location: Location) -> str | int:
@@ -100,9 +118,7 @@ def _item(items: list[Any], step: str, where: str) -> int:
         if int(step) < len(items):
             return int(step)
         raise BadOverride(f"{where} has {len(items)} entries, counted from 0: there is no [{step}]")
-    types = [
-        item.get("type", item.get("source")) if isinstance(item, dict) else None for item in items
-    ]
+    types = _types(items)
     found = [index for index, kind in enumerate(types) if kind == step]
     if len(found) == 1:
         return found[0]

@@ -159,11 +159,26 @@ def _own_words(location: Location, cause: str) -> str:
 
 
 def _no_such_setting(location: Location, data: Any, root: type[BaseModel]) -> str:
+    if len(location) == 1 and (targets := _targets(str(location[0]), data)):
+        return f"{_NO_SUCH}; did you mean {' or '.join(map(repr, targets))}?"
     owner = root if len(location) == 1 else settings_class(location[:-1], data)
     if owner is None:
         return _NO_SUCH
     names = owner.model_fields
     return _NO_SUCH + suggestion(str(location[-1]), names, otherwise="there are ")
+
+
+def _targets(setting: str, data: Any) -> list[str]:
+    """Where stages and exporters of a recipe have a setting, as ``stages.TYPE.setting``."""
+    found = []
+    for part in ("stages", "exports"):
+        items = data.get(part) if isinstance(data, Mapping) else None
+        for index, item in enumerate(items if isinstance(items, list) else ()):
+            owner = settings_class((part, index), data)
+            if owner is not None and setting in owner.model_fields:
+                kind = item["type"] if isinstance(item, Mapping) else owner.__name__
+                found.append(f"{part}.{kind}.{setting}")
+    return found
 
 
 def _not_a_choice(value: Any, expected: str) -> str:
