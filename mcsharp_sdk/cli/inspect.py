@@ -50,15 +50,19 @@ def inspect(
     json: JsonOption = False,
 ) -> None:
     """Show layers, experts, router, bytes by role and bit widths; no weight is loaded."""
-    from mcsharp_sdk.evaluation.inspection import inspect_model
+    from mcsharp_sdk.folders import check_model_folder
 
     if kernels and verify:
         raise InputError("--verify does not go with --kernels: leave one of them out")
+    if not kernels and (measure or device or dtype):
+        raise InputError("--measure, --device and --dtype go with --kernels")
+    check_model_folder(directory)
     if kernels:
         _kernels(directory, device or "auto", dtype or "auto", measure, json)
         return
-    if measure or device or dtype:
-        raise InputError("--measure, --device and --dtype go with --kernels")
+
+    from mcsharp_sdk.evaluation.inspection import inspect_model
+
     verified = _verified(directory) if verify else None
     found = inspect_model(directory)
     if json:
@@ -176,6 +180,10 @@ def _experts(found: Inspection) -> str:
     counts = sorted(set(found.experts_per_layer.values()))
     if not counts:
         return "none"
+    if found.experts_by_name:
+        return (
+            f"{'/'.join(map(str, counts))} per layer by the names of tensors; the config has none"
+        )
     return f"{'/'.join(map(str, counts))} per layer, {found.top_k} per token"
 
 

@@ -29,6 +29,8 @@ class Inspection:
     model_type : family, as in config.json.
     layers : number of decoder layers.
     experts_per_layer : decoder layer -> routed experts, for the layers that have any.
+    experts_by_name : that is told by the names of stored tensors, since the architecture that
+        config.json gives has no layer with experts that is known.
     top_k : experts per token; 0 without any.
     router : how experts are chosen, None where that is not known.
     unsupported : why mcsharp_sdk cannot compress this model, empty if it can.
@@ -42,6 +44,7 @@ class Inspection:
     model_type: str
     layers: int
     experts_per_layer: dict[int, int]
+    experts_by_name: bool
     top_k: int
     router: RouterSettings | None
     unsupported: str
@@ -79,6 +82,7 @@ def inspect_model(model_dir: str | Path) -> Inspection:
         model_type=config.model_type,
         layers=topology.num_layers if topology else config.get_text_config().num_hidden_layers,
         experts_per_layer=topology.experts_per_layer() if topology else stored,
+        experts_by_name=topology is None and bool(stored),
         top_k=cost.top_k,
         router=router,
         unsupported=unsupported or router_fault,

@@ -48,6 +48,29 @@ def test_people_get_tables(model: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert part in shown
 
 
+def test_experts_that_the_config_does_not_have_are_told_by_the_names_of_tensors(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    assert run("inspect", other) == 0
+    shown = capsys.readouterr().out
+    assert "8 per layer by the names of tensors; the config has none" in shown
+    assert "per token" not in shown.split("parameters")[0]
+    assert run("inspect", model, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["experts_by_name"] is False
+
+
+def test_a_dense_model_has_no_experts_whatever_its_config_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = save_tiny_model(tmp_path, "qwen3_moe", mlp_only_layers=[0, 1, 2])
+    assert run("inspect", dense, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["experts_per_layer"], found["experts_by_name"]) == ({}, False)
+
+
 def test_a_compressed_model_shows_its_widths(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
