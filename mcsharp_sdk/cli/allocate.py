@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from mcsharp_sdk.artifacts import BitMap
     from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
 
+LEAST_LOST = 1e-6
+"""Bits that a budget must lose by rounding to be told; less is rounding of the numbers."""
+
 _ELSEWHERE = {
     "factors": "it is the argument of this command",
     "type": "this command is BitAllocation",
@@ -92,8 +95,24 @@ def _show(bit_map: BitMap, settings: BitAllocation, output: Path | None) -> None
     print_table(title, ["layer", "bits per expert", "mean", "cost"], rows)
     total = f", cost {sum(objective.values()):.6g} in total" if objective else ""
     print_text(f"nominal bits {bit_map.nominal_bits:.6g}{total}")
+    if rounded := _rounding(bit_map, settings):
+        print_text(rounded)
     if output is not None:
         print_text(f"saved in {output}")
+
+
+def _rounding(bit_map: BitMap, settings: BitAllocation) -> str:
+    """Why the mean may be below the target; empty if the budget is a whole number of bits."""
+    counts = [len(widths) for widths in bit_map.bits.values()]
+    scope = "all layers together" if settings.whole_model else "each layer"
+    for experts in [sum(counts)] if settings.whole_model else sorted(set(counts)):
+        asked, whole = settings.target_bits * experts, settings.budget_bits(experts)
+        if asked - whole > LEAST_LOST:
+            return (
+                f"the budget of {scope} is rounded down to whole bits: {asked:.6g} for {experts} "
+                f"experts become {whole}, {whole / experts:.6g} each"
+            )
+    return ""
 
 
 def _cost(value: float | None) -> str:

@@ -49,6 +49,30 @@ def test_the_published_map_comes_out_as_json(
     )
 
 
+@pytest.mark.parametrize(
+    ("bits", "options", "told"),
+    [
+        (2.2, (), "the budget of each layer is rounded down to whole bits: 8.8 for 4 experts"),
+        (2.2, ("--set", "budget_scope=global"), "the budget of all layers together is rounded"),
+        (2.25, (), None),
+    ],
+)
+def test_a_budget_that_is_rounded_down_is_said_so(
+    bits: float,
+    options: tuple[str, ...],
+    told: str | None,
+    factors: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert allocate(factors, "--target-bits", bits, *options) == 0
+    printed = capsys.readouterr().out
+    if told is None:
+        assert "rounded" not in printed
+    else:
+        assert told in printed
+        assert "become 8, 2 each" in printed
+
+
 def test_the_map_is_shown_as_a_table_and_saved(
     factors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
