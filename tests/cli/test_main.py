@@ -82,6 +82,73 @@ def test_waiting_threads_soon_sleep(chosen: dict[str, str], spins: str) -> None:
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
+READER_LEAVES = """\
+import sys
+from mcsharp_sdk.cli import main, output, schema
+def verb():
+    for _ in range(3):
+        output.print_table("title", ["name"], [["x" * 99]] * 2000)
+        output.print_text("text " * 9999)
+        output.print_json({"a": "b" * 99999})
+    print("done", file=sys.stderr)
+schema.schema = verb
+main.run(["schema"])
+"""
+
+
+def test_work_goes_on_when_the_reader_of_its_output_leaves() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", READER_LEAVES], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        told = process.stderr.read().decode()
+    assert (process.returncode, told) == (0, "done\n")
+
+
+WAITS = """\
+import sys
+from mcsharp_sdk.cli.main import run
+try:
+    run(sys.argv[1:])
+except SystemExit as end:
+    heavy = {"transformers.modeling_utils"} & set(sys.modules)
+    sys.exit(f"imported {heavy}" if heavy else end.code)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "evaluate nowhere",
+        "report nowhere",
+        "inspect nowhere",
+        "export onnx_routers nowhere",
+        "plan quickstart --model nowhere",
+        "sweep quickstart --model nowhere --output o --vary stages.BitAllocation.target_bits=2",
+        "compress quickstart --model nowhere --output o",
+        "compress nowhere.yaml --model . --output o",
+        "compress text.yaml --model . --output o",
+        "compress recipe.yaml --model . --output done",
+        "demo --output .",
+    ],
+)
+def test_a_path_that_is_wrong_is_told_before_transformers_is_imported(
+    arguments: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    stages = "stages: [{type: GPTQQuantize, bits: 2}]"
+    recipe = f"{{version: 1, calibration: {{source: embedded}}, {stages}}}"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    (tmp_path / "text.yaml").write_text(recipe.replace("embedded", "text, path: absent.txt"))
+    (tmp_path / "done").mkdir()
+    command = [sys.executable, "-c", WAITS, *arguments.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+
+
 @pytest.mark.parametrize("verb", main.VERBS)
 def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(verb, "--help") == 0
