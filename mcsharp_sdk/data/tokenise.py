@@ -61,10 +61,10 @@ def load_tokenizer(model_dir: Path) -> Any:
             str(model_dir), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # which exception depends on the kind of tokenizer
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].rstrip()
+        told = "" if reason.endswith(":") else f" ({reason})"  # else what follows is cut off
         raise InputError(
-            f"{model_dir}: no tokenizer could be read ({reason}); "
-            "put the model's tokenizer.json there"
+            f"{model_dir}: no tokenizer could be read{told}; put the model's tokenizer.json there"
         ) from error
 
 

@@ -22,6 +22,8 @@ from mcsharp_sdk.errors import Problem
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library; a longer header is damage or an attack."""
 
+_AGAIN = "get the file again"
+
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -199,9 +201,12 @@ def _parse(path: Path) -> tuple[dict[str, Any], int, int]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
-            raise _Damaged(f"header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
+            raise _Damaged(
+                "this is no safetensors file, or its start is damaged: get it again (its header "
+                f"would have {length} bytes, and at most {MAX_HEADER_BYTES} are allowed)"
+            )
         if 8 + length > size:
-            raise _Damaged(f"truncated: header of {length} bytes in a file of {size}")
+            raise _Damaged(f"truncated: header of {length} bytes in a file of {size}; {_AGAIN}")
         text = file.read(length)
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=_object_without_repeats)
@@ -237,7 +242,8 @@ def _tensor_info(
         return f"data_offsets {offsets!r} are not [begin, end]", None
     begin, end = offsets
     if end > data_bytes:
-        return f"truncated: ends at byte {end} of the data, the file has {data_bytes}", None
+        told = f"truncated: ends at byte {end} of the data, the file has {data_bytes}; {_AGAIN}"
+        return told, None
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes != end - begin:
         return f"shape {shape} of {entry['dtype']} needs {nbytes} bytes, has {end - begin}", None

@@ -107,6 +107,10 @@ def flipped_header(given: Given) -> None:
     file.write_bytes(data)
 
 
+def no_header(given: Given) -> None:
+    given.shard_of(ATTENTION).write_text("<html>404 Not Found</html>")
+
+
 def missing_shard(given: Given) -> None:
     given.shard_of(ATTENTION).unlink()
 
@@ -144,7 +148,14 @@ def packed_without_saying_so(given: Given) -> None:
 
 
 BEFORE_WORK: dict[str, tuple[Callable[[Given], Any], str]] = {
-    "truncated shard": (truncated, r"model-\d+-of-\d+\.safetensors: .*truncated: ends at byte"),
+    "no safetensors at all": (
+        no_header,
+        r"this is no safetensors file, or its start is damaged: get it again",
+    ),
+    "truncated shard": (
+        truncated,
+        r"model-\d+-of-\d+\.safetensors: .*truncated: ends at byte .*; get the file again",
+    ),
     "bit flipped in a header": (flipped_header, r"model-\d+-of-.*: .* needs \d+ bytes, has"),
     "missing shard": (missing_shard, r"model-\d+-of-\d+\.safetensors: missing"),
     "index points outside": (outside, r"index\.json: '\.\./text\.safetensors' is not the name"),
@@ -215,7 +226,7 @@ BEFORE_WORK: dict[str, tuple[Callable[[Given], Any], str]] = {
     "tokens beyond the embedding": (tokens_beyond, "the model knows 0 to 127"),
     "no tokenizer": (
         without_tokenizer,
-        r"no tokenizer could be read",
+        r"model: no tokenizer could be read; put the model's tokenizer\.json there",
     ),
     "no text": (lambda g: g.text.unlink(), r"text\.txt': there is no such file"),
     "empty text": (lambda g: g.text.write_text(""), r"text\.txt: has no text"),
