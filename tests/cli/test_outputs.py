@@ -12,6 +12,7 @@ import pytest
 from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 
+from mcsharp_sdk.artifact_file import write_text_atomically
 from mcsharp_sdk.cli import compress as compress_verb
 from mcsharp_sdk.cli import main
 from mcsharp_sdk.engine import publication, work
@@ -206,12 +207,6 @@ def test_interrupting_the_last_tables_loses_nothing_and_is_said_so(
 # What is no model
 
 
-def write_below(file: Path, text: str) -> None:
-    """Write a file into a folder that is not there yet."""
-    file.parent.mkdir()
-    file.write_text(text)
-
-
 NO_MODELS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "nothing": (lambda p: p, "absent", "there is no folder absent"),
     "a name on a hub": (
@@ -226,7 +221,7 @@ NO_MODELS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     ),
     "a file": (lambda p: (p / "m.txt").write_text(""), "m.txt", "m.txt is a file: give the folder"),
     "a sweep": (
-        lambda p: write_below(p / "s" / "sweep.json", "{}"),
+        lambda p: write_text_atomically(p / "s" / "sweep.json", "{}"),
         "s",
         "s is a sweep, no model: `mcsharp report --compare s --output FILE`",
     ),

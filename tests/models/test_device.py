@@ -11,13 +11,18 @@ from mcsharp_sdk.models.device import check_device
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("gpu", "'cuda'"), ("gpu:1", "'cuda'"), ("cud", "'cuda'"), ("cpus", "'cpu'"), ("abacus", "")],
+    [
+        ("gpu", "; did you mean 'cuda'?"),
+        ("gpu:1", "; did you mean 'cuda'?"),
+        ("cud", "; did you mean 'cuda'?"),
+        ("cpus", "; did you mean 'cpu'?"),
+        ("abacus", ""),
+    ],
 )
 def test_a_name_that_is_none_is_told_what_there_is(name: str, meant: str) -> None:
     with pytest.raises(InputError) as caught:
         check_device(name)
-    told = f"; did you mean {meant}?" if meant else ""
-    assert str(caught.value) == f"device '{name}' cannot be used: give cpu, cuda or cuda:N{told}"
+    assert str(caught.value) == f"device '{name}' cannot be used: give cpu, cuda or cuda:N{meant}"
 
 
 def test_cuda_without_a_gpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
