@@ -1,21 +1,25 @@
-"""Routers of a model folder, be it an original model or a compressed one."""
+"""Routers of a model folder, be it an original model or a compressed one.
+
+transformers, which takes seconds to import, is imported when a folder is opened: recipes import
+this module with the exporters that they name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.models.architecture import empty_model, read_config, stored_dtype
 from mcsharp_sdk.models.config_file import METHOD, quantisation_method
 from mcsharp_sdk.models.routing import Router, router_from_tensors, router_tensor_names
 from mcsharp_sdk.models.shards import Checkpoint
-from mcsharp_sdk.models.source import SourceModel
-from mcsharp_sdk.models.topology import Topology, read_topology
+
+if TYPE_CHECKING:
+    from mcsharp_sdk.models.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,9 @@ class CompressedFolder:
         InputError
             If it is no folder of a MoE model, or something else quantised it.
         """
+        from mcsharp_sdk.models.architecture import empty_model, read_config, stored_dtype
+        from mcsharp_sdk.models.topology import read_topology
+
         config = read_config(path)
         method = quantisation_method(config)
         if method is None:
@@ -77,5 +84,7 @@ def routers_of_directory(path: Path) -> Iterator[Router]:
     InputError
         If the folder holds no MoE model whose routing is known.
     """
+    from mcsharp_sdk.models.source import SourceModel
+
     folder = CompressedFolder.open(path)
     yield from SourceModel(path).routers() if folder is None else folder.routers()

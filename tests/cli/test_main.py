@@ -132,6 +132,7 @@ except SystemExit as end:
         "compress nowhere.yaml --model . --output o",
         "compress text.yaml --model . --output o",
         "compress recipe.yaml --model . --output done",
+        "compress quickstart --model . --output done",
         "demo --output .",
     ],
 )
