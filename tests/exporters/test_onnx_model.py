@@ -253,7 +253,7 @@ def test_weights_that_do_not_fit_into_fp16_leave_nothing_behind(tmp_path: Path) 
 def test_an_earlier_export_is_overwritten_and_nothing_else(tmp_path: Path) -> None:
     source = compressed(tmp_path / "model", "mixtral")
     exported(source, tmp_path / "onnx")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists already; give --overwrite"):
         mcsharp_sdk.export("onnx_model", source, tmp_path / "onnx")
     again = mcsharp_sdk.export(
         "onnx_model", source, tmp_path / "onnx", overwrite=True, precision="fp16"
