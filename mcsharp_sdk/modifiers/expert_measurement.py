@@ -22,9 +22,9 @@ from mcsharp_sdk.modifiers.expert_chunks import expert_chunks
 from mcsharp_sdk.modifiers.expert_curvature import HessianName, gram_curvature, loss_curvature
 from mcsharp_sdk.modifiers.expert_hessians import expert_hessians
 from mcsharp_sdk.modifiers.layer_notes import LayerNotes
+from mcsharp_sdk.modifiers.matrix_quantisation import FITS
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.hessian import InverseFactor, factorise
-from mcsharp_sdk.quantization.hqq import quantise_hqq
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
 
@@ -208,7 +208,7 @@ class ExpertMeasurement:
         for width in self.widths:
             widths = [width] * len(chunk)
             batch = (
-                _UNCALIBRATED[self.quantizer](weights, widths, self._grid)
+                quantise_rtn(weights, widths, self._grid, fit=FITS[self.quantizer])
                 if factor is None
                 else quantise_gptq(weights, factor, widths, self._grid)
             )
@@ -217,7 +217,7 @@ class ExpertMeasurement:
     def _factor(
         self, runs: ExpertRuns, matrix: Matrix, chunk: Sequence[int]
     ) -> InverseFactor | None:
-        if self.quantizer in _UNCALIBRATED:
+        if self.quantizer in FITS:
             return None
         hessians, _ = expert_hessians(runs, matrix, chunk, LayerNotes(), most=HESSIAN_TOKENS)
         return factorise(hessians)
@@ -225,10 +225,6 @@ class ExpertMeasurement:
     @property
     def _grid(self) -> GridSettings:
         return GridSettings(group_size=self.group_size, **QUICK_SEARCH)
-
-
-_UNCALIBRATED = {"rtn": quantise_rtn, "hqq": quantise_hqq}
-"""Quantisers that take no Hessian."""
 
 
 @dataclass(frozen=True)

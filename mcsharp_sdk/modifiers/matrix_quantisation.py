@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mcsharp_sdk.models.evenly_spaced import evenly_spaced
 from mcsharp_sdk.models.memory import release_free_memory
 from mcsharp_sdk.modifiers.layer_notes import LayerNotes
 from mcsharp_sdk.quantization.descent import refine
@@ -173,7 +174,7 @@ def _refine(
 
 def _some_rows(rows: int) -> Tensor:
     """At most ``ERROR_ROWS`` numbers of rows, evenly spaced."""
-    return torch.linspace(0, rows - 1, min(rows, ERROR_ROWS)).long()
+    return evenly_spaced(rows, ERROR_ROWS)
 
 
 def _at_rows(whole: QuantizedWeight, rows: Tensor) -> QuantizedWeight:

@@ -70,7 +70,10 @@ def quantise_rtn(
         magnitude = row_magnitudes(weights[expert], grid, matrix_of_row)
         for start in range(0, rows, ROWS):
             some = slice(start, start + ROWS)
-            transposed = weights[expert, some].T.float().contiguous()
+            # Always a copy, which is worked on in place: of one row the transpose is contiguous.
+            transposed = weights[expert, some].T.to(
+                torch.float32, copy=True, memory_format=torch.contiguous_format
+            )
             for first, part in _grouped(transposed, grid.group_size):
                 count, size, _ = part.shape
                 these = slice(first, first + count)

@@ -257,6 +257,14 @@ def test_zero_weights_stay_zero() -> None:
     assert not quantised.dequantise().any()
 
 
+@pytest.mark.parametrize("rows", [1, 8, 513])
+def test_rounding_leaves_the_weights_as_they_are(rows: int) -> None:
+    weights, _ = layer(1, rows, 64)
+    before = weights.clone()
+    quantise_rtn(weights, [2], GridSettings(group_size=32))
+    assert torch.equal(weights, before)
+
+
 def test_bf16_weights_are_left_as_they_are() -> None:
     weights, hessians = layer(1, 8, 64)
     half = weights.bfloat16()
