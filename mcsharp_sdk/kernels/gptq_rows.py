@@ -41,7 +41,7 @@ def search_groups(
     found = np.empty((2, n, rows), np.float32)
     ratios, neighbours, rounds = search
     arguments = (
-        _flat(weights),
+        flat_memory(weights),
         weights.stride()[:2],
         importance.expand(n, -1).contiguous().numpy(),
         tuple(map(np.float32, codes)),
@@ -103,7 +103,7 @@ def quantise_columns(exact: Tensor, updates: Tensor | None, top: Tensor, error: 
     return codes
 
 
-def _flat(tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def flat_memory(tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     """The memory from a tensor's first element to its last."""
     span = 1 + sum((size - 1) * by for size, by in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.as_strided((span,), (1,)).numpy()

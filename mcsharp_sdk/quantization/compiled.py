@@ -25,6 +25,11 @@ GroupSearch = Callable[
 ]
 """Scale and offset of rows; arguments as of ``kernels.gptq_rows.search_groups``."""
 
+ZeroPointSearch = Callable[
+    [Tensor, int, float, tuple[float, float], Sequence[float]], tuple[Tensor, Tensor]
+]
+"""Scale and zero point of rows; arguments as of ``kernels.half_quadratic.fit_zero_points``."""
+
 FEWEST_ROWS = 16
 """Rows of a matrix that a loop over columns needs."""
 
@@ -58,4 +63,16 @@ def group_search(device: str, columns: int) -> GroupSearch | None:
         from mcsharp_sdk.kernels import gptq_rows
 
         return gptq_rows.search_groups
+    return None
+
+
+@cache
+def zero_point_search(device: str) -> ZeroPointSearch | None:
+    """The half-quadratic search for a kind of device, if there is one."""
+    from mcsharp_sdk.kernels import support
+
+    if device == "cpu" and not support.missing_support():
+        from mcsharp_sdk.kernels import half_quadratic
+
+        return half_quadratic.fit_zero_points
     return None

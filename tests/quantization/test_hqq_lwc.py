@@ -8,7 +8,7 @@ from test_gptq import layer, output_error
 
 from mcsharp_sdk.quantization import GridSettings, dequantise, pack_weight, quantise_rtn
 from mcsharp_sdk.quantization.grid import QuantizedBatch, unpack_weight
-from mcsharp_sdk.quantization.hqq import NORM, _shrunk, quantise_hqq
+from mcsharp_sdk.quantization.hqq import NORM, quantise_hqq, shrunk
 from mcsharp_sdk.quantization.lwc import _Clipping, _errors, quantise_lwc
 
 FULL_RANGE = GridSettings(group_size=64, clip_ratios=(1.0,), refinements=0)
@@ -39,7 +39,8 @@ def test_shrinkage_is_near_the_minimum_of_its_problem(change: float) -> None:
     def value(x: float) -> float:
         return abs(x) ** NORM / NORM + price / 2 * (x - change) ** 2
 
-    found = float(_shrunk(torch.tensor(change), price))
+    error = torch.tensor(abs(change)).clamp_min(1e-8)
+    found = float(shrunk(torch.tensor(change), error, error.pow(NORM), price))
     exact = min((change * step / 1000 for step in range(1001)), key=value)
     assert found == pytest.approx(exact, abs=0.05)
 
