@@ -1,0 +1,179 @@
+"""How do speed, bits and perplexity of rounding by the weights alone compare with other packages'?
+
+Every method gets the same experts of a model, one matrix after the other, and nothing else: no
+text is seen, and all other weights stay. Printed are stored bits per weight; seconds of the
+processor on one thread, for finding codes and grids alone; and the perplexity of the model with
+what became of its weights, in bf16. The first line is the model as it is.
+
+    python benchmarks/rounding_vs_peers.py MODEL TEST.txt [--methods ...] [--ggml LIBRARY]
+
+Peers take part where they are there: HQQ after ``pip install hqq==0.2.8.post1``, llama.cpp's types
+after ``pip install gguf`` with the library that ``--ggml`` names, from llama-cpp-python:
+
+    pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36
+    tar xf llama_cpp_python-0.3.36.tar.gz
+    cmake -S llama_cpp_python-0.3.36/vendor/llama.cpp -B ggml -DCMAKE_BUILD_TYPE=Release \
+        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF
+    cmake --build ggml --target ggml-base    # ggml/bin/libggml-base.so
+
+llama.cpp's blocks of 256 weights are cut from the matrix as it lies in memory: where its columns
+are no multiple of 256 they go over the ends of rows, and llama.cpp would take another type.
+
+Experts must be [experts, outputs, inputs], as transformers has Mixtral's and most others'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peer_runs import perplexity
+from torch import Tensor
+
+from mcsharp_sdk.quantization import GridSettings, dequantise, quantise_rtn
+from mcsharp_sdk.quantization.hqq import quantise_hqq
+from mcsharp_sdk.quantization.rotation import expert_signs, rotate_, turned_back
+
+HQQ_GRID_BITS = 32
+"""HQQ stores an fp16 scale and an fp16 zero point for each group."""
+
+Restore = Callable[[], Tensor]
+"""What became of a matrix, [R, K] fp32."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to round.
+
+    Attributes
+    ----------
+    quantise : gets a matrix [R, K] in fp32 and the signs of its columns for rotations, [K].
+    bits : stored per weight.
+    """
+
+    quantise: Callable[[Tensor, Tensor], Restore]
+    bits: float
+
+
+def ours(bits: int, group: int, *, half_quadratic: bool = False, rotated: bool = False) -> Method:
+    """This package's; a group has 16 bits of scale and 8 of zero point."""
+    rounding = quantise_hqq if half_quadratic else quantise_rtn
+
+    def quantise(matrix: Tensor, signs: Tensor) -> Restore:
+        matrix = rotate_(matrix.clone(), signs) if rotated else matrix
+        found = rounding(matrix.unsqueeze(0), [bits], GridSettings(group_size=group)).expert(0)
+        if rotated:
+            return lambda: turned_back(found, torch.float32, signs)
+        return lambda: dequantise(found, torch.float32)
+
+    return Method(quantise, bits + 24 / group)
+
+
+def hqq(bits: int, group: int) -> Method:
+    """The package of HQQ's authors."""
+    from hqq.core.quantize import Quantizer
+
+    settings = {"nbits": bits, "group_size": group, "axis": 1, "device": "cpu"}
+
+    def quantise(matrix: Tensor, signs: Tensor) -> Restore:
+        codes, notes = Quantizer.quantize(matrix, compute_dtype=torch.float32, **settings)
+        return lambda: Quantizer.dequantize(codes, notes).float().view(matrix.shape)
+
+    return Method(quantise, bits + HQQ_GRID_BITS / group)
+
+
+def ggml(library: Path, name: str) -> Method:
+    """One of llama.cpp's types, with all inputs of the same importance."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[name]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    functions = ctypes.CDLL(str(library))
+    functions.ggml_quantize_init(int(kind))
+    chunk = functions.ggml_quantize_chunk
+    pointer, long = ctypes.c_void_p, ctypes.c_int64
+    chunk.argtypes = [ctypes.c_int, pointer, pointer, long, long, long, pointer]
+    chunk.restype = ctypes.c_size_t
+    columns = max(block, 256)
+
+    def quantise(matrix: Tensor, signs: Tensor) -> Restore:
+        rows = matrix.numel() // columns
+        found = np.empty((rows, columns // block * size), np.uint8)
+        chunk(int(kind), matrix.data_ptr(), found.ctypes.data, 0, rows, columns, None)
+        return lambda: torch.from_numpy(gguf.dequantize(found, kind).reshape(matrix.shape).copy())
+
+    return Method(quantise, 8 * size / block)
+
+
+def methods(library: Path | None) -> Mapping[str, Callable[[], Method]]:
+    """Name -> maker of a method that can run here."""
+    found: dict[str, Callable[[], Method]] = {}
+    for bits, groups in ((4, (32, 64)), (3, (64,)), (2, (32, 64))):
+        for group in groups:
+            name = f"{bits} bits, groups of {group}"
+            found[f"rtn, {name}"] = partial(ours, bits, group)
+            found[f"rtn, rotated, {name}"] = partial(ours, bits, group, rotated=True)
+            found[f"hqq, {name}"] = partial(ours, bits, group, half_quadratic=True)
+            if find_spec("hqq"):
+                found[f"HQQ, {name}"] = partial(hqq, bits, group)
+    if library is not None and find_spec("gguf"):
+        for kind in ("Q4_0", "Q4_K", "IQ4_NL", "Q3_K", "Q2_K"):
+            found[f"llama.cpp {kind}"] = partial(ggml, library, kind)
+    return found
+
+
+def experts(model: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each expert's matrices [R, K], to be written, with the signs of their columns."""
+    for weights in model.parameters():
+        if weights.dim() == 3:
+            yield from zip(weights, expert_signs(len(weights), weights.shape[2]), strict=True)
+
+
+def rounded(model: Any, method: Method) -> float:
+    """Round a model's experts; returns seconds of the processor."""
+    seconds = 0.0
+    for matrix, signs in experts(model):
+        exact = matrix.float()
+        start = time.process_time()
+        restore = method.quantise(exact, signs)
+        seconds += time.process_time() - start
+        matrix.copy_(restore())
+    return seconds
+
+
+def main() -> None:
+    from transformers import AutoModelForCausalLM
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("test", type=Path, help="text to predict")
+    parser.add_argument("--ggml", type=Path, help="llama.cpp's libggml-base")
+    parser.add_argument("--methods", nargs="+", help="some of those that are printed")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--test-windows", type=int, default=32)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    job = {name: getattr(given, name) for name in ("model", "test", "length", "test_windows")}
+    known = methods(given.ggml)
+    load = partial(AutoModelForCausalLM.from_pretrained, given.model, dtype=torch.bfloat16)
+    print(f"{'':36}{'bits':>7}{'CPU s':>9}{'perplexity':>12}")
+    print(f"{'as it is':36}{16:7.2f}{'':9}{perplexity(load(), job):12.2f}", flush=True)
+    for name in given.methods or known:
+        model, method = load(), known[name]()
+        seconds = rounded(model, method)
+        result = f"{method.bits:7.3f}{seconds:9.1f}{perplexity(model, job):12.2f}"
+        print(f"{name:36}{result}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
