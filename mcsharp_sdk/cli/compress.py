@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 
 from mcsharp_sdk.cli.options import (
     JsonOption,
@@ -134,8 +135,6 @@ def _log_to(file: Path | None) -> None:
 
 
 def _show(result: Compression) -> None:
-    from rich.filesize import decimal
-
     from mcsharp_sdk.evaluation.cost import model_cost
     from mcsharp_sdk.report.page import PAGE_FILE
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 
 from mcsharp_sdk.cli.options import JsonOption
 from mcsharp_sdk.cli.output import print_json, print_table, print_text
@@ -68,8 +69,6 @@ def _check_own(output: Path, model: str) -> None:
 
 def _rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]:
     """Figures of two evaluations side by side."""
-    from rich.filesize import decimal
-
     figures = {
         "perplexity": lambda e: f"{e.perplexity:.2f}",
         "size on disk": lambda e: decimal(e.bytes),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.progress import track
 
 from mcsharp_sdk.cli.evaluation_tables import (
     note_results,
@@ -194,7 +195,5 @@ def _tasks(
 
 def _progress(windows: range) -> Iterable[int]:
     """A bar on standard error, if that is a terminal."""
-    from rich.progress import track
-
     status = console(stderr=True)
     return track(windows, "windows", console=status, disable=not status.is_terminal, transient=True)

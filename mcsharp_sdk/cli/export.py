@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 from mcsharp_sdk.cli.options import JsonOption
 from mcsharp_sdk.cli.output import print_json, print_text
@@ -54,8 +55,6 @@ def export(
 
 def _summary(manifest: Mapping[str, Any]) -> str:
     """What lies in the folder that is named next."""
-    from rich.filesize import decimal
-
     if isinstance(manifest["layers"], list):
         return f"{len(manifest['layers'])} graphs are in"
     size = decimal(sum(entry["bytes"] for entry in manifest["files"]))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 
 from mcsharp_sdk.cli.options import JsonOption
 from mcsharp_sdk.cli.output import print_json, print_note, print_table, print_text
@@ -94,8 +95,6 @@ def _show_verification(verified: Verification) -> None:
 
 
 def _show(found: Inspection) -> None:
-    from rich.filesize import decimal
-
     cost = found.cost
     bits = f"{cost.bits.nominal:.3f} nominal, {cost.bits.stored:.3f} stored"
     facts = [

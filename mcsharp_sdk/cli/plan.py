@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 
 from mcsharp_sdk.cli.options import (
     JsonOption,
@@ -47,8 +48,6 @@ def plan(
 
 def show_plan(plan: Plan) -> None:
     """Print a plan for people."""
-    from rich.filesize import decimal
-
     rows = [
         (s.stage, s.summary, f"about {_duration(s.seconds)}", decimal(s.peak_memory))
         for s in plan.stages
@@ -67,16 +66,12 @@ def show_plan(plan: Plan) -> None:
 
 
 def _where(plan: Plan) -> str:
-    from rich.filesize import decimal
-
     if plan.spill:
         return ", with activations on disk"
     return f"; {decimal(plan.least_memory)} with activations on disk (--max-memory)"
 
 
 def _disk(plan: Plan) -> str:
-    from rich.filesize import decimal
-
     return f"{decimal(plan.run_bytes)} while it runs, {decimal(plan.output_bytes)} for the result"
 
 

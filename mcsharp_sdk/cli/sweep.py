@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 from mcsharp_sdk.cli.options import (
     JsonOption,
@@ -116,8 +117,6 @@ def _show(result: Sweep) -> None:
 
 
 def _row(result: Result) -> list[Any]:
-    from rich.filesize import decimal
-
     if result.error:
         return [result.name, "failed", *[None] * 4]
     found = result.evaluation
