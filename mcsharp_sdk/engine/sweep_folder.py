@@ -14,7 +14,7 @@ from mcsharp_sdk.artifact_file import write_text_atomically
 from mcsharp_sdk.engine.output_folder import check_writable
 from mcsharp_sdk.engine.run_directory import lock, write_json
 from mcsharp_sdk.engine.sweep_plan import PlannedVariant, SweepPlan
-from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.errors import InputError, Problem, raise_problems
 from mcsharp_sdk.folders import SWEEP_FILE
 from mcsharp_sdk.report.sweep import Row, csv_table, sweep_plot
 
@@ -117,8 +117,7 @@ class SweepFolder:
             if changed:
                 message = f"{', '.join(changed)} changed since it was evaluated; {advice}"
                 problems.append(Problem(variant.name, message))
-        if problems:
-            raise InputProblems(str(self.path), problems)
+        raise_problems(str(self.path), problems)
 
     @contextmanager
     def opened(self, overwrite: bool) -> Iterator[None]:

@@ -22,7 +22,7 @@ from mcsharp_sdk.engine.variants import (
     parse_variations,
     variations_of,
 )
-from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.errors import InputError, InputProblems, Problem, raise_problems
 from mcsharp_sdk.evaluation.text import check_max_tokens, choose_window, named_pieces, read_tokens
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.recipe.library import RecipeLike
@@ -192,5 +192,4 @@ def _check_distinct(variants: Sequence[PlannedVariant]) -> None:
         name = first.setdefault(variant.identity, variant.name)
         if name != variant.name:
             problems.append(Problem(variant.name, f"is the same as {name}: leave one of them out"))
-    if problems:
-        raise InputProblems("the sweep", problems)
+    raise_problems("the sweep", problems)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.errors import InputError, Problem, raise_problems
 from mcsharp_sdk.models.config_file import check_config
 from mcsharp_sdk.models.safetensors_file import TensorInfo
 from mcsharp_sdk.runtime.layout import METHOD, PackedLayout, members
@@ -137,8 +137,7 @@ def classify(
     """
     if layout is None or not layout.packs:
         return [_plain(name, info, experts) for name, info in tensors.items()]
-    if problems := [*_wrong_buckets(tensors, layout), *_missing_linears(tensors, layout)]:
-        raise InputProblems(subject, problems)
+    raise_problems(subject, [*_wrong_buckets(tensors, layout), *_missing_linears(tensors, layout)])
     return [
         _packed(name, info, layout) or replace(_plain(name, info, experts), quantised=False)
         for name, info in tensors.items()

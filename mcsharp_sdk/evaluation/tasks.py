@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mcsharp_sdk.data.tokenise import load_tokenizer
-from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.errors import InputError, Problem, raise_problems
 from mcsharp_sdk.evaluation.loading import check_pruning, choose_device, choose_dtype, load_model
 from mcsharp_sdk.models.source import read_config
 from mcsharp_sdk.runtime.pruned_routing import expert_pruning
@@ -210,8 +210,7 @@ def _manager(harness: Any, include: str | Path | None, runs: Sequence[TaskRun]) 
             manager.load([name])
         except Exception as error:  # lm-eval and datasets raise whatever they please
             problems.append(Problem(name, _no_data(error)))
-    if problems:
-        raise InputProblems("the list of tasks", problems)
+    raise_problems("the list of tasks", problems)
     return manager
 
 
