@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mcsharp_sdk.artifact_file import write_text_atomically
+from mcsharp_sdk.artifact_file import read_json_file, write_json, write_text_atomically
+from mcsharp_sdk.engine.file_lock import lock
 from mcsharp_sdk.engine.output_folder import check_writable
-from mcsharp_sdk.engine.run_directory import lock, write_json
 from mcsharp_sdk.engine.sweep_plan import PlannedVariant, SweepPlan
 from mcsharp_sdk.errors import InputError, Problem, raise_problems
 from mcsharp_sdk.folders import SWEEP_FILE
@@ -101,7 +100,7 @@ class SweepFolder:
             self._check_sweep()
 
     def _check_sweep(self) -> None:
-        before = json.loads((self.path / SWEEP_FILE).read_text())["varied"]
+        before = read_json_file(self.path / SWEEP_FILE)["varied"]
         if before != list(self.plan.varied):
             raise InputError(
                 f"{self.path} holds a sweep over {', '.join(before)}; give another --output, or "
@@ -141,7 +140,7 @@ class SweepFolder:
 
     def _kept(self, variant: PlannedVariant) -> dict[str, Any] | None:
         file = self._variant(variant) / RESULT_FILE
-        return dict(json.loads(file.read_text())) if file.is_file() else None
+        return read_json_file(file) if file.is_file() else None
 
     def finished(self, variant: PlannedVariant) -> Result | None:
         """The variant's result, if an earlier call got it; and its model, if models are kept."""
@@ -158,7 +157,7 @@ class SweepFolder:
         content = {"fingerprint": dict(variant.fingerprint), "result": result.to_json()}
         file = self._variant(variant) / RESULT_FILE
         write_json(file, content)
-        return Result(**json.loads(file.read_text())["result"])
+        return Result(**read_json_file(file)["result"])
 
     def write_comparison(self, results: Sequence[Result]) -> None:
         """Write the table and the plot of the results so far."""

@@ -6,13 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mcsharp_sdk.artifact_file import (
-    VERSION,
-    check_version,
-    read_json_object,
-    readable_json,
-    write_text_atomically,
-)
+from mcsharp_sdk.artifact_file import VERSION, check_version, read_json_object, write_json
 from mcsharp_sdk.errors import InputError
 
 EVALUATION_FILE = "mcsharp_evaluation.json"
@@ -56,8 +50,7 @@ def save_evaluation(folder: Path, row: SavedEvaluation) -> Path:
     """Keep an evaluation in a folder; one of the same conditions is replaced. The file's path."""
     others = [kept for kept in read_evaluations(folder) if _conditions(kept) != _conditions(row)]
     path = folder / EVALUATION_FILE
-    content = {"version": VERSION, "evaluations": [*others, dict(row)]}
-    write_text_atomically(path, readable_json(content) + "\n")
+    write_json(path, {"version": VERSION, "evaluations": [*others, dict(row)]})
     return path
 
 

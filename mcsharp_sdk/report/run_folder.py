@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from mcsharp_sdk.artifact_file import Artifact, read_json_object
+from mcsharp_sdk.artifact_file import Artifact, read_json_file
 from mcsharp_sdk.artifacts import ExpertStatistics, TokenProtectionRule, TopAnyTraining
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.cost import cost_facts, model_cost
@@ -68,7 +68,7 @@ class RunFolder:
             path=path,
             model_type=str(config.get("model_type", "")),
             layout=read_layout(config, path),
-            report=_read_report(report_file) if report_file.is_file() else {},
+            report=read_json_file(report_file) if report_file.is_file() else {},
             recipe=recipe,
             after=cost_facts(model_cost(path)),
             statistics=_load(ExpertStatistics, path),
@@ -116,13 +116,6 @@ class RunFolder:
     def settings(self, stage: str) -> Mapping[str, Any]:
         """Settings of the first stage of a type as the recipe gives them; empty without one."""
         return next((s for s in self.stages if s.get("type") == stage), {})
-
-
-def _read_report(path: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(path)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def _load(kind: type[AnyArtifact], folder: Path) -> AnyArtifact | None:
