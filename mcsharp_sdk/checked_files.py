@@ -11,11 +11,12 @@ from typing import Any
 
 from mcsharp_sdk.artifact_file import read_json_object, write_json, write_text_atomically
 from mcsharp_sdk.errors import InputError, Problem, RunError
+from mcsharp_sdk.folders import CARD_FILE, PAGE_FILE
 
 CHECKSUMS_FILE = "SHA256SUMS"
 """In the form of the program sha256sum, which can check it too."""
 
-UNSUMMED_FILES = ("README.md", "mcsharp_report.html")
+UNSUMMED_FILES = (CARD_FILE, PAGE_FILE)
 """Files without a checksum: one is there to be edited, the other is written anew after evaluating
 the model, from files that have one."""
 

@@ -18,6 +18,7 @@ from mcsharp_sdk.cli.evaluation_tables import (
 from mcsharp_sdk.cli.options import JsonOption, MaxTokensOption, TextOption, WindowOption
 from mcsharp_sdk.cli.output import console, print_json, print_note
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.folders import MANIFEST_FILE, PAGE_FILE, check_model_folder
 
 
 def evaluate(
@@ -102,12 +103,8 @@ def evaluate(
 
 def _check_folders(directories: Iterable[Path]) -> None:
     """Refuse what is no model, before anything heavy is imported."""
-    from mcsharp_exporters.manifest_file import MANIFEST
-
-    from mcsharp_sdk.folders import check_model_folder
-
     for directory in directories:
-        if not (directory / MANIFEST).is_file():  # an ONNX model has no config.json
+        if not (directory / MANIFEST_FILE).is_file():  # an ONNX model has no config.json
             check_model_folder(directory)
 
 
@@ -163,7 +160,7 @@ def _compare(
 
 def _renew_page(folder: Path) -> None:
     """Write the report of a folder again, if it has one, so that it shows what was measured."""
-    from mcsharp_sdk.report.page import PAGE_FILE, write_report
+    from mcsharp_sdk.report.page import write_report
     from mcsharp_sdk.report.run_folder import RunFolder
 
     if (folder / PAGE_FILE).is_file() and RunFolder.read(folder).is_result:

@@ -11,6 +11,7 @@ from rich.filesize import decimal
 
 from mcsharp_sdk.cli.options import JsonOption
 from mcsharp_sdk.cli.output import print_json, print_text
+from mcsharp_sdk.folders import check_model_folder
 
 
 def export(
@@ -41,7 +42,6 @@ def export(
 ) -> None:
     """Export from a model folder: onnx_model the whole model, onnx_routers one graph per router."""
     from mcsharp_sdk.engine.export import export as run
-    from mcsharp_sdk.folders import check_model_folder
 
     check_model_folder(directory)
     settings = _settings([*(overrides or ()), *([f"dtype={dtype}"] if dtype else ())])

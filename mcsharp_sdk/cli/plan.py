@@ -15,6 +15,7 @@ from mcsharp_sdk.cli.options import (
     SetOption,
 )
 from mcsharp_sdk.cli.output import print_json, print_table
+from mcsharp_sdk.folders import check_model_folder
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.plan import Plan
@@ -31,7 +32,6 @@ def plan(
     json: JsonOption = False,
 ) -> None:
     """Show what a run would do, its size and its memory, without doing it."""
-    from mcsharp_sdk.folders import check_model_folder
     from mcsharp_sdk.recipe import open_recipe
 
     check_model_folder(model)

@@ -21,6 +21,7 @@ from mcsharp_sdk.cli.options import (
 )
 from mcsharp_sdk.cli.output import print_json, print_note, print_table, print_text
 from mcsharp_sdk.errors import RunError
+from mcsharp_sdk.folders import check_model_folder
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.sweep import Sweep
@@ -69,7 +70,6 @@ def sweep(
 
     Cut off, the same command continues where it was.
     """
-    from mcsharp_sdk.folders import check_model_folder
 
     check_model_folder(model)
 

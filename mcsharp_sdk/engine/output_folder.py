@@ -9,15 +9,13 @@ from pathlib import Path
 from mcsharp_sdk.artifact_file import TEMPORARY_FILES, read_json_object
 from mcsharp_sdk.checked_files import CHECKSUMS_FILE, UNSUMMED_FILES, read_checksums
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.folders import run_folder_of
+from mcsharp_sdk.folders import EVALUATION_FILE, MANIFEST_FILE, REPORT_FILE, run_folder_of
 from mcsharp_sdk.recipe.schema import Recipe
 
-REPORT_FILE = "mcsharp_report.json"
-MANIFEST_FILE = "manifest.json"
 RESULT_FILES = (REPORT_FILE, f"onnx_routers/{MANIFEST_FILE}", f"onnx_model/{MANIFEST_FILE}")
 """A folder with one of these was written by an exporter."""
 
-LATER_FILES = (CHECKSUMS_FILE, *UNSUMMED_FILES, "mcsharp_evaluation.json")
+LATER_FILES = (CHECKSUMS_FILE, *UNSUMMED_FILES, EVALUATION_FILE)
 """Files of a result that its checksums do not name, or that commands after the run add."""
 
 MOST_NAMED = 3

@@ -8,8 +8,7 @@ from typing import Any
 
 from mcsharp_sdk.artifact_file import VERSION, check_version, read_json_object, write_json
 from mcsharp_sdk.errors import InputError
-
-EVALUATION_FILE = "mcsharp_evaluation.json"
+from mcsharp_sdk.folders import EVALUATION_FILE
 
 SavedEvaluation = Mapping[str, Any]
 """``Evaluation.to_json`` and, if it was compared, ``kl_divergence``, ``top1_agreement`` and the

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mcsharp_sdk.errors import InputError, Problem, raise_problems
+from mcsharp_sdk.folders import CONFIG_FILE
 from mcsharp_sdk.models.config_file import check_config
 from mcsharp_sdk.models.safetensors_file import TensorInfo
 from mcsharp_sdk.runtime.layout import METHOD, PackedLayout, members
@@ -105,7 +106,7 @@ def read_layout(config: Mapping[str, Any], directory: Path) -> PackedLayout | No
     """
     settings = config.get("quantization_config") or {}
     if not isinstance(settings, dict):
-        raise InputError(f"{directory / 'config.json'}: quantization_config is no object")
+        raise InputError(f"{directory / CONFIG_FILE}: quantization_config is no object")
     method = settings.get("quant_method")
     if method not in READABLE_METHODS:
         raise InputError(
@@ -226,4 +227,4 @@ def _missing_linears(tensors: Mapping[str, TensorInfo], layout: PackedLayout) ->
     matches = (_LINEAR.search(name) for name in tensors)
     stored = {match["path"] for match in matches if match and match["part"] == "qweight"}
     for path in sorted(layout.linears.keys() - stored):
-        yield Problem("config.json", f"says that {path} is packed, but no layer has it so")
+        yield Problem(CONFIG_FILE, f"says that {path} is packed, but no layer has it so")

@@ -10,8 +10,8 @@ from pathlib import Path
 from mcsharp_sdk._version import __version__
 from mcsharp_sdk.artifact_file import read_json_object, write_text_atomically
 from mcsharp_sdk.errors import InputError, Problem, raise_problems
-from mcsharp_sdk.evaluation.saved import EVALUATION_FILE, SavedEvaluation, read_evaluations
-from mcsharp_sdk.folders import SWEEP_FILE
+from mcsharp_sdk.evaluation.saved import SavedEvaluation, read_evaluations
+from mcsharp_sdk.folders import EVALUATION_FILE, SWEEP_FILE
 from mcsharp_sdk.report.elements import (
     Figure,
     Page,

@@ -15,10 +15,8 @@ from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.cost import cost_facts, model_cost
 from mcsharp_sdk.evaluation.saved import SavedEvaluation, read_evaluations
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
+from mcsharp_sdk.folders import RECIPE_FILE, REPORT_FILE
 from mcsharp_sdk.runtime.layout import PackedLayout
-
-REPORT_FILE = "mcsharp_report.json"
-RECIPE_FILE = "recipe.yaml"
 
 AnyArtifact = TypeVar("AnyArtifact", bound=Artifact)
 
