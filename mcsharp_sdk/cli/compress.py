@@ -128,7 +128,10 @@ def _log_to(file: Path | None) -> None:
     try:
         handler = logging.FileHandler(file, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{file}: no log can be written: {error.strerror or error}") from error
+        why = error.strerror or error
+        raise InputError(
+            f"{file}: no log can be written: {why}; give another --log-file"
+        ) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -89,7 +89,10 @@ def evaluate(
     if len(directories) > 1 and not compare:
         raise InputError("several folders go into one table with --compare")
     if tasks is not None or suite is not None:
-        _refuse({**of_text, "reference": reference, "save": save or None}, "does not go with tasks")
+        _refuse(
+            {**of_text, "reference": reference, "save": save or None},
+            "does not go with tasks: leave it out",
+        )
         _check_folders(directories)
         _tasks(directories, tasks, suite, {**_given(of_tasks), **shared}, json)
         return

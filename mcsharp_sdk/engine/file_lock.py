@@ -29,7 +29,9 @@ def lock(file: Path, subject: Path | None = None) -> IO[str]:
         held = file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno()))
     except OSError as error:
         stream.close()
-        raise InputError(f"{subject} is in use by another run") from error
+        raise InputError(
+            f"{subject} is in use by another run: wait until it ends, or give another folder"
+        ) from error
     if not held:  # the run that held it has just removed it
         stream.close()
         raise InputError(f"{subject} was in use by another run: try again")

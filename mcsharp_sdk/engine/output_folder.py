@@ -45,7 +45,10 @@ def check_output(output: Path, model: Path, run_directory: Path, overwrite: bool
             "--output"
         )
     if _lies_in(run_directory, output):
-        raise InputError(f"the run directory {run_directory} must not lie in the output {output}")
+        raise InputError(
+            f"the run directory {run_directory} must not lie in the output {output}: give another "
+            "--run-dir"
+        )
     if output.exists():
         check_replaceable(output)
         if not overwrite:
@@ -83,7 +86,9 @@ def check_writable(folder: Path) -> None:
     parent = folder.absolute().parent
     existing = next(p for p in (parent, *parent.parents) if p.exists())
     if not os.access(existing, os.W_OK):
-        raise InputError(f"{folder} cannot be made: {existing} is not writable")
+        raise InputError(
+            f"{folder} cannot be made: {existing} is not writable; give another folder"
+        )
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

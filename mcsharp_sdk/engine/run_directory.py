@@ -93,7 +93,9 @@ class RunDirectory:
             self._check_own()
             self._lock = lock(self.path / LOCK_FILE)
         except OSError as error:
-            raise InputError(f"the run directory {self.path} cannot be used: {error}") from error
+            raise InputError(
+                f"the run directory {self.path} cannot be used: {error}; give another --run-dir"
+            ) from error
         try:
             self._check_fingerprint()
             self._check_finished()

@@ -25,6 +25,8 @@ MODEL_FOLDER = "model"
 WORK_FOLDER = ".work"
 LOCK_FILE = "sweep.lock"
 
+_ADVICE = "give another --output, or --overwrite to delete the sweep that is there"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -100,13 +102,12 @@ class SweepFolder:
             self._check_sweep()
 
     def _check_sweep(self) -> None:
-        before = read_json_file(self.path / SWEEP_FILE)["varied"]
+        before = _read(self.path / SWEEP_FILE)["varied"]
         if before != list(self.plan.varied):
             raise InputError(
                 f"{self.path} holds a sweep over {', '.join(before)}; give another --output, or "
                 "--overwrite to delete it"
             )
-        advice = "give another --output, or --overwrite to delete the sweep that is there"
         problems = []
         for variant in self.plan.variants:
             kept = self._kept(variant)
@@ -114,7 +115,7 @@ class SweepFolder:
             parts = sorted(old.keys() | variant.fingerprint.keys())
             changed = [p for p in parts if old.get(p) != variant.fingerprint.get(p)]
             if changed:
-                message = f"{', '.join(changed)} changed since it was evaluated; {advice}"
+                message = f"{', '.join(changed)} changed since it was evaluated; {_ADVICE}"
                 problems.append(Problem(variant.name, message))
         raise_problems(str(self.path), problems)
 
@@ -140,7 +141,7 @@ class SweepFolder:
 
     def _kept(self, variant: PlannedVariant) -> dict[str, Any] | None:
         file = self._variant(variant) / RESULT_FILE
-        return read_json_file(file) if file.is_file() else None
+        return _read(file) if file.is_file() else None
 
     def finished(self, variant: PlannedVariant) -> Result | None:
         """The variant's result, if an earlier call got it; and its model, if models are kept."""
@@ -167,3 +168,11 @@ class SweepFolder:
         write_json(self.path / SWEEP_FILE, content)
         write_text_atomically(self.path / TABLE_FILE, csv_table(rows))
         write_text_atomically(self.path / PLOT_FILE, sweep_plot(rows, self.plan.title))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON file that an earlier call wrote."""
+    try:
+        return read_json_file(file)
+    except InputError as error:
+        raise InputError(f"{error}; {_ADVICE}") from None

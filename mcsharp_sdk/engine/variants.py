@@ -196,7 +196,10 @@ def open_variants(
         If there is no such recipe.
     """
     if isinstance(recipe, Recipe):
-        raise InputError("a sweep changes a recipe file, a recipe's name or plain data, no Recipe")
+        raise InputError(
+            "a sweep changes a recipe file, a recipe's name or plain data, no Recipe: give its "
+            "settings()"
+        )
     refuse_single(overrides, "overrides")
     problems = ProblemsOfVariants("recipe" if isinstance(recipe, Mapping) else Path(recipe).name)
     short = _short_names([variation.target for variation in variations])

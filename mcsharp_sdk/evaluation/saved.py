@@ -41,7 +41,7 @@ def read_evaluations(folder: Path) -> list[SavedEvaluation]:
             if missing := [name for name in _NEEDED if name not in row]:
                 raise InputError(f"an evaluation lacks {', '.join(missing)}")
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}; mend it, or delete it to begin a new one") from None
     return rows
 
 

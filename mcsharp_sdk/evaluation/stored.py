@@ -110,7 +110,8 @@ def read_layout(config: Mapping[str, Any], directory: Path) -> PackedLayout | No
     method = settings.get("quant_method")
     if method not in READABLE_METHODS:
         raise InputError(
-            f"{directory} is quantised by {method!r}, whose storage mcsharp_sdk cannot count"
+            f"{directory} is quantised by {method!r}, whose storage mcsharp_sdk cannot count: give "
+            "the original model, or one that mcsharp compressed"
         )
     return PackedLayout.from_dict(settings) if method == METHOD else None
 

@@ -200,7 +200,7 @@ def _harness() -> Any:
 def _manager(harness: Any, include: str | Path | None, runs: Sequence[TaskRun]) -> Any:
     """lm-eval's index of tasks, with all that are wanted loaded once, so that data is at hand."""
     if include is not None and not Path(include).is_dir():
-        raise InputError(f"{include} is no folder with task files")
+        raise InputError(f"{include} is no folder: give that of your task files as --include")
     names = dict.fromkeys(name for run in runs for name in run.tasks)
     manager = _index(harness, include, names)
     known = set(manager.all_tasks)

@@ -121,7 +121,9 @@ def _sweep(folder: Path) -> dict[str, list[SavedEvaluation]]:
         results = read_json_object(path)["variants"]
         return {f"{folder}: {r['name']}": [r["evaluation"]] for r in results if r["evaluation"]}
     except (InputError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not what a sweep writes: {error}") from None
+        raise InputError(
+            f"{path} is not what a sweep writes ({error}): run the sweep again with --overwrite"
+        ) from None
 
 
 def _conditions(evaluation: SavedEvaluation) -> tuple[str, int, int]:

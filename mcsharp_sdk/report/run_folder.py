@@ -125,6 +125,6 @@ def _stages(recipe: str, path: Path) -> tuple[Mapping[str, Any], ...]:
     try:
         content = yaml.safe_load(recipe)
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: is not YAML: {error}") from None
+        raise InputError(f"{path}: is not YAML: {error}; mend it or delete it") from None
     stages = content.get("stages") if isinstance(content, dict) else None
     return tuple(s for s in stages if isinstance(s, dict)) if isinstance(stages, list) else ()
