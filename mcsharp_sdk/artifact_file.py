@@ -34,7 +34,7 @@ class Artifact(ABC):
 
     def save(self, path: Path | str) -> None:
         """Write the artifact to ``path`` as JSON: to a temporary file first, then renamed."""
-        write_text_atomically(Path(path), readable_json(self.to_json()) + "\n")
+        write_json(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -74,6 +74,11 @@ def readable_json(value: Any, indent: str = "") -> str:
     ]
     opening, closing = "{}" if is_object else "[]"
     return "\n".join([opening, ",\n".join(lines), indent + closing])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that a person can read, atomically."""
+    write_text_atomically(path, readable_json(value) + "\n")
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -116,7 +121,22 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def read_json_file(path: Path) -> dict[str, Any]:
+    """As :func:`read_json_object`; the error names the file."""
+    try:
+        return read_json_object(path)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read or holds anything else; the caller names the file.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_twins)
     except FileNotFoundError:

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mcsharp_sdk.artifact_file import read_json_object, readable_json, write_text_atomically
+from mcsharp_sdk.artifact_file import read_json_object, write_json, write_text_atomically
 from mcsharp_sdk.errors import InputError, Problem, RunError
+from mcsharp_sdk.folders import CARD_FILE, PAGE_FILE
 
 CHECKSUMS_FILE = "SHA256SUMS"
 """In the form of the program sha256sum, which can check it too."""
 
-UNSUMMED_FILES = ("README.md", "mcsharp_report.html")
+UNSUMMED_FILES = (CARD_FILE, PAGE_FILE)
 """Files without a checksum: one is there to be edited, the other is written anew after evaluating
 the model, from files that have one."""
 
@@ -31,8 +32,7 @@ def hash_of(value: Any) -> str:
 
 def write_checked_json(path: Path, content: Any) -> None:
     """Write JSON values that a person can read, atomically, with their checksum."""
-    text = readable_json({"content": content, "sha256": hash_of(content)})
-    write_text_atomically(path, text + "\n")
+    write_json(path, {"content": content, "sha256": hash_of(content)})
 
 
 def read_checked_json(path: Path) -> Any:

@@ -53,6 +53,12 @@ class InputProblems(InputError):
         super().__init__("\n".join([heading, *(f"  {p}" for p in self.problems)]))
 
 
+def raise_problems(subject: str, problems: Sequence[Problem]) -> None:
+    """Raise the problems of a subject as one ``InputProblems``, if there are any."""
+    if problems:
+        raise InputProblems(subject, problems)
+
+
 @dataclass
 class Checks:
     """Checks that do not depend on each other, so that all that fail are told together."""
@@ -71,8 +77,7 @@ class Checks:
         """Raise what failed: one error as it is, several as the problems of ``subject``."""
         if len(self.failed) == 1:
             raise self.failed[0]
-        if self.failed:
-            raise InputProblems(subject, [p for error in self.failed for p in _problems(error)])
+        raise_problems(subject, [p for error in self.failed for p in _problems(error)])
 
 
 def _problems(error: InputError) -> Sequence[Problem]:

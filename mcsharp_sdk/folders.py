@@ -1,4 +1,7 @@
-"""What a path is that should be a model folder, told before anything heavy is imported."""
+"""Names of the files in a model's folder, and what a path is that should be one.
+
+Both are here for all to know before anything heavy is imported.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,14 @@ from pathlib import Path
 from mcsharp_sdk.errors import InputError
 
 CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
+RECIPE_FILE = "recipe.yaml"
+REPORT_FILE = "mcsharp_report.json"
+PAGE_FILE = "mcsharp_report.html"
+EVALUATION_FILE = "mcsharp_evaluation.json"
+MANIFEST_FILE = "manifest.json"
+"""Of a model, or of routers, exported as ONNX."""
+
 SWEEP_FILE = "sweep.json"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

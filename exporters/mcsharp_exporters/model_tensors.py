@@ -1,4 +1,8 @@
-"""The tensors of a finished model, one decoder layer at a time, be it in a folder or in a run."""
+"""The tensors of a finished model, one decoder layer at a time, be it in a folder or in a run.
+
+transformers, which takes seconds to import, is imported when a folder is opened: recipes import
+this module with the exporters that they name.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +27,15 @@ from mcsharp_exporters.safetensors_model import (
     outer_tensors,
 )
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.models.architecture import empty_model
 from mcsharp_sdk.models.directory import CompressedFolder
 from mcsharp_sdk.models.experts import Matrix, fused_weight, parameter_name
 from mcsharp_sdk.models.routing import Router, router_from_tensors, router_tensor_names
-from mcsharp_sdk.models.source import SourceModel
-from mcsharp_sdk.models.topology import Topology
 from mcsharp_sdk.quantization.grid import REMOVED, PackedWeight, QuantizedWeight, unpack_weight
 from mcsharp_sdk.runtime.layout import TENSORS, PackedLayout, bucket_name, members, tensor_name
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
+    from mcsharp_sdk.models.topology import Topology
 
 Weight = QuantizedWeight | Tensor
 """A matrix [R, K]: codes with their grid, or the weights themselves."""
@@ -73,6 +75,8 @@ class ModelTensors:
         InputError
             If it is no folder of a MoE model.
         """
+        from mcsharp_sdk.models.architecture import empty_model
+
         folder = CompressedFolder.open(path)
         if folder is None:
             return _of_original(path)
@@ -121,6 +125,8 @@ def _read(tensors: Iterable[tuple[str, AnyTensor]]) -> Iterator[tuple[str, Tenso
 
 
 def _of_original(path: Path) -> ModelTensors:
+    from mcsharp_sdk.models.source import SourceModel
+
     source = SourceModel(path)
     return ModelTensors(
         path,

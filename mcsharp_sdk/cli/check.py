@@ -10,6 +10,7 @@ import typer
 from mcsharp_sdk.cli.options import JsonOption, RecipeArgument, SetOption
 from mcsharp_sdk.cli.output import print_json, print_table, print_text
 from mcsharp_sdk.errors import InputError, InputProblems
+from mcsharp_sdk.folders import check_model_folder
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -40,7 +41,6 @@ def check(
 
 
 def _checked(reference: str, model: Path | None, overrides: list[str]) -> Recipe:
-    from mcsharp_sdk.folders import check_model_folder
     from mcsharp_sdk.recipe import open_recipe
 
     if model is not None:

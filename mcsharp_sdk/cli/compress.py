@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 
 from mcsharp_sdk.cli.options import (
     JsonOption,
@@ -17,6 +18,7 @@ from mcsharp_sdk.cli.options import (
 )
 from mcsharp_sdk.cli.output import print_json, print_note, print_table
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.folders import CONFIG_FILE, PAGE_FILE, check_model_folder
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.run import Compression
@@ -50,7 +52,6 @@ def compress(
 ) -> None:
     """Compress a model as a recipe says. Cut off, the same command continues where it was."""
     from mcsharp_sdk.engine.output_folder import check_output, default_run_directory
-    from mcsharp_sdk.folders import check_model_folder
     from mcsharp_sdk.recipe import open_recipe
 
     _log_to(log_file)
@@ -127,23 +128,23 @@ def _log_to(file: Path | None) -> None:
     try:
         handler = logging.FileHandler(file, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{file}: no log can be written: {error.strerror or error}") from error
+        why = error.strerror or error
+        raise InputError(
+            f"{file}: no log can be written: {why}; give another --log-file"
+        ) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
 
 
 def _show(result: Compression) -> None:
-    from rich.filesize import decimal
-
     from mcsharp_sdk.evaluation.cost import model_cost
-    from mcsharp_sdk.report.page import PAGE_FILE
 
     for warning in result.warnings:
         print_note(f"warning: {warning}")
     rows = [(stage, f"{seconds:.1f} s") for stage, seconds in result.seconds.items()]
     rows.append(("weights before", decimal(result.plan.bytes_before)))
-    if (result.output / "config.json").is_file():
+    if (result.output / CONFIG_FILE).is_file():
         cost = model_cost(result.output)
         rows += [
             ("weights after", decimal(cost.weight_bytes)),

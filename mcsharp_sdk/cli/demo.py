@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 
 from mcsharp_sdk.cli.options import JsonOption
 from mcsharp_sdk.cli.output import print_json, print_table, print_text
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.folders import REPORT_FILE
 
 if TYPE_CHECKING:
     from mcsharp_sdk.evaluation.evaluate import Evaluation
@@ -51,7 +53,6 @@ def demo(
 def _check_own(output: Path, model: str) -> None:
     """InputError if the output holds something else than a result of the demo's model."""
     from mcsharp_sdk.artifact_file import read_json_object
-    from mcsharp_sdk.engine.output_folder import REPORT_FILE
 
     if not output.is_dir() or not any(output.iterdir()):
         return
@@ -68,8 +69,6 @@ def _check_own(output: Path, model: str) -> None:
 
 def _rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]:
     """Figures of two evaluations side by side."""
-    from rich.filesize import decimal
-
     figures = {
         "perplexity": lambda e: f"{e.perplexity:.2f}",
         "size on disk": lambda e: decimal(e.bytes),

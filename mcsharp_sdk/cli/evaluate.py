@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.progress import track
 
 from mcsharp_sdk.cli.evaluation_tables import (
     note_results,
@@ -17,6 +18,7 @@ from mcsharp_sdk.cli.evaluation_tables import (
 from mcsharp_sdk.cli.options import JsonOption, MaxTokensOption, TextOption, WindowOption
 from mcsharp_sdk.cli.output import console, print_json, print_note
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.folders import MANIFEST_FILE, PAGE_FILE, check_model_folder
 
 
 def evaluate(
@@ -87,7 +89,10 @@ def evaluate(
     if len(directories) > 1 and not compare:
         raise InputError("several folders go into one table with --compare")
     if tasks is not None or suite is not None:
-        _refuse({**of_text, "reference": reference, "save": save or None}, "does not go with tasks")
+        _refuse(
+            {**of_text, "reference": reference, "save": save or None},
+            "does not go with tasks: leave it out",
+        )
         _check_folders(directories)
         _tasks(directories, tasks, suite, {**_given(of_tasks), **shared}, json)
         return
@@ -101,12 +106,8 @@ def evaluate(
 
 def _check_folders(directories: Iterable[Path]) -> None:
     """Refuse what is no model, before anything heavy is imported."""
-    from mcsharp_exporters.manifest_file import MANIFEST
-
-    from mcsharp_sdk.folders import check_model_folder
-
     for directory in directories:
-        if not (directory / MANIFEST).is_file():  # an ONNX model has no config.json
+        if not (directory / MANIFEST_FILE).is_file():  # an ONNX model has no config.json
             check_model_folder(directory)
 
 
@@ -162,7 +163,7 @@ def _compare(
 
 def _renew_page(folder: Path) -> None:
     """Write the report of a folder again, if it has one, so that it shows what was measured."""
-    from mcsharp_sdk.report.page import PAGE_FILE, write_report
+    from mcsharp_sdk.report.page import write_report
     from mcsharp_sdk.report.run_folder import RunFolder
 
     if (folder / PAGE_FILE).is_file() and RunFolder.read(folder).is_result:
@@ -194,7 +195,5 @@ def _tasks(
 
 def _progress(windows: range) -> Iterable[int]:
     """A bar on standard error, if that is a terminal."""
-    from rich.progress import track
-
     status = console(stderr=True)
     return track(windows, "windows", console=status, disable=not status.is_terminal, transient=True)

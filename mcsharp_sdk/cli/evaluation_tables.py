@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.filesize import decimal
+
 from mcsharp_sdk.cli.output import print_note, print_table
 
 if TYPE_CHECKING:
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
 
 def show_evaluation(result: Evaluation) -> None:
     """Print an evaluation."""
-    from rich.filesize import decimal
-
     bits = f"{result.nominal_bits:.3f} nominal, {result.stored_bits:.3f} stored"
     computed = f"in {result.dtype} on {result.device} in {result.seconds:.1f} s"
     facts = [
@@ -54,8 +54,6 @@ def show_comparison(result: Comparison) -> None:
 
 
 def _compared_row(compared: Compared) -> list[Any]:
-    from rich.filesize import decimal
-
     found = compared.evaluation
     return [
         found.model,
@@ -76,8 +74,6 @@ def _percent(share: float | None) -> str | None:
 
 
 def _bytes(size: float | None) -> str | None:
-    from rich.filesize import decimal
-
     return None if size is None else decimal(round(size))
 
 

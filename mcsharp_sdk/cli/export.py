@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 from mcsharp_sdk.cli.options import JsonOption
 from mcsharp_sdk.cli.output import print_json, print_text
+from mcsharp_sdk.folders import check_model_folder
 
 
 def export(
@@ -40,7 +42,6 @@ def export(
 ) -> None:
     """Export from a model folder: onnx_model the whole model, onnx_routers one graph per router."""
     from mcsharp_sdk.engine.export import export as run
-    from mcsharp_sdk.folders import check_model_folder
 
     check_model_folder(directory)
     settings = _settings([*(overrides or ()), *([f"dtype={dtype}"] if dtype else ())])
@@ -54,8 +55,6 @@ def export(
 
 def _summary(manifest: Mapping[str, Any]) -> str:
     """What lies in the folder that is named next."""
-    from rich.filesize import decimal
-
     if isinstance(manifest["layers"], list):
         return f"{len(manifest['layers'])} graphs are in"
     size = decimal(sum(entry["bytes"] for entry in manifest["files"]))

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 
 from mcsharp_sdk.cli.options import JsonOption
 from mcsharp_sdk.cli.output import print_json, print_note, print_table, print_text
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.folders import check_model_folder
 
 if TYPE_CHECKING:
     from mcsharp_sdk.evaluation.inspection import Inspection
@@ -50,7 +52,6 @@ def inspect(
     json: JsonOption = False,
 ) -> None:
     """Show layers, experts, router, bytes by role and bit widths; no weight is loaded."""
-    from mcsharp_sdk.folders import check_model_folder
 
     if kernels and verify:
         raise InputError("--verify does not go with --kernels: leave one of them out")
@@ -94,8 +95,6 @@ def _show_verification(verified: Verification) -> None:
 
 
 def _show(found: Inspection) -> None:
-    from rich.filesize import decimal
-
     cost = found.cost
     bits = f"{cost.bits.nominal:.3f} nominal, {cost.bits.stored:.3f} stored"
     facts = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 
 from mcsharp_sdk.cli.options import (
     JsonOption,
@@ -14,6 +15,7 @@ from mcsharp_sdk.cli.options import (
     SetOption,
 )
 from mcsharp_sdk.cli.output import print_json, print_table
+from mcsharp_sdk.folders import check_model_folder
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.plan import Plan
@@ -30,7 +32,6 @@ def plan(
     json: JsonOption = False,
 ) -> None:
     """Show what a run would do, its size and its memory, without doing it."""
-    from mcsharp_sdk.folders import check_model_folder
     from mcsharp_sdk.recipe import open_recipe
 
     check_model_folder(model)
@@ -47,8 +48,6 @@ def plan(
 
 def show_plan(plan: Plan) -> None:
     """Print a plan for people."""
-    from rich.filesize import decimal
-
     rows = [
         (s.stage, s.summary, f"about {_duration(s.seconds)}", decimal(s.peak_memory))
         for s in plan.stages
@@ -67,16 +66,12 @@ def show_plan(plan: Plan) -> None:
 
 
 def _where(plan: Plan) -> str:
-    from rich.filesize import decimal
-
     if plan.spill:
         return ", with activations on disk"
     return f"; {decimal(plan.least_memory)} with activations on disk (--max-memory)"
 
 
 def _disk(plan: Plan) -> str:
-    from rich.filesize import decimal
-
     return f"{decimal(plan.run_bytes)} while it runs, {decimal(plan.output_bytes)} for the result"
 
 

@@ -67,5 +67,6 @@ def copy_recipe(
     except FileExistsError:
         raise InputError(f"'{destination}' is there already: give another name") from None
     except OSError as error:
-        raise InputError(f"'{destination}' cannot be written: {error.strerror}") from None
+        why = error.strerror
+        raise InputError(f"'{destination}' cannot be written: {why}; give another DEST") from None
     print_text(f"wrote {destination}")

@@ -10,6 +10,7 @@ import typer
 from mcsharp_sdk.cli.options import JsonOption
 from mcsharp_sdk.cli.output import print_json, print_text
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.folders import PAGE_FILE, check_model_folder
 
 
 def report(
@@ -28,14 +29,12 @@ def report(
         typer.Option(
             "--output",
             metavar="FILE",
-            help="File to write. Default: mcsharp_report.html in the folder.",
+            help=f"File to write. Default: {PAGE_FILE} in the folder.",
         ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
     """Write a page that shows what a run did, or compares several; it works offline."""
-    from mcsharp_sdk.folders import check_model_folder
-
     if compare:
         written = _compare(directories, output)
     else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 from mcsharp_sdk.cli.options import (
     JsonOption,
@@ -20,6 +21,7 @@ from mcsharp_sdk.cli.options import (
 )
 from mcsharp_sdk.cli.output import print_json, print_note, print_table, print_text
 from mcsharp_sdk.errors import RunError
+from mcsharp_sdk.folders import check_model_folder
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.sweep import Sweep
@@ -68,7 +70,6 @@ def sweep(
 
     Cut off, the same command continues where it was.
     """
-    from mcsharp_sdk.folders import check_model_folder
 
     check_model_folder(model)
 
@@ -116,8 +117,6 @@ def _show(result: Sweep) -> None:
 
 
 def _row(result: Result) -> list[Any]:
-    from rich.filesize import decimal
-
     if result.error:
         return [result.name, "failed", *[None] * 4]
     found = result.evaluation

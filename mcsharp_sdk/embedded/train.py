@@ -26,6 +26,7 @@ from transformers.integrations.moe import ExpertsInterface
 from mcsharp_sdk.embedded import text
 from mcsharp_sdk.embedded.card import model_card
 from mcsharp_sdk.embedded.moe_training import balance_loss, batched_experts
+from mcsharp_sdk.folders import CARD_FILE
 
 WINDOW = 256
 END_OF_TEXT = "<|endoftext|>"
@@ -246,7 +247,7 @@ def make(out: Path, schedule: Schedule) -> None:
         prose_share=schedule.prose_share,
         **SHAPE,
     )
-    (out / "README.md").write_text(card, encoding="utf-8")
+    (out / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from mcsharp_sdk._version import __version__
 from mcsharp_sdk.checked_files import hash_of
 from mcsharp_sdk.data.fingerprint import data_fingerprint
 from mcsharp_sdk.data.tokenise import TOKENIZER_FILES
+from mcsharp_sdk.folders import CONFIG_FILE
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.base import Modifier
@@ -26,7 +27,7 @@ COMMON = ("mcsharp_sdk version", "model config", "model weights")
 
 def fingerprint(recipe: Recipe, source: SourceModel) -> dict[str, str]:
     """Part -> hash of everything that the result of a run depends on."""
-    config = (source.path / "config.json").read_text()
+    config = (source.path / CONFIG_FILE).read_text()
     common = (__version__, config, _weight_identity(source.checkpoint))
     parts = {RECIPE: hash_of(recipe.settings()["stages"])}
     parts.update(zip(COMMON, map(hash_of, common), strict=True))

@@ -9,15 +9,13 @@ from pathlib import Path
 from mcsharp_sdk.artifact_file import TEMPORARY_FILES, read_json_object
 from mcsharp_sdk.checked_files import CHECKSUMS_FILE, UNSUMMED_FILES, read_checksums
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.folders import run_folder_of
+from mcsharp_sdk.folders import EVALUATION_FILE, MANIFEST_FILE, REPORT_FILE, run_folder_of
 from mcsharp_sdk.recipe.schema import Recipe
 
-REPORT_FILE = "mcsharp_report.json"
-MANIFEST_FILE = "manifest.json"
 RESULT_FILES = (REPORT_FILE, f"onnx_routers/{MANIFEST_FILE}", f"onnx_model/{MANIFEST_FILE}")
 """A folder with one of these was written by an exporter."""
 
-LATER_FILES = (CHECKSUMS_FILE, *UNSUMMED_FILES, "mcsharp_evaluation.json")
+LATER_FILES = (CHECKSUMS_FILE, *UNSUMMED_FILES, EVALUATION_FILE)
 """Files of a result that its checksums do not name, or that commands after the run add."""
 
 MOST_NAMED = 3
@@ -47,7 +45,10 @@ def check_output(output: Path, model: Path, run_directory: Path, overwrite: bool
             "--output"
         )
     if _lies_in(run_directory, output):
-        raise InputError(f"the run directory {run_directory} must not lie in the output {output}")
+        raise InputError(
+            f"the run directory {run_directory} must not lie in the output {output}: give another "
+            "--run-dir"
+        )
     if output.exists():
         check_replaceable(output)
         if not overwrite:
@@ -85,7 +86,9 @@ def check_writable(folder: Path) -> None:
     parent = folder.absolute().parent
     existing = next(p for p in (parent, *parent.parents) if p.exists())
     if not os.access(existing, os.W_OK):
-        raise InputError(f"{folder} cannot be made: {existing} is not writable")
+        raise InputError(
+            f"{folder} cannot be made: {existing} is not writable; give another folder"
+        )
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

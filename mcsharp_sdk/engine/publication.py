@@ -16,8 +16,9 @@ from mcsharp_sdk.checked_files import (
     read_checked_json,
     write_checksums,
 )
+from mcsharp_sdk.engine.file_lock import lock
 from mcsharp_sdk.engine.output_folder import check_replaceable
-from mcsharp_sdk.engine.run_directory import PUBLISHED_FILE, RunDirectory, lock
+from mcsharp_sdk.engine.run_directory import PUBLISHED_FILE, RunDirectory
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.recipe.schema import Recipe
 

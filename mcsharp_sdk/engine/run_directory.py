@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 
-from mcsharp_sdk.artifact_file import (
-    TEMPORARY_FILES,
-    Artifact,
-    readable_json,
-    write_text_atomically,
-)
+from mcsharp_sdk.artifact_file import TEMPORARY_FILES, Artifact
 from mcsharp_sdk.checked_files import (
     DamagedFile,
     file_hash,
@@ -23,6 +16,7 @@ from mcsharp_sdk.checked_files import (
     synced_hash,
     write_checked_json,
 )
+from mcsharp_sdk.engine.file_lock import lock
 from mcsharp_sdk.engine.layer_store import FINISHED_FILE, LayerStore
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.errors import InputError
@@ -35,53 +29,6 @@ OWN_FILES = (FINGERPRINT_FILE, FINISHED_FILE, LOCK_FILE, PUBLISHED_FILE)
 """Files of a run directory that no stage wrote."""
 
 AnyArtifact = TypeVar("AnyArtifact", bound=Artifact)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON that a person can read, atomically."""
-    write_text_atomically(path, readable_json(value) + "\n")
-
-
-def lock(file: Path, subject: Path | None = None) -> IO[str]:
-    """Lock a file, made if need be, until the stream that is returned is closed.
-
-    Parameters
-    ----------
-    subject : what the lock is for, in messages; by default the file's folder.
-
-    Raises
-    ------
-    InputError
-        If another process, or another stream of this one, holds it.
-    """
-    subject = subject or file.parent
-    stream = file.open("w")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno()))
-    except OSError as error:
-        stream.close()
-        raise InputError(f"{subject} is in use by another run") from error
-    if not held:  # the run that held it has just removed it
-        stream.close()
-        raise InputError(f"{subject} was in use by another run: try again")
-    return stream
-
-
-def link_files(files: Iterable[str], source: Path, target: Path) -> None:
-    """Give ``target`` files of ``source``, by names relative to both.
-
-    They are hard links where the file system has them, copies elsewhere. That is safe because a
-    stage replaces its files as a whole and never writes into one.
-    """
-    for name in files:
-        file = target / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)
-        try:
-            os.link(source / name, file)
-        except OSError:
-            shutil.copyfile(source / name, file)
 
 
 @dataclass(frozen=True)
@@ -146,7 +93,9 @@ class RunDirectory:
             self._check_own()
             self._lock = lock(self.path / LOCK_FILE)
         except OSError as error:
-            raise InputError(f"the run directory {self.path} cannot be used: {error}") from error
+            raise InputError(
+                f"the run directory {self.path} cannot be used: {error}; give another --run-dir"
+            ) from error
         try:
             self._check_fingerprint()
             self._check_finished()

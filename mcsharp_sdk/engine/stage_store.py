@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from mcsharp_sdk.engine.run_directory import (
-    FinishedStage,
-    RunDirectory,
-    link_files,
-    write_json,
-)
+from mcsharp_sdk.artifact_file import read_json_file, write_json
+from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 
 RECORD_FILE = "finished_stage.json"
 FILES_FOLDER = "files"
@@ -43,8 +39,8 @@ class StageStore:
         entry = self.path / key
         if not entry.is_dir():
             return False
-        stage = FinishedStage.from_json(json.loads((entry / RECORD_FILE).read_text()))
-        link_files(stage.files, entry / FILES_FOLDER, directory.path)
+        stage = FinishedStage.from_json(read_json_file(entry / RECORD_FILE))
+        _link_files(stage.files, entry / FILES_FOLDER, directory.path)
         directory.mark_finished(name, stage)
         return True
 
@@ -55,7 +51,7 @@ class StageStore:
             return
         partial = self.path / f".{key}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        link_files(stage.files, directory.path, partial / FILES_FOLDER)
+        _link_files(stage.files, directory.path, partial / FILES_FOLDER)
         write_json(partial / RECORD_FILE, stage.to_json())
         partial.rename(entry)
 
@@ -66,3 +62,19 @@ class StageStore:
         for entry in self.path.iterdir():
             if entry.name not in self.wanted:
                 shutil.rmtree(entry)
+
+
+def _link_files(files: Iterable[str], source: Path, target: Path) -> None:
+    """Give ``target`` files of ``source``, by names relative to both.
+
+    They are hard links where the file system has them, copies elsewhere. That is safe because a
+    stage replaces its files as a whole and never writes into one.
+    """
+    for name in files:
+        file = target / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+        try:
+            os.link(source / name, file)
+        except OSError:
+            shutil.copyfile(source / name, file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mcsharp_sdk.arguments import whole_number
+from mcsharp_sdk.artifact_file import read_json_file, write_json
 from mcsharp_sdk.engine.default_dtype import float32_by_default
 from mcsharp_sdk.engine.disk_space import check_disk_space
 from mcsharp_sdk.engine.output_folder import check_writable
 from mcsharp_sdk.engine.plan import make_plan
 from mcsharp_sdk.engine.ranks import started_together
-from mcsharp_sdk.engine.run_directory import RunDirectory, write_json
+from mcsharp_sdk.engine.run_directory import RunDirectory
 from mcsharp_sdk.engine.stage_store import StageStore
 from mcsharp_sdk.engine.sweep_folder import WORK_FOLDER, Result, SweepFolder
 from mcsharp_sdk.engine.sweep_plan import EvaluationSettings, PlannedVariant, SweepPlan, plan_sweep
@@ -219,7 +219,7 @@ class _Runner:
             )
             seconds, warnings = work.run(self.progress)
             write_json(record, {"seconds": dict(seconds), "warnings": list(warnings)})
-        return dict(json.loads(record.read_text()))
+        return read_json_file(record)
 
 
 def _record(model: Path) -> Path:

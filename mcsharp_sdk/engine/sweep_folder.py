@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mcsharp_sdk.artifact_file import write_text_atomically
+from mcsharp_sdk.artifact_file import read_json_file, write_json, write_text_atomically
+from mcsharp_sdk.engine.file_lock import lock
 from mcsharp_sdk.engine.output_folder import check_writable
-from mcsharp_sdk.engine.run_directory import lock, write_json
 from mcsharp_sdk.engine.sweep_plan import PlannedVariant, SweepPlan
-from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.errors import InputError, Problem, raise_problems
 from mcsharp_sdk.folders import SWEEP_FILE
 from mcsharp_sdk.report.sweep import Row, csv_table, sweep_plot
 
@@ -25,6 +24,8 @@ RESULT_FILE = "result.json"
 MODEL_FOLDER = "model"
 WORK_FOLDER = ".work"
 LOCK_FILE = "sweep.lock"
+
+_ADVICE = "give another --output, or --overwrite to delete the sweep that is there"
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,12 @@ class SweepFolder:
             self._check_sweep()
 
     def _check_sweep(self) -> None:
-        before = json.loads((self.path / SWEEP_FILE).read_text())["varied"]
+        before = _read(self.path / SWEEP_FILE)["varied"]
         if before != list(self.plan.varied):
             raise InputError(
                 f"{self.path} holds a sweep over {', '.join(before)}; give another --output, or "
                 "--overwrite to delete it"
             )
-        advice = "give another --output, or --overwrite to delete the sweep that is there"
         problems = []
         for variant in self.plan.variants:
             kept = self._kept(variant)
@@ -115,10 +115,9 @@ class SweepFolder:
             parts = sorted(old.keys() | variant.fingerprint.keys())
             changed = [p for p in parts if old.get(p) != variant.fingerprint.get(p)]
             if changed:
-                message = f"{', '.join(changed)} changed since it was evaluated; {advice}"
+                message = f"{', '.join(changed)} changed since it was evaluated; {_ADVICE}"
                 problems.append(Problem(variant.name, message))
-        if problems:
-            raise InputProblems(str(self.path), problems)
+        raise_problems(str(self.path), problems)
 
     @contextmanager
     def opened(self, overwrite: bool) -> Iterator[None]:
@@ -142,7 +141,7 @@ class SweepFolder:
 
     def _kept(self, variant: PlannedVariant) -> dict[str, Any] | None:
         file = self._variant(variant) / RESULT_FILE
-        return dict(json.loads(file.read_text())) if file.is_file() else None
+        return _read(file) if file.is_file() else None
 
     def finished(self, variant: PlannedVariant) -> Result | None:
         """The variant's result, if an earlier call got it; and its model, if models are kept."""
@@ -159,7 +158,7 @@ class SweepFolder:
         content = {"fingerprint": dict(variant.fingerprint), "result": result.to_json()}
         file = self._variant(variant) / RESULT_FILE
         write_json(file, content)
-        return Result(**json.loads(file.read_text())["result"])
+        return Result(**read_json_file(file)["result"])
 
     def write_comparison(self, results: Sequence[Result]) -> None:
         """Write the table and the plot of the results so far."""
@@ -169,3 +168,11 @@ class SweepFolder:
         write_json(self.path / SWEEP_FILE, content)
         write_text_atomically(self.path / TABLE_FILE, csv_table(rows))
         write_text_atomically(self.path / PLOT_FILE, sweep_plot(rows, self.plan.title))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON file that an earlier call wrote."""
+    try:
+        return read_json_file(file)
+    except InputError as error:
+        raise InputError(f"{error}; {_ADVICE}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,6 @@ from mcsharp_exporters.safetensors_model import SafetensorsExporter
 
 from mcsharp_sdk.checked_files import hash_of
 from mcsharp_sdk.data.calibration_set import CalibrationSet
-from mcsharp_sdk.data.corpora import text_pieces
-from mcsharp_sdk.data.tokenise import load_tokenizer, token_stream
 from mcsharp_sdk.engine.fingerprint import CALIBRATION, fingerprint, stage_keys
 from mcsharp_sdk.engine.model_fit import check_model
 from mcsharp_sdk.engine.run import read_calibration
@@ -24,7 +22,8 @@ from mcsharp_sdk.engine.variants import (
     parse_variations,
     variations_of,
 )
-from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.errors import InputError, InputProblems, Problem, raise_problems
+from mcsharp_sdk.evaluation.text import check_max_tokens, choose_window, named_pieces, read_tokens
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.recipe.library import RecipeLike
 from mcsharp_sdk.recipe.schema import Recipe
@@ -155,21 +154,22 @@ def _misfits(variant: Variant, plan: SweepPlan) -> list[Problem]:
 
 
 def _evaluation_problems(settings: EvaluationSettings, source: SourceModel) -> list[Problem]:
+    config = source.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    checks: dict[str, Callable[[], Any]] = {
+        "window": lambda: choose_window(settings.window, positions),
+        "max_tokens": lambda: check_max_tokens(settings.max_tokens),
+    }
+    if settings.text is not None:
+        checks["text"] = lambda: read_tokens(
+            named_pieces(settings.text)[1], source.path, 2, config.vocab_size
+        )
     problems = []
-    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    window, limit = settings.window, settings.max_tokens
-    if window is not None and (window < 2 or (positions and window > positions)):
-        wrong = f"{window} should be 2 tokens or more, and at most the model's {positions}"
-        problems.append(Problem("window", wrong))
-    if limit is not None and limit < 2:
-        problems.append(Problem("max_tokens", f"{limit} should be 2 or more"))
-    try:
-        if settings.text is not None:
-            tokenizer = load_tokenizer(source.path)
-            if token_stream(text_pieces(settings.text), tokenizer, limit=2).numel() < 2:
-                problems.append(Problem("text", f"{settings.text} has fewer than 2 tokens"))
-    except InputError as error:
-        problems.append(Problem("text", str(error)))
+    for name, check in checks.items():
+        try:
+            check()
+        except InputError as error:
+            problems.append(Problem(name, str(error)))
     return problems
 
 
@@ -192,5 +192,4 @@ def _check_distinct(variants: Sequence[PlannedVariant]) -> None:
         name = first.setdefault(variant.identity, variant.name)
         if name != variant.name:
             problems.append(Problem(variant.name, f"is the same as {name}: leave one of them out"))
-    if problems:
-        raise InputProblems("the sweep", problems)
+    raise_problems("the sweep", problems)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mcsharp_sdk.arguments import refuse_single
-from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.errors import InputError, InputProblems, Problem, raise_problems
 from mcsharp_sdk.recipe.library import RecipeLike, as_recipe
 from mcsharp_sdk.recipe.schema import Recipe
 from mcsharp_sdk.recipe.yaml_text import parse_value
@@ -94,9 +94,7 @@ class ProblemsOfVariants:
 
     def raise_if_any(self) -> None:
         """Raise InputProblems if there were any."""
-        problems = [self._told(p, names) for p, names in self.found.items()]
-        if problems:
-            raise InputProblems(self.subject, problems)
+        raise_problems(self.subject, [self._told(p, names) for p, names in self.found.items()])
 
     def _told(self, problem: Problem, names: Sequence[str]) -> Problem:
         """The problem; with the variants that have it, if not all have and it does not say."""
@@ -198,7 +196,10 @@ def open_variants(
         If there is no such recipe.
     """
     if isinstance(recipe, Recipe):
-        raise InputError("a sweep changes a recipe file, a recipe's name or plain data, no Recipe")
+        raise InputError(
+            "a sweep changes a recipe file, a recipe's name or plain data, no Recipe: give its "
+            "settings()"
+        )
     refuse_single(overrides, "overrides")
     problems = ProblemsOfVariants("recipe" if isinstance(recipe, Mapping) else Path(recipe).name)
     short = _short_names([variation.target for variation in variations])
@@ -230,8 +231,7 @@ def _checked(
     if not variations and not problems:
         wrong = "nothing to vary: give e.g. stages.BitAllocation.target_bits=2.0,2.5"
         problems.append(Problem("--vary", wrong))
-    if problems:
-        raise InputProblems("the sweep", problems)
+    raise_problems("the sweep", problems)
     return read
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mcsharp_sdk.arguments import refuse_single
-from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.errors import InputError, Problem, raise_problems
 from mcsharp_sdk.evaluation.evaluate import Conditions, Evaluation, measure, prepare
 from mcsharp_sdk.evaluation.reference import Distance, Reference
 from mcsharp_sdk.evaluation.saved import save_evaluation
@@ -149,8 +149,7 @@ def _check_vocabularies(conditions: Sequence[Conditions], original: Conditions) 
         for one in conditions
         if one.vocabulary != original.vocabulary
     ]
-    if problems:
-        raise InputProblems("the comparison", problems)
+    raise_problems("the comparison", problems)
 
 
 def _measure(conditions: Conditions, reference: Reference | None, track: Track) -> Compared:
@@ -179,8 +178,7 @@ def _prepare(
             found.append(prepare(folder, text, pruning=pruning, **settings))
         except InputError as error:
             problems.append(Problem(str(folder), str(error)))
-    if problems:
-        raise InputProblems("the comparison", problems)
+    raise_problems("the comparison", problems)
     if settings["window"] is None:
         window = min(conditions.window for conditions in found)
         if any(conditions.window != window for conditions in found):

@@ -17,6 +17,7 @@ from mcsharp_sdk.evaluation.stored import (
     read_config_json,
     read_layout,
 )
+from mcsharp_sdk.folders import CONFIG_FILE
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.topology import NUM_EXPERTS_SETTING, TOP_K_SETTINGS
 
@@ -228,6 +229,6 @@ def _top_k(config: Mapping[str, Any], directory: Path) -> int:
         if isinstance(value, list) and value:
             return max(int(k) for k in value)
     raise InputError(
-        f"{directory / 'config.json'} does not say how many experts a token uses; "
+        f"{directory / CONFIG_FILE} does not say how many experts a token uses; "
         f"looked for {', '.join(TOP_K_SETTINGS)}"
     )

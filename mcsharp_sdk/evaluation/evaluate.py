@@ -12,10 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.arguments import whole_number
-from mcsharp_sdk.data.corpora import text_pieces
-from mcsharp_sdk.data.tokenise import check_vocabulary, load_tokenizer, token_stream
-from mcsharp_sdk.embedded.text import evaluation_text
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.activation import ExpertActivity, watch_experts
 from mcsharp_sdk.evaluation.cost import ModelCost, cost_facts, model_cost
@@ -28,11 +24,9 @@ from mcsharp_sdk.evaluation.loading import (
     load_model,
 )
 from mcsharp_sdk.evaluation.perplexity import Observer, perplexity
+from mcsharp_sdk.evaluation.text import choose_window, named_pieces, read_tokens
 from mcsharp_sdk.models.source import read_config
 from mcsharp_sdk.runtime.pruned_routing import expert_pruning
-
-DEFAULT_WINDOW = 2048
-EMBEDDED_TEXT = "embedded evaluation text"
 
 
 @dataclass(frozen=True)
@@ -131,9 +125,9 @@ def evaluate(
     directory, dtype = Path(model_dir), dtype_name(dtype)
     manifest = exported_manifest(directory, device, dtype, pruning)
     if manifest is not None:
-        length = _choose_window(window, manifest.context_length)
-        name, pieces = _pieces(text)
-        tokens = _read_tokens(pieces, directory, max_tokens, manifest.vocabulary)
+        length = choose_window(window, manifest.context_length)
+        name, pieces = named_pieces(text)
+        tokens = read_tokens(pieces, directory, max_tokens, manifest.vocabulary)
         measured = measure_exported(directory, manifest, device, tokens, length, track)
         return Evaluation(model=str(directory), text=name, **measured)
     conditions = prepare(
@@ -198,12 +192,12 @@ def prepare(
     cost = model_cost(directory)
     check_pruning(pruning, directory)
     text_config = config.get_text_config()
-    window = _choose_window(window, getattr(text_config, "max_position_embeddings", None))
+    window = choose_window(window, getattr(text_config, "max_position_embeddings", None))
     place = choose_device(device)
     computed_in = choose_dtype(dtype, config, directory, place)
-    name, pieces = _pieces(text)
+    name, pieces = named_pieces(text)
     words = text_config.vocab_size
-    tokens = _read_tokens(pieces, directory, max_tokens, words)
+    tokens = read_tokens(pieces, directory, max_tokens, words)
     return Conditions(directory, cost, name, tokens, words, window, place, computed_in, pruning)
 
 
@@ -263,34 +257,3 @@ def _activity_fields(activity: ExpertActivity, cost: ModelCost) -> dict[str, Any
         "activated_bytes_per_token": cost.activated_bytes(used),
         "activated_parameters_per_token": cost.activated_parameters(used),
     }
-
-
-def _choose_window(window: int | None, positions: int | None) -> int:
-    if window is None:
-        return min(DEFAULT_WINDOW, positions or DEFAULT_WINDOW)
-    window = whole_number(window, "window")
-    if window < 2:
-        raise InputError(f"a window of {window} predicts nothing: use 2 tokens or more")
-    if positions and window > positions:
-        raise InputError(f"a window of {window} is longer than the model's {positions} positions")
-    return window
-
-
-def _pieces(text: str | Path | None) -> tuple[str, Iterable[str]]:
-    """Name of the evaluation text, and the text in pieces."""
-    if text is None:
-        return EMBEDDED_TEXT, [evaluation_text()]
-    return str(text), text_pieces(Path(text))
-
-
-def _read_tokens(
-    text: Iterable[str], directory: Path, limit: int | None, vocabulary: int
-) -> Tensor:
-    """Token ids of the text, (n,) int64, checked against the model's vocabulary."""
-    if limit is not None and whole_number(limit, "max_tokens") < 2:
-        raise InputError(f"max_tokens is {limit}: perplexity needs 2 tokens or more")
-    tokens = token_stream(text, load_tokenizer(directory), limit=limit)
-    if tokens.numel() < 2:
-        raise InputError(f"the text has {tokens.numel()} tokens: 2 are needed at least")
-    check_vocabulary(tokens, vocabulary)
-    return tokens

@@ -125,7 +125,9 @@ def products_of(model_dir: str | Path, device: str = "auto", dtype: str = "auto"
     directory = Path(model_dir)
     layout = read_layout(read_config_json(directory), directory)
     if layout is None or not layout.packs:
-        raise InputError(f"{directory} has no packed matrices: it is not compressed")
+        raise InputError(
+            f"{directory} has no packed matrices: it is not compressed; give one that is"
+        )
     device = choose_device(device)
     kind = torch.device("cuda" if device == "auto" else device).type
     chosen = choose_dtype(dtype, read_config(directory), directory, kind)

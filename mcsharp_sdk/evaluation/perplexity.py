@@ -110,8 +110,7 @@ def perplexity_of(
     """
     if tokens.ndim != 1 or tokens.numel() < 2:
         raise InputError(f"perplexity needs two tokens or more, got {list(tokens.shape)}")
-    if window < 2:
-        raise InputError(f"a window of {window} predicts nothing: use 2 tokens or more")
+    check_window(window)
     batches = window_batches(tokens, window, together)
     total = 0.0
     for index in track(range(len(batches))):
@@ -122,6 +121,12 @@ def perplexity_of(
     used, windows = sum(batch.numel() for batch in batches), sum(map(len, batches))
     mean = total / (used - windows)
     return Perplexity(_exp(mean), mean, used, used - windows, windows)
+
+
+def check_window(window: int) -> None:
+    """InputError if a window has fewer than two tokens."""
+    if window < 2:
+        raise InputError(f"a window of {window} predicts nothing: use 2 tokens or more")
 
 
 def windows_together(window: int) -> int:

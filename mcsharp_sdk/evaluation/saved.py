@@ -6,16 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mcsharp_sdk.artifact_file import (
-    VERSION,
-    check_version,
-    read_json_object,
-    readable_json,
-    write_text_atomically,
-)
+from mcsharp_sdk.artifact_file import VERSION, check_version, read_json_object, write_json
 from mcsharp_sdk.errors import InputError
-
-EVALUATION_FILE = "mcsharp_evaluation.json"
+from mcsharp_sdk.folders import EVALUATION_FILE
 
 SavedEvaluation = Mapping[str, Any]
 """``Evaluation.to_json`` and, if it was compared, ``kl_divergence``, ``top1_agreement`` and the
@@ -48,7 +41,7 @@ def read_evaluations(folder: Path) -> list[SavedEvaluation]:
             if missing := [name for name in _NEEDED if name not in row]:
                 raise InputError(f"an evaluation lacks {', '.join(missing)}")
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}; mend it, or delete it to begin a new one") from None
     return rows
 
 
@@ -56,8 +49,7 @@ def save_evaluation(folder: Path, row: SavedEvaluation) -> Path:
     """Keep an evaluation in a folder; one of the same conditions is replaced. The file's path."""
     others = [kept for kept in read_evaluations(folder) if _conditions(kept) != _conditions(row)]
     path = folder / EVALUATION_FILE
-    content = {"version": VERSION, "evaluations": [*others, dict(row)]}
-    write_text_atomically(path, readable_json(content) + "\n")
+    write_json(path, {"version": VERSION, "evaluations": [*others, dict(row)]})
     return path
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.errors import InputError, Problem, raise_problems
+from mcsharp_sdk.folders import CONFIG_FILE
 from mcsharp_sdk.models.config_file import check_config
 from mcsharp_sdk.models.safetensors_file import TensorInfo
 from mcsharp_sdk.runtime.layout import METHOD, PackedLayout, members
@@ -105,11 +106,12 @@ def read_layout(config: Mapping[str, Any], directory: Path) -> PackedLayout | No
     """
     settings = config.get("quantization_config") or {}
     if not isinstance(settings, dict):
-        raise InputError(f"{directory / 'config.json'}: quantization_config is no object")
+        raise InputError(f"{directory / CONFIG_FILE}: quantization_config is no object")
     method = settings.get("quant_method")
     if method not in READABLE_METHODS:
         raise InputError(
-            f"{directory} is quantised by {method!r}, whose storage mcsharp_sdk cannot count"
+            f"{directory} is quantised by {method!r}, whose storage mcsharp_sdk cannot count: give "
+            "the original model, or one that mcsharp compressed"
         )
     return PackedLayout.from_dict(settings) if method == METHOD else None
 
@@ -137,8 +139,7 @@ def classify(
     """
     if layout is None or not layout.packs:
         return [_plain(name, info, experts) for name, info in tensors.items()]
-    if problems := [*_wrong_buckets(tensors, layout), *_missing_linears(tensors, layout)]:
-        raise InputProblems(subject, problems)
+    raise_problems(subject, [*_wrong_buckets(tensors, layout), *_missing_linears(tensors, layout)])
     return [
         _packed(name, info, layout) or replace(_plain(name, info, experts), quantised=False)
         for name, info in tensors.items()
@@ -227,4 +228,4 @@ def _missing_linears(tensors: Mapping[str, TensorInfo], layout: PackedLayout) ->
     matches = (_LINEAR.search(name) for name in tensors)
     stored = {match["path"] for match in matches if match and match["part"] == "qweight"}
     for path in sorted(layout.linears.keys() - stored):
-        yield Problem("config.json", f"says that {path} is packed, but no layer has it so")
+        yield Problem(CONFIG_FILE, f"says that {path} is packed, but no layer has it so")

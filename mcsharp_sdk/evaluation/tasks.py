@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mcsharp_sdk.data.tokenise import load_tokenizer
-from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.evaluation.harness import import_harness, load_tasks, network
 from mcsharp_sdk.evaluation.loading import check_pruning, choose_device, choose_dtype, load_model
 from mcsharp_sdk.models.source import read_config
 from mcsharp_sdk.runtime.pruned_routing import expert_pruning
@@ -145,21 +143,21 @@ def evaluate_tasks(
     """
     runs = _runs(tasks, suite, num_fewshot)
     _check_numbers(limit=limit, batch_size=batch_size)
-    harness = _harness()
+    harness = import_harness()
     directory = Path(model_dir)
     config = read_config(directory)
     check_pruning(pruning, directory)
     place = choose_device(device)
     computed_in = choose_dtype(dtype, config, directory, place)
     tokenizer = load_tokenizer(directory)
-    with _network(download):
-        manager = _manager(harness, include, runs)
+    wanted = [(name, run.num_fewshot) for run in runs for name in run.tasks]
+    with network(download):
+        manager = load_tasks(harness, include, (name for name, _ in wanted))
         model = load_model(directory, place, computed_in, pruning)
         language_model = harness.models.huggingface.HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size
         )
         results: list[TaskResult] = []
-        wanted = [(name, run.num_fewshot) for run in runs for name in run.tasks]
         for name, shots in wanted:
             found = _run(harness, language_model, manager, name, shots, limit, batch_size)
             on_task(found)
@@ -183,82 +181,6 @@ def _check_numbers(**numbers: int | None) -> None:
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}: it must be 1 or more")
-
-
-def _harness() -> Any:
-    try:
-        import lm_eval.models.huggingface
-        import lm_eval.tasks
-    except ImportError as error:
-        raise InputError(
-            f"tasks need EleutherAI's lm-eval, which cannot be imported ({error}): "
-            "pip install 'mcsharp_sdk[eval]'"
-        ) from error
-    return lm_eval
-
-
-def _manager(harness: Any, include: str | Path | None, runs: Sequence[TaskRun]) -> Any:
-    """lm-eval's index of tasks, with all that are wanted loaded once, so that data is at hand."""
-    if include is not None and not Path(include).is_dir():
-        raise InputError(f"{include} is no folder with task files")
-    names = dict.fromkeys(name for run in runs for name in run.tasks)
-    manager = _index(harness, include, names)
-    known = set(manager.all_tasks)
-    problems = [Problem(n, _unknown(n, known)) for n in names if n not in known]
-    for name in (n for n in names if n in known):
-        try:
-            manager.load([name])
-        except Exception as error:  # lm-eval and datasets raise whatever they please
-            problems.append(Problem(name, _no_data(error)))
-    if problems:
-        raise InputProblems("the list of tasks", problems)
-    return manager
-
-
-def _index(harness: Any, include: str | Path | None, names: Iterable[str]) -> Any:
-    """The user's own tasks if they have all the names, since lm-eval's thousands take long to read;
-    else all that there are."""
-    if include is None:
-        return harness.tasks.TaskManager()
-    own = harness.tasks.TaskManager(include_path=str(include), include_defaults=False)
-    if set(names) <= set(own.all_tasks):
-        return own
-    return harness.tasks.TaskManager(include_path=str(include))
-
-
-def _unknown(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return (
-        f"lm-eval knows no such task{hint} Give a folder with task files of your own as --include"
-    )
-
-
-def _no_data(error: Exception) -> str:
-    told = str(error).strip().splitlines() or [""]
-    return (
-        f"its data cannot be read ({type(error).__name__}: {told[0]}): put it into the cache of "
-        "the package datasets, or let it be fetched with --download"
-    )
-
-
-@contextmanager
-def _network(allowed: bool) -> Iterator[None]:
-    """Keep Hugging Face's packages off the network unless it is allowed."""
-    import datasets
-    import huggingface_hub.constants
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    switches = [(huggingface_hub.constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")]
-    before = [(module, name, getattr(module, name)) for module, name in switches]
-    try:
-        if not allowed:
-            for module, name in switches:
-                setattr(module, name, True)
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
 
 
 def _run(

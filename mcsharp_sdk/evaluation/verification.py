@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mcsharp_sdk.checked_files import CHECKSUMS_FILE, changed_files, read_checksums
-from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.errors import InputError, InputProblems, Problem, raise_problems
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
+from mcsharp_sdk.folders import CONFIG_FILE
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.weight_checks import numbers_of
 from mcsharp_sdk.runtime.stored_model import check_compressed
@@ -61,9 +62,8 @@ def verify(model: str | Path) -> Verification:
     except InputProblems as error:
         raise InputProblems(str(folder), [*problems, *error.problems]) from None
     except InputError as error:  # the config describes another model
-        raise InputProblems(str(folder), [*problems, Problem("config.json", str(error))]) from None
+        raise InputProblems(str(folder), [*problems, Problem(CONFIG_FILE, str(error))]) from None
     for name in checkpoint.names:
         problems += numbers_of(checkpoint, name)
-    if problems:
-        raise InputProblems(str(folder), problems)
+    raise_problems(str(folder), problems)
     return Verification(str(folder), compressed, len(sums), len(checkpoint.names))

@@ -80,7 +80,10 @@ def as_recipe(recipe: Recipe | RecipeLike, overrides: Sequence[str] = ()) -> Rec
     """
     if isinstance(recipe, Recipe):
         if overrides:
-            raise InputError("overrides go with a recipe file, name or plain data, no Recipe")
+            raise InputError(
+                "overrides go with a recipe file, name or plain data, no Recipe: give its "
+                "settings(), or leave them out"
+            )
         return recipe
     if isinstance(recipe, Mapping):
         return Recipe.from_dict(recipe, overrides=overrides)

@@ -67,7 +67,6 @@ class Recipe(BaseModel):
     ] = _DEFAULT_EXPORTS
 
     _name: str = PrivateAttr(default="recipe")
-    _source: str = PrivateAttr(default="")
     _as_run: str = PrivateAttr(default="")
     _document: Document | None = PrivateAttr(default=None)
 
@@ -147,7 +146,6 @@ class Recipe(BaseModel):
         recipe = checked(document, base or Path.cwd(), cls)
         recipe._document = document
         recipe._name = document.subject
-        recipe._source = document.text
         if document.text:
             recipe._as_run = dump(document.data) if document.changed else document.text
         return recipe
@@ -169,15 +167,10 @@ class Recipe(BaseModel):
         return self._name
 
     @property
-    def source(self) -> str:
-        """The exact text that the recipe was read from; empty if it was made of data."""
-        return self._source
-
-    @property
     def as_run(self) -> str:
         """YAML text of the recipe as it runs.
 
-        The source itself, comments and all, if nothing was changed by overrides or the
+        The text that it was read from, comments and all, if nothing was changed by overrides or the
         environment; else what was written with those changes put in.
         """
         return self._as_run or dump(self.settings())

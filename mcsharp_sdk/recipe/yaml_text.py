@@ -78,10 +78,13 @@ for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver(_TAG + "float", _EXPONENT, list("-+0123456789"))
 
 
-def parse(
-    text: str, name: str, subject: str, environ: Mapping[str, str], *, substitute: bool = True
-) -> Document:
+def parse(text: str, name: str, subject: str, environ: Mapping[str, str] | None) -> Document:
     """The document of a YAML text, with what is wrong with it as far as YAML goes.
+
+    Parameters
+    ----------
+    name, subject : of the document.
+    environ : where ``${NAME}`` is looked up; None to leave dollar signs as they are.
 
     Raises
     ------
@@ -92,13 +95,13 @@ def parse(
     if len(text) > MAX_CHARACTERS:
         document.add((), f"larger than {MAX_CHARACTERS // 1024} KiB: this is no recipe", line=1)
         raise document.error(document.findings)
-    references = References.put_aside(text) if substitute else References(text, "", ())
+    references = References(text, "", ()) if environ is None else References.put_aside(text)
     try:
         root = _compose(references.masked)
         if root is not None:
             _measure(root, {})
             document.places[()] = Place(_line(root), _line(root))
-            builder = _Builder(document, references, environ if substitute else None)
+            builder = _Builder(document, references, environ)
             document.data = builder.value(root, ())
     except _Refused as error:
         line, message = error.args
@@ -278,7 +281,7 @@ def parse_value(text: str) -> Any:
     from mcsharp_sdk.errors import InputProblems
 
     try:
-        document = parse(text, "", "", {}, substitute=False)
+        document = parse(text, "", "", None)
     except InputProblems as error:
         raise ValueError("; ".join(problem.message for problem in error.problems)) from None
     if document.findings:

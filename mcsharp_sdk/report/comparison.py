@@ -9,9 +9,9 @@ from pathlib import Path
 
 from mcsharp_sdk._version import __version__
 from mcsharp_sdk.artifact_file import read_json_object, write_text_atomically
-from mcsharp_sdk.errors import InputError, InputProblems, Problem
-from mcsharp_sdk.evaluation.saved import EVALUATION_FILE, SavedEvaluation, read_evaluations
-from mcsharp_sdk.folders import SWEEP_FILE
+from mcsharp_sdk.errors import InputError, Problem, raise_problems
+from mcsharp_sdk.evaluation.saved import SavedEvaluation, read_evaluations
+from mcsharp_sdk.folders import EVALUATION_FILE, SWEEP_FILE
 from mcsharp_sdk.report.elements import (
     Figure,
     Page,
@@ -92,8 +92,7 @@ def read_runs(directories: Sequence[str | Path]) -> list[Run]:
         if not any(evaluations.values()):
             problems.append(Problem(str(folder), _NOTHING.format(folder=folder)))
         found |= evaluations
-    if problems:
-        raise InputProblems("the comparison", problems)
+    raise_problems("the comparison", problems)
     shared = set.intersection(*({_conditions(e) for e in es} for es in found.values()))
     if not shared:
         told = "; ".join(f"{name}: {_told(es[-1])}" for name, es in found.items())
@@ -122,7 +121,9 @@ def _sweep(folder: Path) -> dict[str, list[SavedEvaluation]]:
         results = read_json_object(path)["variants"]
         return {f"{folder}: {r['name']}": [r["evaluation"]] for r in results if r["evaluation"]}
     except (InputError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not what a sweep writes: {error}") from None
+        raise InputError(
+            f"{path} is not what a sweep writes ({error}): run the sweep again with --overwrite"
+        ) from None
 
 
 def _conditions(evaluation: SavedEvaluation) -> tuple[str, int, int]:

@@ -14,6 +14,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from mcsharp_sdk._version import __version__
 from mcsharp_sdk.artifact_file import write_text_atomically
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.folders import PAGE_FILE
 from mcsharp_sdk.report.elements import Page, Section, Table, Tile, bytes_text, percent_text
 from mcsharp_sdk.report.measured import coverage_section, experts_section
 from mcsharp_sdk.report.outcome import (
@@ -24,8 +25,6 @@ from mcsharp_sdk.report.outcome import (
     size_section,
 )
 from mcsharp_sdk.report.run_folder import RunFolder
-
-PAGE_FILE = "mcsharp_report.html"
 
 
 def write_report(directory: str | Path, output: str | Path | None = None) -> Path:

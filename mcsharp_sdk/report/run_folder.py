@@ -9,16 +9,14 @@ from typing import Any, TypeVar
 
 import yaml
 
-from mcsharp_sdk.artifact_file import Artifact, read_json_object
+from mcsharp_sdk.artifact_file import Artifact, read_json_file
 from mcsharp_sdk.artifacts import ExpertStatistics, TokenProtectionRule, TopAnyTraining
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.cost import cost_facts, model_cost
 from mcsharp_sdk.evaluation.saved import SavedEvaluation, read_evaluations
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
+from mcsharp_sdk.folders import RECIPE_FILE, REPORT_FILE
 from mcsharp_sdk.runtime.layout import PackedLayout
-
-REPORT_FILE = "mcsharp_report.json"
-RECIPE_FILE = "recipe.yaml"
 
 AnyArtifact = TypeVar("AnyArtifact", bound=Artifact)
 
@@ -68,7 +66,7 @@ class RunFolder:
             path=path,
             model_type=str(config.get("model_type", "")),
             layout=read_layout(config, path),
-            report=_read_report(report_file) if report_file.is_file() else {},
+            report=read_json_file(report_file) if report_file.is_file() else {},
             recipe=recipe,
             after=cost_facts(model_cost(path)),
             statistics=_load(ExpertStatistics, path),
@@ -118,13 +116,6 @@ class RunFolder:
         return next((s for s in self.stages if s.get("type") == stage), {})
 
 
-def _read_report(path: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(path)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
 def _load(kind: type[AnyArtifact], folder: Path) -> AnyArtifact | None:
     path = folder / kind.FILE
     return kind.load(path) if path.is_file() else None
@@ -134,6 +125,6 @@ def _stages(recipe: str, path: Path) -> tuple[Mapping[str, Any], ...]:
     try:
         content = yaml.safe_load(recipe)
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: is not YAML: {error}") from None
+        raise InputError(f"{path}: is not YAML: {error}; mend it or delete it") from None
     stages = content.get("stages") if isinstance(content, dict) else None
     return tuple(s for s in stages if isinstance(s, dict)) if isinstance(stages, list) else ()

@@ -150,6 +150,12 @@ def test_a_path_that_is_wrong_is_told_before_transformers_is_imported(
     assert done.returncode == 2, done.stderr
 
 
+def test_the_schema_is_printed_without_importing_transformers() -> None:
+    command = [sys.executable, "-c", WAITS, "schema"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("verb", main.VERBS)
 def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(verb, "--help") == 0

@@ -422,6 +422,19 @@ def test_another_sweep_in_the_folder_is_refused_unless_overwritten(
     assert [f.name for f in done.output.glob("variants/*")] == ["other_bits=4"]
 
 
+@pytest.mark.parametrize("name", ["sweep.json", "variants/target_bits=2/result.json"])
+def test_a_damaged_file_of_a_sweep_is_named_with_what_to_do(
+    model: Path, recipe: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    output = tmp_path / "out"
+    sweep(recipe, model, output, {BITS: [2]})
+    damaged = output / name
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    with pytest.raises(InputError, match=f"{damaged}: is not JSON: .*; give another --output, or"):
+        sweep(recipe, model, output, {BITS: [2]})
+    assert not sweep(recipe, model, output, {BITS: [2]}, overwrite=True).failures
+
+
 def test_a_folder_of_something_else_is_never_touched(
     model: Path, recipe: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -22,7 +22,8 @@ from mcsharp_sdk.evaluation import reference as reference_module
 from mcsharp_sdk.evaluation.evaluate import Conditions, prepare
 from mcsharp_sdk.evaluation.perplexity import has_separate_head
 from mcsharp_sdk.evaluation.reference import Reference
-from mcsharp_sdk.evaluation.saved import EVALUATION_FILE, read_evaluations
+from mcsharp_sdk.evaluation.saved import read_evaluations
+from mcsharp_sdk.folders import EVALUATION_FILE
 
 WINDOW, TOKENS = 40, 300
 

@@ -23,8 +23,9 @@ from vision_runs import named_blocks
 
 from mcsharp_sdk.errors import InputError, InputProblems
 from mcsharp_sdk.evaluation.cost import model_cost
-from mcsharp_sdk.evaluation.evaluate import EMBEDDED_TEXT, evaluate
+from mcsharp_sdk.evaluation.evaluate import evaluate
 from mcsharp_sdk.evaluation.inspection import inspect_model
+from mcsharp_sdk.evaluation.text import EMBEDDED_TEXT
 from mcsharp_sdk.models.shards import Checkpoint, write_safetensors
 from mcsharp_sdk.quantization.grid import pack_weight
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn

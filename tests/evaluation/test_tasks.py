@@ -16,7 +16,8 @@ from tiny_tokenizer import save_tiny_tokenizer
 
 from mcsharp_sdk import evaluate_tasks
 from mcsharp_sdk.errors import InputError, InputProblems
-from mcsharp_sdk.evaluation.tasks import SUITES, _unknown
+from mcsharp_sdk.evaluation.harness import _unknown
+from mcsharp_sdk.evaluation.tasks import SUITES
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ROOT / "examples/tasks"

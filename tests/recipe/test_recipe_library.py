@@ -68,11 +68,11 @@ def test_a_file_goes_before_a_packaged_recipe_of_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert open_recipe("quickstart").source == packaged()["quickstart"]
-    assert open_recipe("quickstart.yaml").source == packaged()["quickstart"]
+    assert open_recipe("quickstart").as_run == packaged()["quickstart"]
+    assert open_recipe("quickstart.yaml").as_run == packaged()["quickstart"]
     mine = packaged()["quickstart"] + "# mine\n"
     Path("quickstart.yaml").write_text(mine)
-    assert open_recipe("quickstart.yaml").source == mine
+    assert open_recipe("quickstart.yaml").as_run == mine
 
 
 @pytest.mark.parametrize("reference", ["quikstart", "./quickstart", "quikstart.yaml", "no/where"])

@@ -19,10 +19,10 @@ from mcsharp_sdk import compare
 from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, TokenProtectionRule, TopAnyTraining
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.cost import model_cost
+from mcsharp_sdk.folders import PAGE_FILE
 from mcsharp_sdk.recipe.schema import Recipe
 from mcsharp_sdk.report import write_report
 from mcsharp_sdk.report.elements import bytes_text, cell_text
-from mcsharp_sdk.report.page import PAGE_FILE
 
 EVIL = "<script>alert('&\"')</script>"
 STAGES: list[dict[str, Any]] = [

@@ -1,0 +1,73 @@
+"""The text of an evaluation, its window and its tokens: checked before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from mcsharp_sdk.arguments import whole_number
+from mcsharp_sdk.data.corpora import text_pieces
+from mcsharp_sdk.data.tokenise import check_vocabulary, load_tokenizer, token_stream
+from mcsharp_sdk.embedded.text import evaluation_text
+from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.evaluation.perplexity import check_window
+
+DEFAULT_WINDOW = 2048
+EMBEDDED_TEXT = "embedded evaluation text"
+
+
+def choose_window(window: int | None, positions: int | None) -> int:
+    """Tokens per window; without one, the default or as many as a model has positions.
+
+    Raises
+    ------
+    InputError
+        If it is no whole number, predicts nothing, or is longer than ``positions``.
+    """
+    if window is None:
+        return min(DEFAULT_WINDOW, positions or DEFAULT_WINDOW)
+    window = whole_number(window, "window")
+    check_window(window)
+    if positions and window > positions:
+        raise InputError(
+            f"a window of {window} is longer than the model's {positions} positions: use "
+            f"{positions} or less"
+        )
+    return window
+
+
+def check_max_tokens(limit: int | None) -> None:
+    """InputError if a number of tokens is no whole number, or too small to predict one."""
+    if limit is not None and whole_number(limit, "max_tokens") < 2:
+        raise InputError(f"max_tokens is {limit}: perplexity needs 2 tokens or more")
+
+
+def named_pieces(text: str | Path | None) -> tuple[str, Iterable[str]]:
+    """Name of the evaluation text, and the text in pieces; None for the embedded one."""
+    if text is None:
+        return EMBEDDED_TEXT, [evaluation_text()]
+    return str(text), text_pieces(Path(text))
+
+
+def read_tokens(text: Iterable[str], directory: Path, limit: int | None, vocabulary: int) -> Tensor:
+    """Token ids of a text in pieces, (n,) int64, by the tokenizer of a model folder.
+
+    Parameters
+    ----------
+    limit : most tokens; None for all.
+    vocabulary : words that the model knows.
+
+    Raises
+    ------
+    InputError
+        If text or tokenizer cannot be read, there are fewer than 2 tokens, or one is none of the
+        model's.
+    """
+    check_max_tokens(limit)
+    tokens = token_stream(text, load_tokenizer(directory), limit=limit)
+    if tokens.numel() < 2:
+        raise InputError(f"the text has {tokens.numel()} tokens: 2 are needed at least")
+    check_vocabulary(tokens, vocabulary)
+    return tokens
