@@ -16,7 +16,6 @@ from mcsharp_sdk.quantization.grid import (
     group_count,
     pack_weight,
     packed_rows,
-    stored_bytes,
     unpack_weight,
 )
 from mcsharp_sdk.quantization.hessian import (
@@ -52,7 +51,6 @@ __all__ = [
     "quantise_gptq",
     "quantise_rtn",
     "squared_output_error",
-    "stored_bytes",
     "unpack",
     "unpack_weight",
 ]
