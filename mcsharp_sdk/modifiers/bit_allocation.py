@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from mcsharp_sdk.allocation.baselines import ALLOCATORS, AllocatorName, spread_evenly
+from mcsharp_sdk.allocation.baselines import ALLOCATORS, AllocatorName, Budget, spread_evenly
 from mcsharp_sdk.allocation.significance import Exponents, allocation_cost
 from mcsharp_sdk.allocation.solver import BudgetRule, check_budget
 from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, LayerStatistics, check_layers
@@ -168,6 +168,11 @@ class BitAllocation(Modifier):
         """Whole bits that so many experts may use."""
         return math.floor(self.target_bits * experts + 1e-9)
 
+    def budget_of(self, layers: Sequence[int]) -> Budget:
+        """What layers of so many experts each have to meet together."""
+        bits = self.budget_bits(sum(layers))
+        return Budget(bits, self.budget, self.required_widths(), layers)
+
     def check_earlier(self, stages: Sequence[Modifier]) -> list[Problem]:
         """Whether ExpertStats measures what the allocator and its settings need."""
         return unmeasured(self, stages)
@@ -185,13 +190,13 @@ class BitAllocation(Modifier):
 
     def _check_budget(self, experts: int) -> None:
         """InfeasibleBudget if so many experts cannot meet the budget."""
-        budget = self.budget_bits(experts)
+        budget = self.budget_of([experts])
         if self.allocator == "uniform":  # knows two neighbouring widths, and looks at no costs
-            costs = np.zeros((experts, len(self.widths)))
-            spread_evenly(costs, self.widths, budget, budget_rule=self.budget)
+            spread_evenly(np.zeros((experts, len(self.widths))), self.widths, budget)
             return
-        required = self.required_widths()
-        check_budget(experts, self.widths, budget, budget_rule=self.budget, at_least=required)
+        check_budget(
+            experts, self.widths, budget.bits, budget_rule=budget.rule, at_least=budget.at_least
+        )
 
     def _check_factors(self, experts: Mapping[int, int]) -> list[Problem]:
         if self.factors is None:
@@ -275,16 +280,10 @@ def _solve(layers: Layers, settings: BitAllocation) -> dict[int, tuple[int, ...]
             costs.append(weight * allocator.cost(factors, _exponents(settings), rng))
         except InputError as error:
             raise InputError(f"layer {layer.layer}: {error}") from None
-    cost = np.concatenate(costs)
-    widths = allocator.spend(
-        cost,
-        settings.widths,
-        settings.budget_bits(len(cost)),
-        layers=[layer.num_experts for layer in layers],
-        budget_rule=settings.budget,
-        at_least=settings.required_widths(),
-    )
-    ends = np.cumsum([layer.num_experts for layer in layers])[:-1]
+    experts = [layer.num_experts for layer in layers]
+    budget = settings.budget_of(experts)
+    widths = allocator.spend(np.concatenate(costs), settings.widths, budget)
+    ends = np.cumsum(experts)[:-1]
     return {
         layer.layer: tuple(part.tolist())
         for layer, part in zip(layers, np.split(widths, ends), strict=True)
