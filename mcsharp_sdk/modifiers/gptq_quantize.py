@@ -171,42 +171,24 @@ class GPTQQuantize(Modifier):
     def run(self, context: RunContext) -> None:
         from mcsharp_sdk.modifiers.original_model import OriginalModel
 
-        bit_map = self._bit_map(context)
+        layout = self._layout(context)
         quantiser, model = self.quantiser(), OriginalModel()
         layers = context.layers(self.writes)
         with layers.writer(overlap=context.model.overlaps) as writer:
             for layer in context.stream("quantising", by_expert=True):
-                widths = bit_map.bits.get(layer.index)
+                widths = layout.experts.get(layer.index)
                 original = model.layer(layer) if self.propagates else None
                 if layers.has(layer.index):
                     if original is not None:
                         original.advance()
                     if context.calibrated:
-                        self._restore(layer, layers, widths)
+                        _restore(layer, layers, layout)
                 else:
                     tensors, notes = quantiser.quantise(layer, widths, original)
                     writer.write(layer.index, tensors, notes.to_json())
                     del tensors  # they go when they are written
-        layers.write_summary(self._layout(context, bit_map).to_dict())
+        layers.write_summary(layout.to_dict())
         self._report(context, layers)
-
-    def _restore(
-        self, layer: StreamedLayer, layers: LayerStore, widths: Sequence[int] | None
-    ) -> None:
-        """Give a layer the weights that an earlier run has quantised it to."""
-        from mcsharp_sdk.models.expert_runs import run_experts
-        from mcsharp_sdk.modifiers.layer_restoration import restore_layer
-
-        restore_layer(
-            layer,
-            layers.slices(layer.index),
-            expert_bits=widths,
-            linear_bits=self.other_bits,
-            group_size=self.group_size,
-            rotated=self.rotated,
-        )
-        if widths is not None:
-            layer.expert_outputs = run_experts(layer, last=True)
 
     def _bit_map(self, context: RunContext) -> BitMap:
         experts = context.model.topology.experts_per_layer()
@@ -246,12 +228,13 @@ class GPTQQuantize(Modifier):
         )
         return LayerQuantiser(settings, self.other_bits, self.router_bits, self.rotated)
 
-    def _layout(self, context: RunContext, bit_map: BitMap) -> PackedLayout:
+    def _layout(self, context: RunContext) -> PackedLayout:
+        """Which tensors of the model are packed, and how."""
         from mcsharp_sdk.runtime.layout import PackedLayout
 
         names = {n for linears in context.model.topology.linears.values() for n in linears}
         linears = {} if self.other_bits is None else dict.fromkeys(sorted(names), self.other_bits)
-        experts = dict(bit_map.bits)
+        experts = dict(self._bit_map(context).bits)
         return PackedLayout(self.group_size, experts, linears, rotated=self.rotated)
 
     def _report(self, context: RunContext, layers: LayerStore) -> None:
@@ -293,6 +276,16 @@ _WARNINGS = {
     "fallbacks": "these matrices were rounded to nearest, since no damping helped",
 }
 """Kind of note about a layer -> what it means."""
+
+
+def _restore(layer: StreamedLayer, layers: LayerStore, layout: PackedLayout) -> None:
+    """Give a layer the weights that an earlier run has quantised it to."""
+    from mcsharp_sdk.models.expert_runs import run_experts
+    from mcsharp_sdk.modifiers.layer_restoration import restore_packed
+
+    restore_packed(layer, layers.slices(layer.index), layout)
+    if layer.index in layout.experts:
+        layer.expert_outputs = run_experts(layer, last=True)
 
 
 def _names(noted: Mapping[str, int] | Sequence[str]) -> Sequence[str]:

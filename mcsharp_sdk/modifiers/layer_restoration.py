@@ -85,29 +85,6 @@ class PackedExperts(ExpertWeights):
 
 
 @torch.no_grad()
-def restore_layer(
-    layer: StreamedLayer,
-    packed: Packed,
-    *,
-    expert_bits: Sequence[int] | None,
-    linear_bits: int | None,
-    group_size: int,
-    rotated: bool = False,
-) -> None:
-    """Give a loaded layer the weights that :meth:`LayerQuantiser.quantise` left it with.
-
-    Parameters
-    ----------
-    packed : the tensors that it returned.
-    expert_bits, linear_bits, group_size, rotated : that it worked with.
-    """
-    names = layer.source.topology.linears[layer.index]
-    linears = {} if linear_bits is None else dict.fromkeys(names, linear_bits)
-    experts = {} if expert_bits is None else {layer.index: tuple(expert_bits)}
-    restore_packed(layer, packed, PackedLayout(group_size, experts, linears, rotated=rotated))
-
-
-@torch.no_grad()
 def restore_packed(layer: StreamedLayer, packed: Packed, layout: PackedLayout) -> None:
     """Give a loaded layer the weights that are packed as ``layout`` says.
 
