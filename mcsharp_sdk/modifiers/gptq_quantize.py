@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from mcsharp_sdk.artifacts import QUANTIZED_WEIGHTS, BitMap
 from mcsharp_sdk.errors import InputError, Problem
 from mcsharp_sdk.modifiers.base import Modifier
+from mcsharp_sdk.modifiers.quantisation_warnings import quantisation_warnings
 from mcsharp_sdk.quantization.grid import REMOVED, WIDTHS
 from mcsharp_sdk.recipe.paths import RecipePath
 
@@ -249,15 +250,10 @@ class GPTQQuantize(Modifier):
             names = ", ".join(context.model.topology.kept_linears)
             context.report.warn(f"these linear layers keep their precision: {names}")
         notes = {index: layers.notes(index) for index in range(context.model.topology.num_layers)}
-        for what, message in _WARNINGS.items():
-            noted = [f"layer {i}: {n}" for i, note in notes.items() for n in _names(note[what])]
-            if noted:
-                context.report.warn(f"{message}: {_listed(noted)}")
+        for warning in quantisation_warnings(notes):
+            context.report.warn(warning)
         context.report.stages[self.type] = {"layers": {str(i): note for i, note in notes.items()}}
 
-
-MOST_NAMED = 3
-"""Most experts or matrices that a warning names."""
 
 _WITHOUT_CALIBRATION = ("rtn", "hqq")
 """Quantisers that can do with the weights alone."""
@@ -269,14 +265,6 @@ _CLIP_SEARCH: Mapping[str, Mapping[str, Any]] = {
 }
 """Name -> settings of the grid search; ``wide`` is the grid's own default."""
 
-_WARNINGS = {
-    "starved": "few tokens reached these experts, so their Hessians lean on those of all tokens, "
-    "and more 'sequences' would serve them",
-    "raised_damping": "the Hessians of these matrices needed more damping",
-    "fallbacks": "these matrices were rounded to nearest, since no damping helped",
-}
-"""Kind of note about a layer -> what it means."""
-
 
 def _restore(layer: StreamedLayer, layers: LayerStore, layout: PackedLayout) -> None:
     """Give a layer the weights that an earlier run has quantised it to."""
@@ -286,19 +274,6 @@ def _restore(layer: StreamedLayer, layers: LayerStore, layout: PackedLayout) -> 
     restore_packed(layer, layers.slices(layer.index), layout)
     if layer.index in layout.experts:
         layer.expert_outputs = run_experts(layer, last=True)
-
-
-def _names(noted: Mapping[str, int] | Sequence[str]) -> Sequence[str]:
-    """Of matrices, or of experts with their tokens."""
-    if isinstance(noted, Mapping):
-        return [f"expert {expert} ({count} tokens)" for expert, count in noted.items()]
-    return noted
-
-
-def _listed(noted: Sequence[str]) -> str:
-    first, rest = noted[:MOST_NAMED], len(noted) - MOST_NAMED
-    more = f" and {rest} more, all named in the report's JSON" if rest > 0 else ""
-    return "; ".join(first) + more
 
 
 def _storable(bit_map: BitMap) -> BitMap:
