@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mcsharp_sdk.models.evenly_spaced import evenly_spaced
-from mcsharp_sdk.models.experts import answering, tokens_of_expert
+from mcsharp_sdk.models.experts import answering, call_arguments, tokens_of_expert
 from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.streamed_layer import StreamedLayer
 
@@ -103,7 +103,6 @@ def routed_inputs(layer: StreamedLayer, *, last: bool = False) -> RoutedInputs:
     """
     if not layer.inputs.hidden:
         return RoutedInputs.none(layer)
-    experts: Any = layer.module.get_submodule(layer.moe.experts)
     router = layer.module.get_submodule(layer.moe.router)
     gathered = _Gathered(layer)
     seen: list[Tensor] = []
@@ -114,7 +113,7 @@ def routed_inputs(layer: StreamedLayer, *, last: bool = False) -> RoutedInputs:
         seen.append(args[0].reshape(-1, args[0].shape[-1]))
 
     def record(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        hidden, index, weights = (*args, *kwargs.values())
+        hidden, index, weights = call_arguments(args, kwargs)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         gathered.add(running[0], hidden, seen.pop(), index, weights)
         if not passing or hidden.numel() != layer.inputs.hidden[running[0]].numel():
@@ -122,7 +121,9 @@ def routed_inputs(layer: StreamedLayer, *, last: bool = False) -> RoutedInputs:
 
     with ExitStack() as stack:
         stack.callback(router.register_forward_pre_hook(note).remove)
-        stack.callback(experts.register_forward_pre_hook(record, with_kwargs=True).remove)
+        stack.callback(
+            layer.experts_module.register_forward_pre_hook(record, with_kwargs=True).remove
+        )
         stack.enter_context(without_routed_experts(layer))
         for batch in layer.inputs.batches():
             running[0] = batch
@@ -153,7 +154,7 @@ def _adds_experts_last(layer: StreamedLayer) -> bool:
         first = inputs.batches()[0]
         with without_routed_experts(layer):
             without = inputs.call(layer.module, layer.index, first)
-        with answering(layer.module.get_submodule(layer.moe.experts), answer):
+        with answering(layer.experts_module, answer):
             whole = inputs.call(layer.module, layer.index, first)
         inputs.adding[kind] = outputs[0].numel() == without.numel() and torch.equal(
             whole, without + outputs[0].view_as(without)
@@ -274,7 +275,7 @@ def without_routed_experts(layer: StreamedLayer) -> Iterator[None]:
     if layer.moe is None:
         yield
         return
-    with answering(layer.module.get_submodule(layer.moe.experts), torch.zeros_like):
+    with answering(layer.experts_module, torch.zeros_like):
         yield
 
 

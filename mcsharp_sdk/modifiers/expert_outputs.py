@@ -109,6 +109,6 @@ def states_behind(layer: StreamedLayer, outputs: Tensor) -> Iterator[Tensor]:
     outputs : (T, hidden), the summed outputs of its routed experts.
     """
     inputs = layer.inputs
-    with answering(layer.module.get_submodule(layer.moe.experts), in_turn(outputs)):
+    with answering(layer.experts_module, in_turn(outputs)):
         for batch in inputs.batches():
             yield inputs.call(layer.module, layer.index, batch)

@@ -135,7 +135,6 @@ def receiving(layer: StreamedLayer) -> Iterator[list[Tensor]]:
     tap = AttentionTap(TokenBatch())
     received: list[Tensor] = []
     decoder = layer.source.model.get_submodule(layer.source.topology.layers_path.rpartition(".")[0])
-    experts = layer.module.get_submodule(layer.moe.experts)
 
     def collect(*_: Any) -> None:
         found = tap.take()
@@ -147,7 +146,7 @@ def receiving(layer: StreamedLayer) -> Iterator[list[Tensor]]:
         received.append(found)
 
     attach_tap(layer.module, tap)
-    handle = experts.register_forward_pre_hook(collect)
+    handle = layer.experts_module.register_forward_pre_hook(collect)
     use_received_attention(decoder, True)
     tap.wanted = True
     try:
