@@ -246,9 +246,9 @@ def whole_model(context: RunContext) -> SourceModel:
     On a CPU it is in float32, in which gradients are computed several times faster.
     """
     source = SourceModel(context.model.path, context.model.device)
-    layers = f"{source.topology.layers_path}."
     owners = {name.rpartition(".")[0] for name in source.names.memory.values()}
-    source.load(layers, *sorted(f"{name}." for name in owners if not name.startswith(layers)))
+    outside = sorted(f"{name}." for name in owners if not source.topology.in_layers(name))
+    source.load(f"{source.topology.layers_path}.", *outside)
     for index in context.track(range(source.topology.num_layers), "loading the model"):
         context.restore_quantised(source, index)
     source.model.tie_weights()
