@@ -22,6 +22,7 @@ from mcsharp_sdk.artifact_file import (
     per_expert,
 )
 from mcsharp_sdk.artifacts.domain_shift import DomainShift
+from mcsharp_sdk.artifacts.layer_lists import layer_rows, ordered_layers
 from mcsharp_sdk.errors import InputError
 
 
@@ -227,14 +228,8 @@ class ExpertStatistics(Artifact):
     layers: tuple[LayerStatistics, ...]
 
     def __post_init__(self) -> None:
-        layers = tuple(sorted(self.layers, key=lambda s: s.layer))
-        object.__setattr__(self, "layers", layers)
-        if not layers:
-            raise InputError("there are no layers")
-        twice = [a.layer for a, b in itertools.pairwise(layers) if a.layer == b.layer]
-        if twice:
-            raise InputError(f"layer {twice[0]} stands there twice")
-        for layer in layers:
+        object.__setattr__(self, "layers", ordered_layers(self.layers))
+        for layer in self.layers:
             if self.num_experts not in (None, layer.num_experts):
                 raise InputError(
                     f"layer {layer.layer} has {layer.num_experts} experts, "
@@ -275,15 +270,12 @@ class ExpertStatistics(Artifact):
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ExpertStatistics:
         check_version(content)
-        layers = content.get("layers")
-        if not isinstance(layers, list) or not all(isinstance(s, dict) for s in layers):
-            raise InputError("'layers' must be a list with one object per MoE layer")
         return cls(
             model=str(content.get("model", "")),
             source=str(content.get("source", "")),
             num_experts=optional_index(content, "num_experts"),
             top_k=optional_index(content, "top_k"),
-            layers=tuple(LayerStatistics.from_json(s) for s in layers),
+            layers=tuple(map(LayerStatistics.from_json, layer_rows(content))),
         )
 
 
