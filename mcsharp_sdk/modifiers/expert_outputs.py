@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.models.capture import RoutedInputs
 from mcsharp_sdk.models.expert_runs import PIECE_TOKENS
 from mcsharp_sdk.models.expert_weights import ExpertWeights
 from mcsharp_sdk.models.experts import answering, tokens_of_expert
+from mcsharp_sdk.models.routed_inputs import RoutedInputs
 from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.models.streamed_layer import StreamedLayer, in_turn
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mcsharp_sdk.artifacts import LayerProtection
 from mcsharp_sdk.errors import InputError, RunError
-from mcsharp_sdk.models.capture import RoutedInputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
+from mcsharp_sdk.models.routed_inputs import RoutedInputs
 from mcsharp_sdk.models.streamed_layer import StreamedLayer
 from mcsharp_sdk.modifiers.expert_outputs import change_of_output, squared_norms_behind
 from mcsharp_sdk.pruning.importance import (
