@@ -23,43 +23,8 @@ from mcsharp_sdk.artifact_file import (
 )
 from mcsharp_sdk.artifacts.domain_shift import DomainShift
 from mcsharp_sdk.artifacts.layer_lists import layer_rows, ordered_layers
+from mcsharp_sdk.artifacts.source_statistics import SourceStatistics, read_sources
 from mcsharp_sdk.errors import InputError
-
-
-@dataclass(frozen=True, eq=False)
-class SourceStatistics:
-    """What one source of calibration tells about the E experts of a layer.
-
-    Attributes
-    ----------
-    source : name of the source.
-    tokens : of the source.
-    activation_count, routing_weight_sum : (E,) float64, as in :class:`LayerStatistics`, over the
-        source's tokens.
-    """
-
-    source: str
-    tokens: int
-    activation_count: FloatArray
-    routing_weight_sum: FloatArray
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "tokens": self.tokens,
-            "activation_count": self.activation_count.tolist(),
-            "routing_weight_sum": self.routing_weight_sum.tolist(),
-        }
-
-    @classmethod
-    def from_json(cls, here: str, content: Mapping[str, Any]) -> SourceStatistics:
-        where = f"{here}: sources"
-        values = (
-            numbers(f"{where}: {name}", content.get(name))
-            for name in ("activation_count", "routing_weight_sum")
-        )
-        tokens = index(content.get("tokens"), f"{where}: tokens")
-        return cls(str(content.get("source", "")), tokens, *values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +158,7 @@ class LayerStatistics:
             hessian_error=_errors_by_width(here, content, "hessian_error", len(count)),
             tokens=None if tokens is None else index(tokens, f"{here}: tokens"),
             drop_error=None if drop is None else numbers(f"{here}: drop_error", drop),
-            sources=_sources(here, content.get("sources", [])),
+            sources=read_sources(here, content.get("sources", [])),
             **{
                 name: finite_number(f"{here}: {name}", content[name])
                 for name in _LAYER_NUMBERS
@@ -277,12 +242,6 @@ class ExpertStatistics(Artifact):
             top_k=optional_index(content, "top_k"),
             layers=tuple(map(LayerStatistics.from_json, layer_rows(content))),
         )
-
-
-def _sources(here: str, rows: Any) -> tuple[SourceStatistics, ...]:
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{here}: sources must be a list with one object per source")
-    return tuple(SourceStatistics.from_json(here, row) for row in rows)
 
 
 def _errors_by_width(
