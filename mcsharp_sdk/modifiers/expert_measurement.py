@@ -24,7 +24,7 @@ from mcsharp_sdk.modifiers.expert_hessians import expert_hessians
 from mcsharp_sdk.modifiers.layer_notes import LayerNotes
 from mcsharp_sdk.modifiers.matrix_quantisation import FITS
 from mcsharp_sdk.quantization.gptq import quantise_gptq
-from mcsharp_sdk.quantization.hessian import InverseFactor, factorise
+from mcsharp_sdk.quantization.inverse_factor import InverseFactor, factorise
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
 

@@ -19,13 +19,12 @@ from mcsharp_sdk.quantization.grid import (
     unpack_weight,
 )
 from mcsharp_sdk.quantization.hessian import (
-    InverseFactor,
     accumulate,
     complete_,
     diagonal_importance,
-    factorise,
     squared_output_error,
 )
+from mcsharp_sdk.quantization.inverse_factor import InverseFactor, factorise
 from mcsharp_sdk.quantization.packing import pack, packed_bytes, unpack
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
