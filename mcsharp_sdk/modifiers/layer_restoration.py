@@ -20,9 +20,8 @@ from mcsharp_sdk.quantization.rotation import expert_signs, turned_back
 from mcsharp_sdk.runtime.layout import (
     TENSORS,
     PackedLayout,
-    bucket_name,
     members,
-    tensor_name,
+    packed_names,
 )
 
 Packed = Mapping[str, TensorSlice]
@@ -64,7 +63,7 @@ class PackedExperts(ExpertWeights):
             if width == REMOVED:
                 return torch.zeros_like(like, device=self.device)
             slot = self._members[width].index(expert)
-            names = (f"{bucket_name(width)}.{tensor_name(matrix, part)}" for part in TENSORS)
+            names = packed_names(width, matrix)
             parts = (self.packed[n][slot : slot + 1][0].to(self.device) for n in names)
             signs = None
             if self.rotated:
