@@ -86,7 +86,7 @@ class SourceModel:
 
     def layer_path(self, layer: int) -> str:
         """Module path of decoder layer ``layer``."""
-        return f"{self.topology.layers_path}.{layer}"
+        return self.topology.layer_path(layer)
 
     def layer(self, layer: int) -> nn.Module:
         """Decoder layer ``layer``, loaded or not."""

@@ -82,6 +82,10 @@ class Topology:
     kept_experts: tuple[str, ...] = ()
     kept_linears: tuple[str, ...] = ()
 
+    def layer_path(self, layer: int) -> str:
+        """Module path of decoder layer ``layer``."""
+        return f"{self.layers_path}.{layer}"
+
     def in_layers(self, name: str) -> bool:
         """Whether a tensor or module of the tree is in a decoder layer."""
         return name.startswith(f"{self.layers_path}.")
