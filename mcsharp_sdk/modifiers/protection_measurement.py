@@ -23,7 +23,7 @@ from mcsharp_sdk.pruning.importance import (
     token_importance,
 )
 from mcsharp_sdk.pruning.rule import renormalise, slot_thresholds, weight_rule
-from mcsharp_sdk.runtime.pruning_layout import DROP_INSIGNIFICANT, RulePruning
+from mcsharp_sdk.runtime.pruning_layout import RulePruning
 from mcsharp_sdk.runtime.received_attention import (
     AttentionTap,
     TokenBatch,
@@ -59,8 +59,7 @@ class ProtectionMeasurement:
             else [self.threshold] * (top_k - 1)
         )
         kept = self._kept(layer, runs.routed, received, thresholds)
-        drops_tokens = self.rule.metric == DROP_INSIGNIFICANT
-        pruned = weights * kept if drops_tokens else renormalise(weights, kept)
+        pruned = weights * kept if self.rule.drops_tokens else renormalise(weights, kept)
         ranks = runs.routed.ranks
         change = ranks.total(change_of_output(runs.weights, runs.routed, pruned, runs.scratch))
         norms = squared_norms_behind(layer, layer.known_outputs)
@@ -68,7 +67,7 @@ class ProtectionMeasurement:
         slots = ranks.total(kept.numel())
         return LayerProtection(
             layer=layer.index,
-            thresholds=tuple([0.0] * (top_k - 1) if drops_tokens else thresholds),
+            thresholds=tuple([0.0] * (top_k - 1) if self.rule.drops_tokens else thresholds),
             cost=(change / behind) ** 0.5 if behind else 0.0,
             keep_ratio=ranks.total(float(kept.double().sum())) / slots,
         )
@@ -95,7 +94,7 @@ class ProtectionMeasurement:
     ) -> Tensor:
         """bool (T, k): slots that the rule keeps."""
         weights = routed.top_k_weights
-        dropping = self.rule.metric == DROP_INSIGNIFICANT
+        dropping = self.rule.drops_tokens
         kept = weight_rule(weights, [0.0] * len(thresholds) if dropping else thresholds)
         if self.rule.importance is None:
             return kept
