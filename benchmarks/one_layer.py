@@ -48,7 +48,7 @@ from mcsharp_sdk.quantization import (
 )
 from mcsharp_sdk.quantization.descent import refine
 from mcsharp_sdk.quantization.grid import zero_points
-from mcsharp_sdk.quantization.hessian import damped
+from mcsharp_sdk.quantization.inverse_factor import damped
 from mcsharp_sdk.quantization.rotation import expert_signs, rotate
 
 DAMPING, ROUNDS = 0.01, 2

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mcsharp_sdk.evaluation.evaluate import evaluate
     from mcsharp_sdk.evaluation.tasks import evaluate_tasks
     from mcsharp_sdk.evaluation.verification import verify
-    from mcsharp_sdk.modifiers.bit_allocation import allocate
+    from mcsharp_sdk.modifiers.width_allocation import allocate
     from mcsharp_sdk.recipe.schema import Recipe
 
 __all__ = [
@@ -58,7 +58,7 @@ __all__ = [
 
 _HOMES = {
     "Recipe": "mcsharp_sdk.recipe.schema",
-    "allocate": "mcsharp_sdk.modifiers.bit_allocation",
+    "allocate": "mcsharp_sdk.modifiers.width_allocation",
     "compare": "mcsharp_sdk.evaluation.comparison",
     "compress": "mcsharp_sdk.engine.run",
     "evaluate": "mcsharp_sdk.evaluation.evaluate",

@@ -28,7 +28,7 @@ from mcsharp_sdk.artifacts import (
     TrainingCurve,
 )
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.models.safetensors_file import write_safetensors
+from mcsharp_sdk.models.safetensors_writing import write_safetensors
 
 
 def statistics_json() -> dict[str, Any]:

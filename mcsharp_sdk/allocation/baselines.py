@@ -7,8 +7,8 @@ An allocator is a cost and a way to spend the budget. All get the same budget an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,6 @@ from mcsharp_sdk.allocation.significance import (
     shares,
 )
 from mcsharp_sdk.allocation.solver import (
-    NONE_REQUIRED,
     BudgetRule,
     InfeasibleBudget,
     check_budget,
@@ -45,35 +44,33 @@ Need = Literal["quant_error", "hessian_error", "predicted_block_cosine", "block_
 CostRule = Callable[[Factors, Exponents, np.random.Generator], FloatArray]
 
 
-class Spending(Protocol):
-    """Turns (experts, widths) costs into one width per expert, within a budget.
+@dataclass(frozen=True)
+class Budget:
+    """What the widths of some experts have to meet.
 
-    ``layers`` tells how many of the experts each layer has, in order; without it there is one.
+    Attributes
+    ----------
+    bits : of all experts together.
+    rule : whether ``at_most`` or ``exact``-ly so many are used.
+    at_least : width -> how many experts must have it.
+    layers : how many of the experts each layer has, in order; empty if there is one layer.
     """
 
-    def __call__(
-        self,
-        cost: NDArray[np.float64],
-        widths: Sequence[int],
-        budget: int,
-        *,
-        layers: Sequence[int] = (),
-        budget_rule: BudgetRule = "at_most",
-        at_least: Mapping[int, int] = NONE_REQUIRED,
-    ) -> NDArray[np.int64]: ...
+    bits: int
+    rule: BudgetRule = "at_most"
+    at_least: Mapping[int, int] = field(default_factory=dict)
+    layers: Sequence[int] = ()
 
 
-def spend_best(
-    cost: NDArray[np.float64],
-    widths: Sequence[int],
-    budget: int,
-    *,
-    layers: Sequence[int] = (),
-    budget_rule: BudgetRule = "at_most",
-    at_least: Mapping[int, int] = NONE_REQUIRED,
-) -> NDArray[np.int64]:
+Spending = Callable[[FloatArray, Sequence[int], Budget], NDArray[np.int64]]
+"""Turns (experts, widths) costs into one of the widths per expert, within a budget."""
+
+
+def spend_best(cost: FloatArray, widths: Sequence[int], budget: Budget) -> NDArray[np.int64]:
     """Least cost, wherever the experts stand."""
-    return solve_bit_allocation(cost, widths, budget, budget_rule=budget_rule, at_least=at_least)
+    return solve_bit_allocation(
+        cost, widths, budget.bits, budget_rule=budget.rule, at_least=budget.at_least
+    )
 
 
 @dataclass(frozen=True)
@@ -144,48 +141,34 @@ def no_cost(factors: Factors, exponents: Exponents, rng: np.random.Generator) ->
     return np.zeros((len(factors.activation_count), len(factors.widths)))
 
 
-def spread_evenly(
-    cost: NDArray[np.float64],
-    widths: Sequence[int],
-    budget: int,
-    *,
-    layers: Sequence[int] = (),
-    budget_rule: BudgetRule = "at_most",
-    at_least: Mapping[int, int] = NONE_REQUIRED,
-) -> NDArray[np.int64]:
+def spread_evenly(cost: FloatArray, widths: Sequence[int], budget: Budget) -> NDArray[np.int64]:
     """The same width for all, as wide as the budget allows; the costs do not matter.
 
     Bits that are left over give some experts the next wider width, evenly spaced by index from
-    expert 0 on. ``at_least`` is not looked at: uniform 2 bits means 2 bits everywhere.
+    expert 0 on. What is required is not looked at: uniform 2 bits means 2 bits everywhere.
 
     Raises
     ------
     InfeasibleBudget
-        If the narrowest width is over the budget, or ``budget_rule`` is "exact" and the leftover
-        bits do not come out even.
+        If the narrowest width is over the budget, or its rule is "exact" and the leftover bits do
+        not come out even.
     """
     experts = len(cost)
-    most = check_budget(experts, widths, budget, budget_rule=budget_rule)
+    most = check_budget(experts, widths, budget.bits, budget_rule=budget.rule)
     width = max(w for w in widths if w * experts <= most)
     wider = min((w for w in widths if w > width), default=width + 1)
     upgraded = (most - width * experts) // (wider - width)
     given = np.where(np.arange(experts) * upgraded % experts < upgraded, wider, width)
-    if budget_rule == "exact" and given.sum() != budget:
+    if budget.rule == "exact" and given.sum() != budget.bits:
         raise InfeasibleBudget(
-            f"{experts} experts of {width} or {wider} bits cannot use exactly {budget} bits; "
+            f"{experts} experts of {width} or {wider} bits cannot use exactly {budget.bits} bits; "
             f"{given.sum()} are the most below"
         )
     return given.astype(np.int64)
 
 
 def widen_whole_layers(
-    cost: NDArray[np.float64],
-    widths: Sequence[int],
-    budget: int,
-    *,
-    layers: Sequence[int] = (),
-    budget_rule: BudgetRule = "at_most",
-    at_least: Mapping[int, int] = NONE_REQUIRED,
+    cost: FloatArray, widths: Sequence[int], budget: Budget
 ) -> NDArray[np.int64]:
     """The same width for all experts of a layer, the wider one where the cost is higher.
 
@@ -197,39 +180,32 @@ def widen_whole_layers(
     Raises
     ------
     InfeasibleBudget
-        If the narrowest width is over the budget, or ``budget_rule`` is "exact" and bits are left.
+        If the narrowest width is over the budget, or its rule is "exact" and bits are left.
     """
     experts = len(cost)
-    most = check_budget(experts, widths, budget)
+    most = check_budget(experts, widths, budget.bits)
     width = max(w for w in widths if w * experts <= most)
     wider = min((w for w in widths if w > width), default=width)
     given, left = np.full(experts, width, dtype=np.int64), most - width * experts
-    members = np.split(np.arange(experts), np.cumsum(layers)[:-1])
+    members = np.split(np.arange(experts), np.cumsum(budget.layers)[:-1])
     for layer in sorted(members, key=lambda found: -cost[found[0], 0]):
         price = (wider - width) * len(layer)
         if price <= left:
             given[layer] = wider
             left -= price
-    if budget_rule == "exact" and given.sum() != budget:
+    if budget.rule == "exact" and given.sum() != budget.bits:
         raise InfeasibleBudget(
-            f"whole layers of {width} or {wider} bits cannot use exactly {budget} bits; "
+            f"whole layers of {width} or {wider} bits cannot use exactly {budget.bits} bits; "
             f"{given.sum()} are the most below"
         )
     return given
 
 
-def spend_all(
-    cost: NDArray[np.float64],
-    widths: Sequence[int],
-    budget: int,
-    *,
-    layers: Sequence[int] = (),
-    budget_rule: BudgetRule = "at_most",
-    at_least: Mapping[int, int] = NONE_REQUIRED,
-) -> NDArray[np.int64]:
+def spend_all(cost: FloatArray, widths: Sequence[int], budget: Budget) -> NDArray[np.int64]:
     """Least cost with as many bits as the budget allows, for costs unrelated to the width."""
-    most = check_budget(len(cost), widths, budget, budget_rule=budget_rule, at_least=at_least)
-    return solve_bit_allocation(cost, widths, most, budget_rule="exact", at_least=at_least)
+    required = budget.at_least
+    most = check_budget(len(cost), widths, budget.bits, budget_rule=budget.rule, at_least=required)
+    return solve_bit_allocation(cost, widths, most, budget_rule="exact", at_least=required)
 
 
 def _pmq_cost(factors: Factors, exponents: Exponents, rng: np.random.Generator) -> FloatArray:

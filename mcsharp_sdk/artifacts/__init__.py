@@ -10,11 +10,8 @@ from mcsharp_sdk.artifacts.layer_stores import (
     QUANTIZED_WEIGHTS,
     TOP_ANY_ROUTER,
 )
-from mcsharp_sdk.artifacts.statistics import (
-    ExpertStatistics,
-    LayerStatistics,
-    SourceStatistics,
-)
+from mcsharp_sdk.artifacts.source_statistics import SourceStatistics
+from mcsharp_sdk.artifacts.statistics import ExpertStatistics, LayerStatistics
 from mcsharp_sdk.artifacts.token_protection import LayerProtection, TokenProtectionRule
 from mcsharp_sdk.artifacts.top_any_training import WHOLE_MODEL, TopAnyTraining, TrainingCurve
 

@@ -10,7 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from mcsharp_sdk.artifact_file import FloatArray
-    from mcsharp_sdk.artifacts.statistics import SourceStatistics
+    from mcsharp_sdk.artifacts.source_statistics import SourceStatistics
 
 NAMED = 3
 """Experts that are named as those that change most."""

@@ -22,43 +22,9 @@ from mcsharp_sdk.artifact_file import (
     per_expert,
 )
 from mcsharp_sdk.artifacts.domain_shift import DomainShift
+from mcsharp_sdk.artifacts.layer_lists import layer_rows, ordered_layers
+from mcsharp_sdk.artifacts.source_statistics import SourceStatistics, read_sources
 from mcsharp_sdk.errors import InputError
-
-
-@dataclass(frozen=True, eq=False)
-class SourceStatistics:
-    """What one source of calibration tells about the E experts of a layer.
-
-    Attributes
-    ----------
-    source : name of the source.
-    tokens : of the source.
-    activation_count, routing_weight_sum : (E,) float64, as in :class:`LayerStatistics`, over the
-        source's tokens.
-    """
-
-    source: str
-    tokens: int
-    activation_count: FloatArray
-    routing_weight_sum: FloatArray
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "tokens": self.tokens,
-            "activation_count": self.activation_count.tolist(),
-            "routing_weight_sum": self.routing_weight_sum.tolist(),
-        }
-
-    @classmethod
-    def from_json(cls, here: str, content: Mapping[str, Any]) -> SourceStatistics:
-        where = f"{here}: sources"
-        values = (
-            numbers(f"{where}: {name}", content.get(name))
-            for name in ("activation_count", "routing_weight_sum")
-        )
-        tokens = index(content.get("tokens"), f"{where}: tokens")
-        return cls(str(content.get("source", "")), tokens, *values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +158,7 @@ class LayerStatistics:
             hessian_error=_errors_by_width(here, content, "hessian_error", len(count)),
             tokens=None if tokens is None else index(tokens, f"{here}: tokens"),
             drop_error=None if drop is None else numbers(f"{here}: drop_error", drop),
-            sources=_sources(here, content.get("sources", [])),
+            sources=read_sources(here, content.get("sources", [])),
             **{
                 name: finite_number(f"{here}: {name}", content[name])
                 for name in _LAYER_NUMBERS
@@ -227,14 +193,8 @@ class ExpertStatistics(Artifact):
     layers: tuple[LayerStatistics, ...]
 
     def __post_init__(self) -> None:
-        layers = tuple(sorted(self.layers, key=lambda s: s.layer))
-        object.__setattr__(self, "layers", layers)
-        if not layers:
-            raise InputError("there are no layers")
-        twice = [a.layer for a, b in itertools.pairwise(layers) if a.layer == b.layer]
-        if twice:
-            raise InputError(f"layer {twice[0]} stands there twice")
-        for layer in layers:
+        object.__setattr__(self, "layers", ordered_layers(self.layers))
+        for layer in self.layers:
             if self.num_experts not in (None, layer.num_experts):
                 raise InputError(
                     f"layer {layer.layer} has {layer.num_experts} experts, "
@@ -275,22 +235,13 @@ class ExpertStatistics(Artifact):
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ExpertStatistics:
         check_version(content)
-        layers = content.get("layers")
-        if not isinstance(layers, list) or not all(isinstance(s, dict) for s in layers):
-            raise InputError("'layers' must be a list with one object per MoE layer")
         return cls(
             model=str(content.get("model", "")),
             source=str(content.get("source", "")),
             num_experts=optional_index(content, "num_experts"),
             top_k=optional_index(content, "top_k"),
-            layers=tuple(LayerStatistics.from_json(s) for s in layers),
+            layers=tuple(map(LayerStatistics.from_json, layer_rows(content))),
         )
-
-
-def _sources(here: str, rows: Any) -> tuple[SourceStatistics, ...]:
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{here}: sources must be a list with one object per source")
-    return tuple(SourceStatistics.from_json(here, row) for row in rows)
 
 
 def _errors_by_width(

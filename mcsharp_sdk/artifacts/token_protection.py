@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mcsharp_sdk.artifact_file import VERSION, Artifact, check_version, finite_number, index
+from mcsharp_sdk.artifacts.layer_lists import layer_rows, ordered_layers
 from mcsharp_sdk.errors import InputError
 
 
@@ -87,13 +87,7 @@ class TokenProtectionRule(Artifact):
     layers: tuple[LayerProtection, ...]
 
     def __post_init__(self) -> None:
-        layers = tuple(sorted(self.layers, key=lambda found: found.layer))
-        object.__setattr__(self, "layers", layers)
-        if not layers:
-            raise InputError("there are no layers")
-        twice = [a.layer for a, b in itertools.pairwise(layers) if a.layer == b.layer]
-        if twice:
-            raise InputError(f"layer {twice[0]} stands there twice")
+        object.__setattr__(self, "layers", ordered_layers(self.layers))
         for name in ("protect_ratio", "drop_ratio"):
             finite_number(name, getattr(self, name), 0, 1)
 
@@ -113,9 +107,7 @@ class TokenProtectionRule(Artifact):
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> TokenProtectionRule:
         check_version(content)
-        layers = content.get("layers")
-        if not isinstance(layers, list) or not all(isinstance(s, dict) for s in layers):
-            raise InputError("'layers' must be a list with one object per MoE layer")
+        layers = layer_rows(content)
         for name in ("metric", "protect_ratio"):
             if name not in content:
                 raise InputError(f"{name} is missing")

@@ -47,7 +47,7 @@ def allocate(
     json: JsonOption = False,
 ) -> None:
     """Solve for bit widths from a factor file alone."""
-    from mcsharp_sdk.modifiers.bit_allocation import allocate as solve
+    from mcsharp_sdk.modifiers.width_allocation import allocate as solve
 
     settings = _settings(target_bits, overrides or [])
     if output is not None and output.exists() and not overwrite:

@@ -94,12 +94,6 @@ class CalibrationSet:
         """Whether a group has more than tokens."""
         return any(group.has_images for group in self.groups)
 
-    def token_sources(self) -> Tensor:
-        """int64 [T], the source of each token."""
-        sources = torch.tensor([group.source for group in self.groups], dtype=torch.int64)
-        counts = torch.tensor([group.tokens.numel() for group in self.groups], dtype=torch.int64)
-        return sources.repeat_interleave(counts)
-
     def batches(self, tokens: int) -> Iterator[SampleGroup]:
         """The set in groups of at most so many tokens, at least one sequence each."""
         for group in self.groups:

@@ -25,8 +25,8 @@ from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
 from mcsharp_sdk.quantization import lwc
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.grid import QuantizedBatch
-from mcsharp_sdk.quantization.hessian import InverseFactor
 from mcsharp_sdk.quantization.hqq import quantise_hqq
+from mcsharp_sdk.quantization.inverse_factor import InverseFactor
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
 

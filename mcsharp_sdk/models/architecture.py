@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.folders import CONFIG_FILE
 from mcsharp_sdk.models.config_file import check_config, quantisation_method
 from mcsharp_sdk.models.device import is_cpu
 from mcsharp_sdk.models.normal_form import normalise
@@ -37,7 +38,7 @@ def read_config(path: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # each architecture's config raises what it likes
-        raise InputError(f"{path / 'config.json'} cannot be read: {error}") from error
+        raise InputError(f"{path / CONFIG_FILE} cannot be read: {error}") from error
 
 
 def auto_class(config: Any) -> Any:

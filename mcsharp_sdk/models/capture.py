@@ -4,88 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mcsharp_sdk.models.evenly_spaced import evenly_spaced
-from mcsharp_sdk.models.experts import answering, tokens_of_expert
-from mcsharp_sdk.models.ranks import ALONE, Ranks
+from mcsharp_sdk.models.experts import answering, call_arguments
+from mcsharp_sdk.models.routed_inputs import RoutedInputs
 from mcsharp_sdk.models.streamed_layer import StreamedLayer
-
-
-@dataclass(frozen=True)
-class RoutedInputs:
-    """What reaches a layer's routed experts, over all calibration tokens.
-
-    Attributes
-    ----------
-    hidden : [T, hidden], the model's dtype.
-    router_hidden : [T, hidden], what the router decides on. It is ``hidden``, unless the experts
-        get a projection of it.
-    top_k_index : int64 [T, k]
-    top_k_weights : [T, k], as the experts apply them.
-    num_experts : that there are to choose from.
-    ranks : the processes that have tokens of the layer, this one among them.
-    batch_tokens : per forward batch, how many of the tokens are its own. Of sequences with images
-        some models route the text alone here.
-    """
-
-    hidden: Tensor
-    router_hidden: Tensor
-    top_k_index: Tensor
-    top_k_weights: Tensor
-    batch_tokens: tuple[int, ...]
-    num_experts: int
-    ranks: Ranks = ALONE
-
-    @classmethod
-    def none(cls, layer: StreamedLayer) -> RoutedInputs:
-        """Of no tokens."""
-        columns = layer.expert_weights.shape("gate_up")[1]
-        hidden = layer.inputs.scratch.empty(0, columns, dtype=layer.source.dtype)
-        index = torch.empty(0, layer.moe.top_k, dtype=torch.int64, device=hidden.device)
-        weights, ranks = index.to(hidden.dtype), layer.inputs.ranks
-        return cls(hidden, hidden, index, weights, (), layer.moe.num_experts, ranks)
-
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return int(self.hidden.shape[0])
-
-    def tokens_of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Which tokens are routed to an expert, int64 [n], and their routing weights, [n]."""
-        token, slot = tokens_of_expert(self.top_k_index, expert)
-        return token, self.top_k_weights[token, slot]
-
-    def sample(self, most: int) -> tuple[Tensor, Tensor]:
-        """At most so many tokens [n, hidden], evenly spaced, and the mean routing weight, [].
-
-        They are from the tokens of all processes.
-        """
-        own = torch.zeros(self.ranks.count, dtype=torch.int64)
-        own[self.ranks.rank] = len(self.hidden)
-        counts = self.ranks.sum_(own).tolist()
-        chosen = evenly_spaced(sum(counts), most)
-        chosen -= sum(counts[: self.ranks.rank])
-        chosen = chosen[(chosen >= 0) & (chosen < len(self.hidden))]
-        if self.ranks.alone:
-            return self.hidden[chosen], self.top_k_weights.mean()
-        total = self.ranks.total(float(self.top_k_weights.double().sum()))
-        mean = self.top_k_weights.new_tensor(total / (sum(counts) * self.top_k_weights.shape[1]))
-        return self.ranks.gather(self.hidden[chosen]), mean
-
-    def first(self, tokens: int) -> RoutedInputs:
-        """What reaches them of the first so many tokens, in one batch."""
-        parts = (self.hidden, self.router_hidden, self.top_k_index, self.top_k_weights)
-        hidden, router_hidden, index, weights = (part[:tokens] for part in parts)
-        return RoutedInputs(hidden, router_hidden, index, weights, (len(hidden),), self.num_experts)
-
-    def counts(self) -> list[int]:
-        """Tokens per expert."""
-        return torch.bincount(self.top_k_index.reshape(-1), minlength=self.num_experts).tolist()
 
 
 class _Enough(Exception):
@@ -103,7 +29,6 @@ def routed_inputs(layer: StreamedLayer, *, last: bool = False) -> RoutedInputs:
     """
     if not layer.inputs.hidden:
         return RoutedInputs.none(layer)
-    experts: Any = layer.module.get_submodule(layer.moe.experts)
     router = layer.module.get_submodule(layer.moe.router)
     gathered = _Gathered(layer)
     seen: list[Tensor] = []
@@ -114,7 +39,7 @@ def routed_inputs(layer: StreamedLayer, *, last: bool = False) -> RoutedInputs:
         seen.append(args[0].reshape(-1, args[0].shape[-1]))
 
     def record(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        hidden, index, weights = (*args, *kwargs.values())
+        hidden, index, weights = call_arguments(args, kwargs)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         gathered.add(running[0], hidden, seen.pop(), index, weights)
         if not passing or hidden.numel() != layer.inputs.hidden[running[0]].numel():
@@ -122,7 +47,9 @@ def routed_inputs(layer: StreamedLayer, *, last: bool = False) -> RoutedInputs:
 
     with ExitStack() as stack:
         stack.callback(router.register_forward_pre_hook(note).remove)
-        stack.callback(experts.register_forward_pre_hook(record, with_kwargs=True).remove)
+        stack.callback(
+            layer.experts_module.register_forward_pre_hook(record, with_kwargs=True).remove
+        )
         stack.enter_context(without_routed_experts(layer))
         for batch in layer.inputs.batches():
             running[0] = batch
@@ -153,7 +80,7 @@ def _adds_experts_last(layer: StreamedLayer) -> bool:
         first = inputs.batches()[0]
         with without_routed_experts(layer):
             without = inputs.call(layer.module, layer.index, first)
-        with answering(layer.module.get_submodule(layer.moe.experts), answer):
+        with answering(layer.experts_module, answer):
             whole = inputs.call(layer.module, layer.index, first)
         inputs.adding[kind] = outputs[0].numel() == without.numel() and torch.equal(
             whole, without + outputs[0].view_as(without)
@@ -274,7 +201,7 @@ def without_routed_experts(layer: StreamedLayer) -> Iterator[None]:
     if layer.moe is None:
         yield
         return
-    with answering(layer.module.get_submodule(layer.moe.experts), torch.zeros_like):
+    with answering(layer.experts_module, torch.zeros_like):
         yield
 
 

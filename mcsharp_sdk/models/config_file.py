@@ -58,7 +58,7 @@ def check_layer_count(config: Any, tensors: int, path: Path) -> None:
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > tensors:
         raise InputError(
-            f"{path / 'config.json'} says {layers} layers, but {tensors} tensors are stored"
+            f"{path / CONFIG_FILE} says {layers} layers, but {tensors} tensors are stored"
         )
 
 

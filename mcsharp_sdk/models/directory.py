@@ -63,14 +63,14 @@ class CompressedFolder:
 
     def module_tensors(self, layer: int, path: str) -> dict[str, torch.Tensor]:
         """Tensors of a module within a decoder layer, by their names in that module."""
-        prefix = f"{self.topology.layers_path}.{layer}.{path}."
+        prefix = f"{self.topology.layer_path(layer)}.{path}."
         names = [name for name in self.checkpoint.names if name.startswith(prefix)]
         return {name.removeprefix(prefix): self.checkpoint.read(name) for name in names}
 
     def routers(self) -> Iterator[Router]:
         """The routers of all MoE layers, read one at a time."""
         for index, block in self.topology.moe.items():
-            path = f"{self.topology.layers_path}.{index}.{block.router}"
+            path = f"{self.topology.layer_path(index)}.{block.router}"
             names = router_tensor_names(self.checkpoint.names, path)
             tensors = {short: self.checkpoint.read(name) for short, name in names.items()}
             yield router_from_tensors(tensors, self.config, index)

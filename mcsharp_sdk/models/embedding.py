@@ -80,11 +80,9 @@ def _embedding_path(source: SourceModel) -> str:
 def _outer_names(source: SourceModel) -> list[str]:
     """Names of all tensors outside of the decoder layers and the head."""
     head = source.model.get_output_embeddings()
-    inside = [f"{source.topology.layers_path}."]
-    inside += [f"{name}." for name, m in source.model.named_modules() if m is head]
-    embedding = _embedding_path(source)
-    names = {*source.names.memory.values(), *source.names.tied}
-    return [embedding, *sorted(name for name in names if not name.startswith(tuple(inside)))]
+    of_head = tuple(f"{name}." for name, m in source.model.named_modules() if m is head)
+    names = (name for name in source.outer_names() if not name.startswith(of_head))
+    return [_embedding_path(source), *names]
 
 
 @dataclass(frozen=True)

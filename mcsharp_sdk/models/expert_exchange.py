@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.models.capture import RoutedInputs
 from mcsharp_sdk.models.ranks import Ranks, divide
+from mcsharp_sdk.models.routed_inputs import RoutedInputs
 from mcsharp_sdk.models.scratch import Scratch
 
 

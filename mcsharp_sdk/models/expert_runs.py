@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.models.capture import RoutedInputs, routed_inputs
+from mcsharp_sdk.models.capture import routed_inputs
 from mcsharp_sdk.models.evenly_spaced import evenly_spaced
 from mcsharp_sdk.models.expert_exchange import ExchangedTokens, ExpertTokens, OwnTokens
 from mcsharp_sdk.models.expert_weights import ExpertWeights
 from mcsharp_sdk.models.experts import MATRICES, Matrix, weigh
+from mcsharp_sdk.models.routed_inputs import RoutedInputs
 from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.models.streamed_layer import StreamedLayer
 

@@ -8,7 +8,7 @@ otherwise are brought to this form by :mod:`mcsharp_sdk.models.normal_form`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -78,6 +78,19 @@ def weigh(experts: Any, hidden: Tensor, routing: Tensor) -> tuple[Tensor, Tensor
     if not getattr(experts, "weighs_input", False):
         return hidden, routing
     return (hidden * routing.unsqueeze(-1)).to(hidden.dtype), torch.ones_like(routing)
+
+
+def call_arguments(
+    args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What an experts module is called with, by position or by name.
+
+    Returns
+    -------
+    Hidden states, (..., hidden); the chosen experts, int64 (T, k); their routing weights, (T, k).
+    """
+    hidden, top_k_index, top_k_weights = (*args, *kwargs.values())
+    return hidden, top_k_index, top_k_weights
 
 
 @contextmanager

@@ -6,7 +6,7 @@ A new family is one row of :data:`ROUTER_FAMILIES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from mcsharp_sdk.errors import InputError
@@ -139,66 +139,28 @@ def _fault(settings: RouterSettings) -> str | None:
     return None
 
 
-def _softmax(config: Any, experts: int, **settings: Any) -> RouterSettings:
-    return RouterSettings(config.model_type, experts, config.num_experts_per_tok, **settings)
+Reader = Callable[[Any], RouterSettings]
+"""Settings from the (text) config of one layer."""
 
 
-def _mixtral(config: Any) -> RouterSettings:
-    return _softmax(config, config.num_local_experts, renormalise=True)
+def _fixed(experts: str, top_k: str = "num_experts_per_tok", **settings: Any) -> Reader:
+    """A reader of configs of which only the two fields of these names are asked."""
+
+    def read(config: Any) -> RouterSettings:
+        return RouterSettings(
+            config.model_type, getattr(config, experts), getattr(config, top_k), **settings
+        )
+
+    return read
 
 
-def _softmax_optional_norm(config: Any) -> RouterSettings:
-    norm = bool(config.norm_topk_prob)
-    return _softmax(config, config.num_experts, renormalise=norm, weights_in_fp32=False)
-
-
-def _softmax_norm(config: Any) -> RouterSettings:
-    return _softmax(config, config.num_experts, renormalise=True, weights_in_fp32=False)
-
-
-def _jamba(config: Any) -> RouterSettings:
-    return _softmax(config, config.num_experts, weights_in_fp32=False)
-
-
-def _hunyuan(config: Any) -> RouterSettings:
+def _optional_norm(config: Any) -> RouterSettings:
     return RouterSettings(
         config.model_type,
         config.num_experts,
-        config.moe_topk,
-        renormalise=True,
+        config.num_experts_per_tok,
+        renormalise=bool(config.norm_topk_prob),
         weights_in_fp32=False,
-    )
-
-
-def _chosen_first(config: Any) -> RouterSettings:
-    return _softmax(config, config.num_local_experts, score_chosen_only=True, weights_in_fp32=False)
-
-
-def _gpt_oss(config: Any) -> RouterSettings:
-    return replace(_chosen_first(config), logit_bias=True)
-
-
-def _aria(config: Any) -> RouterSettings:
-    return RouterSettings(
-        config.model_type,
-        config.moe_num_experts,
-        config.moe_topk,
-        score_chosen_only=True,
-        weights_in_fp32=False,
-    )
-
-
-def _llama4(config: Any) -> RouterSettings:
-    return replace(_chosen_first(config), scoring="sigmoid", weighs_input=True)
-
-
-def _minimax_m2(config: Any) -> RouterSettings:
-    return _softmax(
-        config,
-        config.num_local_experts,
-        scoring="sigmoid",
-        correction_bias=True,
-        renormalise=True,
     )
 
 
@@ -221,9 +183,10 @@ def _phimoe(config: Any) -> RouterSettings:
             f"router of {config.model_type}: SparseMixer chooses 2 experts, "
             f"but num_experts_per_tok is {config.num_experts_per_tok}"
         )
-    return _softmax(
-        config,
+    return RouterSettings(
+        config.model_type,
         config.num_local_experts,
+        config.num_experts_per_tok,
         sparse_mixing=config.router_jitter_noise,
         scores_in_fp32=False,
         weights_in_fp32=False,
@@ -285,31 +248,45 @@ def _deepseek_v3(config: Any) -> RouterSettings:
     )
 
 
-ROUTER_FAMILIES: Mapping[str, Callable[[Any], RouterSettings]] = {
-    "mixtral": _mixtral,
-    "minimax": _mixtral,
-    "minimax_m2": _minimax_m2,
-    "olmoe": _softmax_optional_norm,
-    "qwen2_moe": _softmax_optional_norm,
-    "qwen3_moe": _softmax_optional_norm,
-    "qwen3_next": _softmax_optional_norm,
-    "qwen3_vl_moe_text": _softmax_norm,
+_MIXTRAL = _fixed("num_local_experts", renormalise=True)
+
+ROUTER_FAMILIES: Mapping[str, Reader] = {
+    "mixtral": _MIXTRAL,
+    "minimax": _MIXTRAL,
+    "minimax_m2": _fixed(
+        "num_local_experts", scoring="sigmoid", correction_bias=True, renormalise=True
+    ),
+    "olmoe": _optional_norm,
+    "qwen2_moe": _optional_norm,
+    "qwen3_moe": _optional_norm,
+    "qwen3_next": _optional_norm,
+    "qwen3_vl_moe_text": _fixed("num_experts", renormalise=True, weights_in_fp32=False),
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
     "glm4_moe": _deepseek_v3,
     "glm4v_moe_text": _deepseek_v3,
     "dots1": _deepseek_v3,
     "nemotron_h": _deepseek_v3,
-    "gpt_oss": _gpt_oss,
+    "gpt_oss": _fixed(
+        "num_local_experts", score_chosen_only=True, logit_bias=True, weights_in_fp32=False
+    ),
     "phimoe": _phimoe,
-    "granitemoe": _chosen_first,
+    "granitemoe": _fixed("num_local_experts", score_chosen_only=True, weights_in_fp32=False),
     "ernie4_5_moe": _ernie,
     "ernie4_5_vl_moe_text": _ernie,
-    "hunyuan_v1_moe": _hunyuan,
-    "jamba": _jamba,
+    "hunyuan_v1_moe": _fixed("num_experts", "moe_topk", renormalise=True, weights_in_fp32=False),
+    "jamba": _fixed("num_experts", weights_in_fp32=False),
     "dbrx": _dbrx,
-    "llama4_text": _llama4,
-    "aria_text": _aria,
+    "llama4_text": _fixed(
+        "num_local_experts",
+        scoring="sigmoid",
+        score_chosen_only=True,
+        weights_in_fp32=False,
+        weighs_input=True,
+    ),
+    "aria_text": _fixed(
+        "moe_num_experts", "moe_topk", score_chosen_only=True, weights_in_fp32=False
+    ),
 }
 """model_type -> reader of its (text) config."""
 

@@ -16,8 +16,8 @@ from mcsharp_sdk.models.safetensors_file import (
     TensorInfo,
     read_bytes,
     read_header,
-    write_safetensors,
 )
+from mcsharp_sdk.models.safetensors_writing import write_safetensors
 
 __all__ = ["Checkpoint", "TensorInfo", "TensorSlice", "write_safetensors"]
 

@@ -86,11 +86,16 @@ class SourceModel:
 
     def layer_path(self, layer: int) -> str:
         """Module path of decoder layer ``layer``."""
-        return f"{self.topology.layers_path}.{layer}"
+        return self.topology.layer_path(layer)
 
     def layer(self, layer: int) -> nn.Module:
         """Decoder layer ``layer``, loaded or not."""
         return self.model.get_submodule(self.layer_path(layer))
+
+    def outer_names(self) -> list[str]:
+        """Names in the module tree of all tensors outside of the decoder layers, tied ones too."""
+        names = {*self.names.memory.values(), *self.names.tied}
+        return sorted(name for name in names if not self.topology.in_layers(name))
 
     def fused_weights(self, layer: int) -> list[str]:
         """Full names of the fused expert weights of a MoE layer."""

@@ -143,6 +143,11 @@ class StreamedLayer:
         return self.index + 1 == self.source.topology.num_layers
 
     @property
+    def experts_module(self) -> nn.Module:
+        """The module of a MoE layer that runs its routed experts."""
+        return self.module.get_submodule(self.moe.experts)
+
+    @property
     def expert_weights(self) -> ExpertWeights:
         """The weights of the routed experts of a MoE layer."""
         if self.experts is None:
@@ -159,7 +164,7 @@ class StreamedLayer:
     def advance_with(self, outputs: Tensor) -> None:
         """Advance with the routed experts' outputs, [T, hidden], known already."""
         answer = in_turn(outputs)
-        with answering(self.module.get_submodule(self.moe.experts), answer):
+        with answering(self.experts_module, answer):
             for batch in self.inputs.batches():
                 hidden = self.inputs.hidden[batch]
                 if batch in self.passed:

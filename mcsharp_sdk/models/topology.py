@@ -82,6 +82,14 @@ class Topology:
     kept_experts: tuple[str, ...] = ()
     kept_linears: tuple[str, ...] = ()
 
+    def layer_path(self, layer: int) -> str:
+        """Module path of decoder layer ``layer``."""
+        return f"{self.layers_path}.{layer}"
+
+    def in_layers(self, name: str) -> bool:
+        """Whether a tensor or module of the tree is in a decoder layer."""
+        return name.startswith(f"{self.layers_path}.")
+
     def experts_per_layer(self) -> dict[int, int]:
         """Decoder layer index -> number of routed experts."""
         return {layer: block.num_experts for layer, block in self.moe.items()}

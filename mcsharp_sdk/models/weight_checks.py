@@ -93,8 +93,8 @@ def check_outer_weights(source: SourceModel) -> None:
     InputProblems
         With each tensor that has numbers that are NaN or infinite.
     """
-    layers = f"{source.topology.layers_path}."
-    names = [n for n, memory in source.names.memory.items() if not memory.startswith(layers)]
+    placed = source.names.memory.items()
+    names = [disk for disk, name in placed if not source.topology.in_layers(name)]
     problems = [problem for name in names for problem in numbers_of(source.checkpoint, name)]
     if problems:
         raise InputProblems(str(source.path), problems)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from mcsharp_sdk.allocation.baselines import ALLOCATORS, AllocatorName, spread_evenly
-from mcsharp_sdk.allocation.significance import Exponents, allocation_cost
+from mcsharp_sdk.allocation.baselines import ALLOCATORS, AllocatorName, Budget, spread_evenly
 from mcsharp_sdk.allocation.solver import BudgetRule, check_budget
-from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, LayerStatistics, check_layers
+from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, check_layers
 from mcsharp_sdk.errors import InputError, Problem
 from mcsharp_sdk.modifiers.allocation_needs import unmeasured
 from mcsharp_sdk.modifiers.base import Modifier
-from mcsharp_sdk.modifiers.layer_factors import factors_of, layer_weights
+from mcsharp_sdk.modifiers.layer_factors import factors_of
+from mcsharp_sdk.modifiers.width_allocation import allocate, weights_of
 from mcsharp_sdk.recipe.paths import RecipePath
 
 if TYPE_CHECKING:
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 Width = Annotated[int, Field(ge=0, le=4)]
 Exponent = Annotated[float, Field(ge=0, le=16)]
-Layers = Sequence[LayerStatistics]
-Track = Callable[[Sequence[Layers], str], Iterable[Layers]]
 
 _PAPER_EXPONENTS = {"alpha": 1.0, "beta": 1.0, "gamma": 2.0}
 
@@ -168,6 +165,11 @@ class BitAllocation(Modifier):
         """Whole bits that so many experts may use."""
         return math.floor(self.target_bits * experts + 1e-9)
 
+    def budget_of(self, layers: Sequence[int]) -> Budget:
+        """What layers of so many experts each have to meet together."""
+        bits = self.budget_bits(sum(layers))
+        return Budget(bits, self.budget, self.required_widths(), layers)
+
     def check_earlier(self, stages: Sequence[Modifier]) -> list[Problem]:
         """Whether ExpertStats measures what the allocator and its settings need."""
         return unmeasured(self, stages)
@@ -185,13 +187,13 @@ class BitAllocation(Modifier):
 
     def _check_budget(self, experts: int) -> None:
         """InfeasibleBudget if so many experts cannot meet the budget."""
-        budget = self.budget_bits(experts)
+        budget = self.budget_of([experts])
         if self.allocator == "uniform":  # knows two neighbouring widths, and looks at no costs
-            costs = np.zeros((experts, len(self.widths)))
-            spread_evenly(costs, self.widths, budget, budget_rule=self.budget)
+            spread_evenly(np.zeros((experts, len(self.widths))), self.widths, budget)
             return
-        required = self.required_widths()
-        check_budget(experts, self.widths, budget, budget_rule=self.budget, at_least=required)
+        check_budget(
+            experts, self.widths, budget.bits, budget_rule=budget.rule, at_least=budget.at_least
+        )
 
     def _check_factors(self, experts: Mapping[int, int]) -> list[Problem]:
         if self.factors is None:
@@ -202,7 +204,7 @@ class BitAllocation(Modifier):
                 check_layers(statistics.experts(), experts)
                 for layer in statistics.layers:
                     factors_of(layer, self.widths, ALLOCATORS[self.allocator].needs)
-                _layer_weights(statistics.layers, self)
+                weights_of(statistics.layers, self)
             except InputError as error:
                 raise InputError(f"{self.factors}: {error}") from None
         except InputError as error:
@@ -222,98 +224,3 @@ class BitAllocation(Modifier):
         if self.needs() or context.directory.has(ExpertStatistics):
             return context.read(ExpertStatistics)
         return ExpertStatistics.unmeasured(context.model.topology.experts_per_layer())
-
-
-def _no_track(items: Sequence[Layers], description: str) -> Iterable[Layers]:
-    return items
-
-
-def allocate(
-    statistics: ExpertStatistics | str | os.PathLike[str],
-    settings: BitAllocation,
-    *,
-    track: Track = _no_track,
-) -> BitMap:
-    """Choose the widths: the whole stage, without a model.
-
-    Parameters
-    ----------
-    statistics : expert statistics, or the file that holds them.
-    settings : of the stage; ``settings.factors`` is not looked at.
-    track : wraps the list of programs to solve, to show progress.
-
-    Returns
-    -------
-    The map. Its ``objective`` is always the PMQ cost with the settings' exponents, whichever
-    allocator chose, so that allocators compare; None if the statistics have no errors to tell it.
-
-    Raises
-    ------
-    InputError
-        If the statistics do not hold what the allocator needs.
-    InfeasibleBudget
-        If the budget cannot be met.
-    """
-    if not isinstance(statistics, ExpertStatistics):
-        statistics = ExpertStatistics.load(Path(statistics))
-    layers = statistics.layers
-    programs: list[Layers] = [layers] if settings.whole_model else [(layer,) for layer in layers]
-    bits: dict[int, tuple[int, ...]] = {}
-    for program in track(programs, "allocating bits"):
-        bits.update(_solve(program, settings))
-    return BitMap(bits, _objective(layers, bits, settings), settings.allocator)
-
-
-def _solve(layers: Layers, settings: BitAllocation) -> dict[int, tuple[int, ...]]:
-    """Widths of the layers that share one budget."""
-    allocator = ALLOCATORS[settings.allocator]
-    costs = []
-    for layer, weight in zip(layers, _layer_weights(layers, settings), strict=True):
-        rng = np.random.default_rng([settings.seed, layer.layer])
-        factors = factors_of(layer, settings.widths, allocator.needs)
-        try:
-            costs.append(weight * allocator.cost(factors, _exponents(settings), rng))
-        except InputError as error:
-            raise InputError(f"layer {layer.layer}: {error}") from None
-    cost = np.concatenate(costs)
-    widths = allocator.spend(
-        cost,
-        settings.widths,
-        settings.budget_bits(len(cost)),
-        layers=[layer.num_experts for layer in layers],
-        budget_rule=settings.budget,
-        at_least=settings.required_widths(),
-    )
-    ends = np.cumsum([layer.num_experts for layer in layers])[:-1]
-    return {
-        layer.layer: tuple(part.tolist())
-        for layer, part in zip(layers, np.split(widths, ends), strict=True)
-    }
-
-
-def _objective(
-    layers: Layers, bits: Mapping[int, Sequence[int]], settings: BitAllocation
-) -> dict[int, float] | None:
-    """Layer -> PMQ cost of the widths, where the statistics can tell it."""
-    objective = {}
-    for layer in layers:
-        given = sorted(set(bits[layer.layer]))
-        if not set(given) <= set(layer.errors):
-            return None
-        try:
-            cost = allocation_cost(factors_of(layer, given, "quant_error"), _exponents(settings))
-        except InputError:
-            return None  # nothing to weigh the experts by: no cost, but the widths stand
-        chosen = [row[given.index(w)] for row, w in zip(cost, bits[layer.layer], strict=True)]
-        objective[layer.layer] = math.fsum(chosen)
-    return objective
-
-
-def _layer_weights(layers: Layers, settings: BitAllocation) -> list[float]:
-    """What the errors of each layer are multiplied by where layers share a budget."""
-    comparable = ALLOCATORS[settings.allocator].needs == "quant_error" and settings.whole_model
-    return layer_weights(layers, settings.loss_weighting if comparable else False)
-
-
-def _exponents(settings: BitAllocation) -> Exponents:
-    return Exponents(settings.alpha, settings.beta, settings.gamma)

@@ -10,7 +10,7 @@ from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import MATRICES, Matrix
 from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.quantization.grid import REMOVED, PackedWeight
-from mcsharp_sdk.runtime.layout import TENSORS, bucket_name, empty_packed, members, tensor_name
+from mcsharp_sdk.runtime.layout import TENSORS, empty_packed, members, packed_names
 
 
 class ExpertBuckets:
@@ -31,9 +31,8 @@ class ExpertBuckets:
     def put(self, matrix: Matrix, expert: int, packed: PackedWeight) -> None:
         """Take one matrix of an expert."""
         experts = self._members[self._bits[expert]]
-        for part in TENSORS:
-            tensor = getattr(packed, part)
-            name = f"{bucket_name(self._bits[expert])}.{tensor_name(matrix, part)}"
+        names = packed_names(self._bits[expert], matrix)
+        for name, tensor in zip(names, _parts(packed), strict=True):
             if name not in self.tensors:
                 shape = (len(experts), *tensor.shape)
                 self.tensors[name] = self._scratch.empty(*shape, dtype=tensor.dtype)
@@ -57,13 +56,17 @@ class ExpertBuckets:
                     bits = self._bits[expert]
                     empty = empty_packed(rows, columns, bits, group_size)
                     packed = self._own(matrix, expert) if owner == ranks.rank else empty
-                    for part in TENSORS:
-                        ranks.spread(getattr(packed, part), owner)
+                    for tensor in _parts(packed):
+                        ranks.spread(tensor, owner)
                     if owner != ranks.rank:
                         self.put(matrix, expert, packed)
 
     def _own(self, matrix: Matrix, expert: int) -> PackedWeight:
         width = self._bits[expert]
         slot = self._members[width].index(expert)
-        names = [f"{bucket_name(width)}.{tensor_name(matrix, part)}" for part in TENSORS]
+        names = packed_names(width, matrix)
         return PackedWeight(*(self.tensors[name][slot].contiguous() for name in names))
+
+
+def _parts(packed: PackedWeight) -> list[Tensor]:
+    return [getattr(packed, part) for part in TENSORS]

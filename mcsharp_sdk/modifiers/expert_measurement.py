@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.artifacts import LayerStatistics, SourceStatistics
-from mcsharp_sdk.models.capture import RoutedInputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import Matrix, finish, weigh
 from mcsharp_sdk.models.memory import release_free_memory
+from mcsharp_sdk.models.routed_inputs import RoutedInputs
 from mcsharp_sdk.models.routing import router_scores
 from mcsharp_sdk.models.streamed_layer import StreamedLayer
 from mcsharp_sdk.modifiers.block_scores import block_cosines
@@ -24,7 +24,7 @@ from mcsharp_sdk.modifiers.expert_hessians import expert_hessians
 from mcsharp_sdk.modifiers.layer_notes import LayerNotes
 from mcsharp_sdk.modifiers.matrix_quantisation import FITS
 from mcsharp_sdk.quantization.gptq import quantise_gptq
-from mcsharp_sdk.quantization.hessian import InverseFactor, factorise
+from mcsharp_sdk.quantization.inverse_factor import InverseFactor, factorise
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.models.capture import RoutedInputs
 from mcsharp_sdk.models.expert_runs import PIECE_TOKENS
 from mcsharp_sdk.models.expert_weights import ExpertWeights
 from mcsharp_sdk.models.experts import answering, tokens_of_expert
+from mcsharp_sdk.models.routed_inputs import RoutedInputs
 from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.models.streamed_layer import StreamedLayer, in_turn
 
@@ -109,6 +109,6 @@ def states_behind(layer: StreamedLayer, outputs: Tensor) -> Iterator[Tensor]:
     outputs : (T, hidden), the summed outputs of its routed experts.
     """
     inputs = layer.inputs
-    with answering(layer.module.get_submodule(layer.moe.experts), in_turn(outputs)):
+    with answering(layer.experts_module, in_turn(outputs)):
         for batch in inputs.batches():
             yield inputs.call(layer.module, layer.index, batch)

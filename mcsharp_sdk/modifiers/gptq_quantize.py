@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from mcsharp_sdk.artifacts import QUANTIZED_WEIGHTS, BitMap
 from mcsharp_sdk.errors import InputError, Problem
 from mcsharp_sdk.modifiers.base import Modifier
+from mcsharp_sdk.modifiers.quantisation_warnings import quantisation_warnings
 from mcsharp_sdk.quantization.grid import REMOVED, WIDTHS
 from mcsharp_sdk.recipe.paths import RecipePath
 
@@ -171,42 +172,24 @@ class GPTQQuantize(Modifier):
     def run(self, context: RunContext) -> None:
         from mcsharp_sdk.modifiers.original_model import OriginalModel
 
-        bit_map = self._bit_map(context)
+        layout = self._layout(context)
         quantiser, model = self.quantiser(), OriginalModel()
         layers = context.layers(self.writes)
         with layers.writer(overlap=context.model.overlaps) as writer:
             for layer in context.stream("quantising", by_expert=True):
-                widths = bit_map.bits.get(layer.index)
+                widths = layout.experts.get(layer.index)
                 original = model.layer(layer) if self.propagates else None
                 if layers.has(layer.index):
                     if original is not None:
                         original.advance()
                     if context.calibrated:
-                        self._restore(layer, layers, widths)
+                        _restore(layer, layers, layout)
                 else:
                     tensors, notes = quantiser.quantise(layer, widths, original)
                     writer.write(layer.index, tensors, notes.to_json())
                     del tensors  # they go when they are written
-        layers.write_summary(self._layout(context, bit_map).to_dict())
+        layers.write_summary(layout.to_dict())
         self._report(context, layers)
-
-    def _restore(
-        self, layer: StreamedLayer, layers: LayerStore, widths: Sequence[int] | None
-    ) -> None:
-        """Give a layer the weights that an earlier run has quantised it to."""
-        from mcsharp_sdk.models.expert_runs import run_experts
-        from mcsharp_sdk.modifiers.layer_restoration import restore_layer
-
-        restore_layer(
-            layer,
-            layers.slices(layer.index),
-            expert_bits=widths,
-            linear_bits=self.other_bits,
-            group_size=self.group_size,
-            rotated=self.rotated,
-        )
-        if widths is not None:
-            layer.expert_outputs = run_experts(layer, last=True)
 
     def _bit_map(self, context: RunContext) -> BitMap:
         experts = context.model.topology.experts_per_layer()
@@ -246,12 +229,13 @@ class GPTQQuantize(Modifier):
         )
         return LayerQuantiser(settings, self.other_bits, self.router_bits, self.rotated)
 
-    def _layout(self, context: RunContext, bit_map: BitMap) -> PackedLayout:
+    def _layout(self, context: RunContext) -> PackedLayout:
+        """Which tensors of the model are packed, and how."""
         from mcsharp_sdk.runtime.layout import PackedLayout
 
         names = {n for linears in context.model.topology.linears.values() for n in linears}
         linears = {} if self.other_bits is None else dict.fromkeys(sorted(names), self.other_bits)
-        experts = dict(bit_map.bits)
+        experts = dict(self._bit_map(context).bits)
         return PackedLayout(self.group_size, experts, linears, rotated=self.rotated)
 
     def _report(self, context: RunContext, layers: LayerStore) -> None:
@@ -266,15 +250,10 @@ class GPTQQuantize(Modifier):
             names = ", ".join(context.model.topology.kept_linears)
             context.report.warn(f"these linear layers keep their precision: {names}")
         notes = {index: layers.notes(index) for index in range(context.model.topology.num_layers)}
-        for what, message in _WARNINGS.items():
-            noted = [f"layer {i}: {n}" for i, note in notes.items() for n in _names(note[what])]
-            if noted:
-                context.report.warn(f"{message}: {_listed(noted)}")
+        for warning in quantisation_warnings(notes):
+            context.report.warn(warning)
         context.report.stages[self.type] = {"layers": {str(i): note for i, note in notes.items()}}
 
-
-MOST_NAMED = 3
-"""Most experts or matrices that a warning names."""
 
 _WITHOUT_CALIBRATION = ("rtn", "hqq")
 """Quantisers that can do with the weights alone."""
@@ -286,26 +265,15 @@ _CLIP_SEARCH: Mapping[str, Mapping[str, Any]] = {
 }
 """Name -> settings of the grid search; ``wide`` is the grid's own default."""
 
-_WARNINGS = {
-    "starved": "few tokens reached these experts, so their Hessians lean on those of all tokens, "
-    "and more 'sequences' would serve them",
-    "raised_damping": "the Hessians of these matrices needed more damping",
-    "fallbacks": "these matrices were rounded to nearest, since no damping helped",
-}
-"""Kind of note about a layer -> what it means."""
 
+def _restore(layer: StreamedLayer, layers: LayerStore, layout: PackedLayout) -> None:
+    """Give a layer the weights that an earlier run has quantised it to."""
+    from mcsharp_sdk.models.expert_runs import run_experts
+    from mcsharp_sdk.modifiers.layer_restoration import restore_packed
 
-def _names(noted: Mapping[str, int] | Sequence[str]) -> Sequence[str]:
-    """Of matrices, or of experts with their tokens."""
-    if isinstance(noted, Mapping):
-        return [f"expert {expert} ({count} tokens)" for expert, count in noted.items()]
-    return noted
-
-
-def _listed(noted: Sequence[str]) -> str:
-    first, rest = noted[:MOST_NAMED], len(noted) - MOST_NAMED
-    more = f" and {rest} more, all named in the report's JSON" if rest > 0 else ""
-    return "; ".join(first) + more
+    restore_packed(layer, layers.slices(layer.index), layout)
+    if layer.index in layout.experts:
+        layer.expert_outputs = run_experts(layer, last=True)
 
 
 def _storable(bit_map: BitMap) -> BitMap:

@@ -20,9 +20,8 @@ from mcsharp_sdk.quantization.rotation import expert_signs, turned_back
 from mcsharp_sdk.runtime.layout import (
     TENSORS,
     PackedLayout,
-    bucket_name,
     members,
-    tensor_name,
+    packed_names,
 )
 
 Packed = Mapping[str, TensorSlice]
@@ -64,7 +63,7 @@ class PackedExperts(ExpertWeights):
             if width == REMOVED:
                 return torch.zeros_like(like, device=self.device)
             slot = self._members[width].index(expert)
-            names = (f"{bucket_name(width)}.{tensor_name(matrix, part)}" for part in TENSORS)
+            names = packed_names(width, matrix)
             parts = (self.packed[n][slot : slot + 1][0].to(self.device) for n in names)
             signs = None
             if self.rotated:
@@ -82,29 +81,6 @@ class PackedExperts(ExpertWeights):
         """Forget the expert."""
         for matrix in MATRICES:
             self._in_use.pop((matrix, expert), None)
-
-
-@torch.no_grad()
-def restore_layer(
-    layer: StreamedLayer,
-    packed: Packed,
-    *,
-    expert_bits: Sequence[int] | None,
-    linear_bits: int | None,
-    group_size: int,
-    rotated: bool = False,
-) -> None:
-    """Give a loaded layer the weights that :meth:`LayerQuantiser.quantise` left it with.
-
-    Parameters
-    ----------
-    packed : the tensors that it returned.
-    expert_bits, linear_bits, group_size, rotated : that it worked with.
-    """
-    names = layer.source.topology.linears[layer.index]
-    linears = {} if linear_bits is None else dict.fromkeys(names, linear_bits)
-    experts = {} if expert_bits is None else {layer.index: tuple(expert_bits)}
-    restore_packed(layer, packed, PackedLayout(group_size, experts, linears, rotated=rotated))
 
 
 @torch.no_grad()

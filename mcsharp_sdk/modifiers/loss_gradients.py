@@ -93,9 +93,7 @@ def _behind_layers(
     source: SourceModel, inputs: LayerInputs, calibration: CalibrationSet
 ) -> list[Tensor]:
     """Per batch, the gradient of the summed loss by the hidden states behind the last layer."""
-    layers = f"{source.topology.layers_path}."
-    known = {*source.names.memory.values(), *source.names.tied}
-    outside = sorted(name for name in known if not name.startswith(layers))
+    outside = source.outer_names()
     source.load(*outside)
     source.model.requires_grad_(False)
     generator = torch.Generator().manual_seed(SEED)

@@ -15,14 +15,9 @@ from mcsharp_sdk.modifiers.layer_notes import LayerNotes
 from mcsharp_sdk.quantization.descent import refine
 from mcsharp_sdk.quantization.gptq import quantise_gptq
 from mcsharp_sdk.quantization.grid import QuantizedBatch, QuantizedWeight, dequantise
-from mcsharp_sdk.quantization.hessian import (
-    InverseFactor,
-    damped,
-    diagonal_importance,
-    factorise,
-    squared_output_error,
-)
+from mcsharp_sdk.quantization.hessian import diagonal_importance, squared_output_error
 from mcsharp_sdk.quantization.hqq import fit_half_quadratic
+from mcsharp_sdk.quantization.inverse_factor import InverseFactor, damped, factorise
 from mcsharp_sdk.quantization.lwc import quantise_lwc
 from mcsharp_sdk.quantization.propagation import make_up
 from mcsharp_sdk.quantization.round_to_nearest import GroupFit, quantise_rtn

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mcsharp_sdk.artifacts import LayerProtection
 from mcsharp_sdk.errors import InputError, RunError
-from mcsharp_sdk.models.capture import RoutedInputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
+from mcsharp_sdk.models.routed_inputs import RoutedInputs
 from mcsharp_sdk.models.streamed_layer import StreamedLayer
 from mcsharp_sdk.modifiers.expert_outputs import change_of_output, squared_norms_behind
 from mcsharp_sdk.pruning.importance import (
@@ -23,7 +23,7 @@ from mcsharp_sdk.pruning.importance import (
     token_importance,
 )
 from mcsharp_sdk.pruning.rule import renormalise, slot_thresholds, weight_rule
-from mcsharp_sdk.runtime.pruning_layout import DROP_INSIGNIFICANT, RulePruning
+from mcsharp_sdk.runtime.pruning_layout import RulePruning
 from mcsharp_sdk.runtime.received_attention import (
     AttentionTap,
     TokenBatch,
@@ -59,8 +59,7 @@ class ProtectionMeasurement:
             else [self.threshold] * (top_k - 1)
         )
         kept = self._kept(layer, runs.routed, received, thresholds)
-        drops_tokens = self.rule.metric == DROP_INSIGNIFICANT
-        pruned = weights * kept if drops_tokens else renormalise(weights, kept)
+        pruned = weights * kept if self.rule.drops_tokens else renormalise(weights, kept)
         ranks = runs.routed.ranks
         change = ranks.total(change_of_output(runs.weights, runs.routed, pruned, runs.scratch))
         norms = squared_norms_behind(layer, layer.known_outputs)
@@ -68,7 +67,7 @@ class ProtectionMeasurement:
         slots = ranks.total(kept.numel())
         return LayerProtection(
             layer=layer.index,
-            thresholds=tuple([0.0] * (top_k - 1) if drops_tokens else thresholds),
+            thresholds=tuple([0.0] * (top_k - 1) if self.rule.drops_tokens else thresholds),
             cost=(change / behind) ** 0.5 if behind else 0.0,
             keep_ratio=ranks.total(float(kept.double().sum())) / slots,
         )
@@ -95,7 +94,7 @@ class ProtectionMeasurement:
     ) -> Tensor:
         """bool (T, k): slots that the rule keeps."""
         weights = routed.top_k_weights
-        dropping = self.rule.metric == DROP_INSIGNIFICANT
+        dropping = self.rule.drops_tokens
         kept = weight_rule(weights, [0.0] * len(thresholds) if dropping else thresholds)
         if self.rule.importance is None:
             return kept
@@ -135,7 +134,6 @@ def receiving(layer: StreamedLayer) -> Iterator[list[Tensor]]:
     tap = AttentionTap(TokenBatch())
     received: list[Tensor] = []
     decoder = layer.source.model.get_submodule(layer.source.topology.layers_path.rpartition(".")[0])
-    experts = layer.module.get_submodule(layer.moe.experts)
 
     def collect(*_: Any) -> None:
         found = tap.take()
@@ -147,7 +145,7 @@ def receiving(layer: StreamedLayer) -> Iterator[list[Tensor]]:
         received.append(found)
 
     attach_tap(layer.module, tap)
-    handle = experts.register_forward_pre_hook(collect)
+    handle = layer.experts_module.register_forward_pre_hook(collect)
     use_received_attention(decoder, True)
     tap.wanted = True
     try:

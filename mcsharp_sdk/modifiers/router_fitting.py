@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.errors import RunError
-from mcsharp_sdk.models.capture import RoutedInputs, routed_inputs
+from mcsharp_sdk.models.capture import routed_inputs
 from mcsharp_sdk.models.expert_runs import ExpertRuns
+from mcsharp_sdk.models.routed_inputs import RoutedInputs
 from mcsharp_sdk.models.routing import Router, Routing, route, router_logits
 from mcsharp_sdk.models.stream import advance
 from mcsharp_sdk.models.streamed_layer import LayerInputs, StreamedLayer

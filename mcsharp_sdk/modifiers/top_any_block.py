@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.models.capture import RoutedInputs, routed_inputs
+from mcsharp_sdk.models.capture import routed_inputs
 from mcsharp_sdk.models.ranks import Ranks
+from mcsharp_sdk.models.routed_inputs import RoutedInputs
 from mcsharp_sdk.models.streamed_layer import StreamedLayer
 from mcsharp_sdk.modifiers.expert_outputs import slot_outputs, squared_norms_behind
 from mcsharp_sdk.modifiers.top_any_target import apply_shift, keep_ratio, shift_for

@@ -24,6 +24,7 @@ from mcsharp_sdk.errors import RunError
 from mcsharp_sdk.models.bfloat16 import fast_linears
 from mcsharp_sdk.models.device import is_cpu
 from mcsharp_sdk.models.embedding import model_inputs
+from mcsharp_sdk.models.experts import call_arguments
 from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.top_any_target import TOLERANCE, apply_shift, keep_ratio, shift_for
@@ -80,7 +81,7 @@ class PrunedExperts:
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | None:
         if self.keep_of is None:
             return None
-        hidden, index, weights = (*args, *kwargs.values())
+        hidden, index, weights = call_arguments(args, kwargs)
         order = ranked(weights)
         index, weights = index.gather(1, order), weights.gather(1, order)
         logits = self.networks[layer](hidden.reshape(-1, hidden.shape[-1]), weights)
@@ -245,9 +246,9 @@ def whole_model(context: RunContext) -> SourceModel:
     On a CPU it is in float32, in which gradients are computed several times faster.
     """
     source = SourceModel(context.model.path, context.model.device)
-    layers = f"{source.topology.layers_path}."
     owners = {name.rpartition(".")[0] for name in source.names.memory.values()}
-    source.load(layers, *sorted(f"{name}." for name in owners if not name.startswith(layers)))
+    outside = sorted(f"{name}." for name in owners if not source.topology.in_layers(name))
+    source.load(f"{source.topology.layers_path}.", *outside)
     for index in context.track(range(source.topology.num_layers), "loading the model"):
         context.restore_quantised(source, index)
     source.model.tie_weights()

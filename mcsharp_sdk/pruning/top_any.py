@@ -95,21 +95,14 @@ def keep_mask(logits: Tensor, weights: Tensor) -> Tensor:
     return in_slot_order(_up_to(kept_counts(logits), logits.shape[-1]), ranked(weights))
 
 
-def soft_keep(
-    logits: Tensor,
-    temperature: float,
-    *,
-    generator: torch.Generator | None = None,
-    noise: Tensor | None = None,
-) -> Tensor:
+def soft_keep(logits: Tensor, temperature: float, *, noise: Tensor) -> Tensor:
     """A sampled mask with a gradient: Gumbel-Softmax over the counts, straight-through.
 
     Parameters
     ----------
     logits : [T, k].
     temperature : above 0; the smaller, the closer the gradient's mask is to the sampled one.
-    generator : of the noise; None for torch's own.
-    noise : [T, k], added to the logits in place of Gumbel noise: zeros give the hard mask of
+    noise : [T, k], added to the logits: :func:`gumbel_noise`, or zeros for the hard mask of
         inference.
 
     Returns
@@ -117,14 +110,14 @@ def soft_keep(
     float32 [T, k] by *rank*: 1 for the kept ranks and 0 behind them, exactly. The gradient is that
     of keep_i = Σ_{j >= i} p_j, with p = softmax((logits + noise) / temperature) over the counts.
     """
-    noisy = logits.float() + (gumbel_noise(logits, generator) if noise is None else noise)
+    noisy = logits.float() + noise
     chances = (noisy / temperature).softmax(-1)
     soft = chances.flip(-1).cumsum(-1).flip(-1)
     hard = _up_to(kept_counts(noisy), logits.shape[-1]).to(soft.dtype)
     return hard + (soft - soft.detach())
 
 
-def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def gumbel_noise(like: Tensor, generator: torch.Generator) -> Tensor:
     """Standard Gumbel noise, float32, of the shape and device of ``like``."""
     waiting = torch.empty(like.shape, dtype=torch.float32, device=like.device)
     waiting.exponential_(generator=generator)

@@ -16,17 +16,15 @@ from mcsharp_sdk.quantization.grid import (
     group_count,
     pack_weight,
     packed_rows,
-    stored_bytes,
     unpack_weight,
 )
 from mcsharp_sdk.quantization.hessian import (
-    InverseFactor,
     accumulate,
     complete_,
     diagonal_importance,
-    factorise,
     squared_output_error,
 )
+from mcsharp_sdk.quantization.inverse_factor import InverseFactor, factorise
 from mcsharp_sdk.quantization.packing import pack, packed_bytes, unpack
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
@@ -52,7 +50,6 @@ __all__ = [
     "quantise_gptq",
     "quantise_rtn",
     "squared_output_error",
-    "stored_bytes",
     "unpack",
     "unpack_weight",
 ]

@@ -27,7 +27,7 @@ from mcsharp_sdk.quantization.grid import (
     top_code,
     zero_codes,
 )
-from mcsharp_sdk.quantization.hessian import InverseFactor
+from mcsharp_sdk.quantization.inverse_factor import InverseFactor
 from mcsharp_sdk.quantization.search import GridSettings, fit_group, row_magnitudes
 
 BLOCK = 128

@@ -197,13 +197,6 @@ def packed_rows(packed: PackedWeight, bits: int, start: int, stop: int) -> Packe
     )
 
 
-def stored_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
-    """Bytes of one packed matrix: codes, scales and zero points."""
-    groups = group_count(columns, group_size)
-    codes = rows * packed_bytes(columns, bits)
-    return codes + rows * groups * 2 + groups * packed_bytes(rows, bits)
-
-
 def check_widths(bits: Sequence[int], experts: int) -> tuple[int, ...]:
     """``bits`` as a tuple, one supported width per expert; ValueError otherwise."""
     widths = tuple(int(width) for width in bits)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mcsharp_sdk.quantization.hessian import CHUNK_TOKENS, InverseFactor
+from mcsharp_sdk.quantization.hessian import CHUNK_TOKENS
+from mcsharp_sdk.quantization.inverse_factor import InverseFactor
 
 
 def accumulate_cross(

@@ -58,9 +58,14 @@ class RulePruning:
                 _check_share(f"thresholds of decoder layer {layer}", threshold)
 
     @property
+    def drops_tokens(self) -> bool:
+        """Whether unimportant tokens lose all experts, where else important ones keep all."""
+        return self.metric == DROP_INSIGNIFICANT
+
+    @property
     def importance(self) -> str | None:
         """The measure that ranks tokens; None if tokens are not ranked."""
-        if self.metric == DROP_INSIGNIFICANT:
+        if self.drops_tokens:
             return ATTENTION if self.drop_ratio else None
         return self.metric if self.metric != NO_METRIC and self.protect_ratio else None
 
@@ -154,7 +159,7 @@ class PruningLayout:
             return "the model has no pruning rule (stage TokenProtection)"
         if mode in ("learned", "both") and self.learned is None:
             return "the model has no learned pruning (stage TopAnyRouter)"
-        if mode == "both" and self.rule and self.rule.metric == DROP_INSIGNIFICANT:
+        if mode == "both" and self.rule and self.rule.drops_tokens:
             return f"its rule is {DROP_INSIGNIFICANT!r}, which protects no tokens"
         return ""
 

@@ -13,7 +13,7 @@ from mcsharp_sdk.allocation import (
     allocation_cost,
     solve_bit_allocation,
 )
-from mcsharp_sdk.allocation.baselines import spend_all, spread_evenly, widen_whole_layers
+from mcsharp_sdk.allocation.baselines import Budget, spend_all, spread_evenly, widen_whole_layers
 from mcsharp_sdk.errors import InputError
 
 PMQ = Exponents(alpha=1.0, beta=1.5, gamma=2.0)
@@ -61,7 +61,7 @@ def test_every_allocator_keeps_the_budget_and_the_required_widths(name: str) -> 
     allocator = ALLOCATORS[name]  # type: ignore[index]
     required = {3: 2, 2: 1} if allocator.keeps_required else {}
     cost = allocator.cost(given, PMQ, np.random.default_rng(1))
-    found = allocator.spend(cost, (1, 2, 3), 35, at_least=required).tolist()
+    found = allocator.spend(cost, (1, 2, 3), Budget(35, at_least=required)).tolist()
     assert sum(found) == (32 if allocator.whole_model else 35)  # whole layers: here there is one
     assert all(found.count(w) >= n for w, n in required.items())
 
@@ -74,7 +74,7 @@ def test_rankings_give_the_wider_widths_to_the_more_important(name: str, source:
     allocator = ALLOCATORS[name]  # type: ignore[index]
     given = Factors((1, 2, 3), values[0], values[1])
     cost = allocator.cost(given, PMQ, np.random.default_rng(0))
-    found = allocator.spend(cost, (1, 2, 3), 12)
+    found = allocator.spend(cost, (1, 2, 3), Budget(12))
     assert (np.diff(found[np.argsort(importance, kind="stable")]) >= 0).all()
     assert set(found.tolist()) == {1, 2, 3}
 
@@ -97,12 +97,12 @@ def test_f_norm_looks_at_the_error_alone() -> None:
     ],
 )
 def test_uniform_spreads_what_is_left_evenly(experts: int, budget: int, given: list[int]) -> None:
-    assert spread_evenly(np.zeros((experts, 3)), (1, 2, 3), budget).tolist() == given
+    assert spread_evenly(np.zeros((experts, 3)), (1, 2, 3), Budget(budget)).tolist() == given
 
 
 def test_uniform_refuses_an_exact_budget_that_it_cannot_meet() -> None:
     with pytest.raises(InfeasibleBudget, match="exactly 9 bits"):
-        spread_evenly(np.zeros((3, 3)), (1, 2, 4), 9, budget_rule="exact")
+        spread_evenly(np.zeros((3, 3)), (1, 2, 4), Budget(9, "exact"))
 
 
 def by_layer(*scores: float, experts: int = 8) -> np.ndarray:
@@ -125,25 +125,27 @@ def test_block_scores_widen_the_layers_that_change_most(
     target: float, widths: tuple[int, ...], given: list[int]
 ) -> None:
     cost = by_layer(0.2, 0.9, 0.1, 0.5)[:, : len(widths)]
-    found = widen_whole_layers(cost, widths, int(target * 32), layers=[8] * 4).reshape(4, 8)
+    budget = Budget(int(target * 32), layers=[8] * 4)
+    found = widen_whole_layers(cost, widths, budget).reshape(4, 8)
     assert found.tolist() == [[width] * 8 for width in given]
 
 
 def test_block_scores_tell_layers_of_equal_score_apart() -> None:
     cost = by_layer(0.5, 0.5, 0.1, 0.05)[:, :2]
-    found = widen_whole_layers(cost, (2, 4), 80, layers=[8] * 4).reshape(4, 8)
+    found = widen_whole_layers(cost, (2, 4), Budget(80, layers=[8] * 4)).reshape(4, 8)
     assert found.tolist() == [[width] * 8 for width in (4, 2, 2, 2)]
 
 
 def test_bits_that_a_layer_is_too_large_for_go_to_the_next_that_is_not() -> None:
     cost = np.repeat([0.9, 0.1, 0.5, 0.2], [8, 2, 4, 4])[:, None] * np.ones(2)
-    found = widen_whole_layers(cost, (2, 4), 2 * 18 + 13, layers=[8, 2, 4, 4])
+    found = widen_whole_layers(cost, (2, 4), Budget(2 * 18 + 13, layers=[8, 2, 4, 4]))
     assert found.tolist() == [*[2] * 8, *[4] * 2, *[4] * 4, *[2] * 4]
 
 
 def test_block_scores_refuse_an_exact_budget_that_whole_layers_cannot_meet() -> None:
+    budget = Budget(36, "exact", layers=[8, 8])
     with pytest.raises(InfeasibleBudget, match="whole layers of 2 or 3 bits"):
-        widen_whole_layers(by_layer(0.2, 0.9), (1, 2, 3), 36, layers=[8, 8], budget_rule="exact")
+        widen_whole_layers(by_layer(0.2, 0.9), (1, 2, 3), budget)
 
 
 def test_hessian_and_block_score_costs_need_their_statistics() -> None:
@@ -154,7 +156,8 @@ def test_hessian_and_block_score_costs_need_their_statistics() -> None:
 
 def test_random_spends_the_whole_budget_and_depends_on_its_costs_alone() -> None:
     draws = [np.random.default_rng(seed).random((8, 3)) for seed in (0, 0, 1)]
-    one, again, other = (spend_all(d, (1, 2, 3), 20, at_least={3: 1}).tolist() for d in draws)
+    budget = Budget(20, at_least={3: 1})
+    one, again, other = (spend_all(d, (1, 2, 3), budget).tolist() for d in draws)
     assert one == again != other
     assert sum(one) == sum(other) == 20
 
@@ -170,4 +173,4 @@ def test_pmq_is_better_by_its_own_cost_than_any_baseline() -> None:
     best = paid(solve_bit_allocation(cost, (1, 2, 3), 16))
     for allocator in (a for a in ALLOCATORS.values() if a.needs in (None, "quant_error")):
         own = allocator.cost(given, PMQ, np.random.default_rng(0))
-        assert best <= paid(allocator.spend(own, (1, 2, 3), 16)) + 1e-15
+        assert best <= paid(allocator.spend(own, (1, 2, 3), Budget(16))) + 1e-15

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcsharp_sdk.models.capture import RoutedInputs
 from mcsharp_sdk.models.evenly_spaced import evenly_spaced
+from mcsharp_sdk.models.routed_inputs import RoutedInputs
 
 MANY = 2**24 + 4
 """The last of so many tokens has a number that float32 rounds up."""

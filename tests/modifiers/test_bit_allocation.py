@@ -22,7 +22,8 @@ from mcsharp_sdk.engine.context import RunContext
 from mcsharp_sdk.engine.progress import ProgressBars
 from mcsharp_sdk.engine.run_directory import RunDirectory
 from mcsharp_sdk.errors import InputError, InputProblems
-from mcsharp_sdk.modifiers.bit_allocation import BitAllocation, allocate
+from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
+from mcsharp_sdk.modifiers.width_allocation import allocate
 from mcsharp_sdk.recipe.schema import Recipe
 
 

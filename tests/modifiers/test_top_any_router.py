@@ -45,7 +45,7 @@ from mcsharp_sdk.modifiers.top_any_training import (
     temperature_at,
 )
 from mcsharp_sdk.pruning.rule import renormalise
-from mcsharp_sdk.pruning.top_any import kept_counts, soft_keep
+from mcsharp_sdk.pruning.top_any import gumbel_noise, kept_counts, soft_keep
 
 SHORT: dict[str, Any] = {"type": "TopAnyRouter", "steps": 30, "batch_tokens": 96, "patience": None}
 
@@ -416,7 +416,8 @@ def test_only_networks_are_trained(models: dict[str, Path], text: Path, tmp_path
 
 def test_a_mask_by_rank_is_hard_and_carries_gradients() -> None:
     logits = torch.zeros(5, 3, requires_grad=True)
-    keep = soft_keep(logits, 1.0, generator=torch.Generator().manual_seed(0))
+    noise = gumbel_noise(logits, torch.Generator().manual_seed(0))
+    keep = soft_keep(logits, 1.0, noise=noise)
     assert set(keep.detach().unique().tolist()) <= {0.0, 1.0}
     keep.sum().backward()
     assert logits.grad is not None

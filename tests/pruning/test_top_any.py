@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from mcsharp_sdk.pruning import KEEP_ALL_BIAS, TopAnyNetwork, keep_mask, kept_counts, soft_keep
+from mcsharp_sdk.pruning.top_any import gumbel_noise
 
 HIDDEN, TOP_K, UNITS, TOKENS = 10, 4, 6, 5
 
@@ -101,7 +102,8 @@ def test_its_gradient_is_that_of_the_sums_of_chances() -> None:
 
 def test_samples_have_the_chances_of_the_logits_and_repeat_by_seed() -> None:
     logits = torch.tensor([0.0, 1.0, -1.0]).expand(20000, -1)
-    masks = [soft_keep(logits, 1.0, generator=torch.Generator().manual_seed(4)) for _ in range(2)]
-    assert torch.equal(*masks)
-    counts = masks[0].sum(-1).long().bincount(minlength=4)[1:] / 20000
+    noises = [gumbel_noise(logits, torch.Generator().manual_seed(4)) for _ in range(2)]
+    assert torch.equal(*noises)
+    kept = soft_keep(logits, 1.0, noise=noises[0]).sum(-1).long()
+    counts = kept.bincount(minlength=4)[1:] / 20000
     assert counts.tolist() == pytest.approx(logits[0].softmax(-1).tolist(), abs=0.015)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mcsharp_sdk.quantization import GridSettings, factorise, quantise_gptq
 from mcsharp_sdk.quantization.grid import QuantizedBatch, QuantizedWeight, dequantise
-from mcsharp_sdk.quantization.hessian import damped
+from mcsharp_sdk.quantization.inverse_factor import damped
 
 
 def quantised_by_gptq(

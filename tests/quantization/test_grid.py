@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,6 @@ from mcsharp_sdk.quantization import (
     dequantise_packed,
     pack_weight,
     packed_rows,
-    stored_bytes,
     unpack_weight,
 )
 from mcsharp_sdk.quantization.grid import zero_codes, zero_points
@@ -33,6 +34,11 @@ def random_weight(
         bits,
         group_size,
     )
+
+
+def stored_bytes(packed: PackedWeight) -> int:
+    tensors = (packed.qweight, packed.scales, packed.zeros)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @settings(max_examples=30, deadline=None)
@@ -61,9 +67,9 @@ def test_packing_keeps_every_number(bits: int, rows: int, columns: int, group_si
     assert torch.equal(back.codes, weight.codes)
     assert torch.equal(back.zeros, weight.zeros)
     assert torch.equal(back.scales, weight.scales)
-    tensors = (packed.qweight, packed.scales, packed.zeros)
-    stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    assert stored == 2 * stored_bytes(rows, columns, bits, group_size)
+    groups = math.ceil(columns / group_size)
+    codes, zeros = (math.ceil(count / 8) * bits for count in (columns, rows))
+    assert stored_bytes(packed) == 2 * (rows * codes + rows * groups * 2 + groups * zeros)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
@@ -94,7 +100,7 @@ def test_rows_can_be_dequantised_in_pieces(bits: int) -> None:
 
 
 def test_stored_bits_are_width_plus_scale_and_zero_point_per_group() -> None:
-    bits = stored_bytes(1024, 4096, 2, 64) * 8 / (1024 * 4096)
+    bits = stored_bytes(pack_weight(random_weight(2, (64, 256), 64))) * 8 / (64 * 256)
     assert bits == 2 + 16 / 64 + 2 / 64
 
 

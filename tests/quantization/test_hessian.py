@@ -15,7 +15,7 @@ from mcsharp_sdk.quantization import (
     factorise,
     squared_output_error,
 )
-from mcsharp_sdk.quantization.hessian import damped
+from mcsharp_sdk.quantization.inverse_factor import damped
 
 
 def random_hessians(experts: int, columns: int, tokens: int, seed: int = 0) -> torch.Tensor:

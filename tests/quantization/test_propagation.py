@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.quantization import factorise
-from mcsharp_sdk.quantization.hessian import accumulate, damped
+from mcsharp_sdk.quantization.hessian import accumulate
+from mcsharp_sdk.quantization.inverse_factor import damped
 from mcsharp_sdk.quantization.propagation import accumulate_cross, make_up
 
 DAMPING = 0.03
