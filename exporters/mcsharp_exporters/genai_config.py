@@ -8,9 +8,9 @@ from typing import Any
 
 from mcsharp_exporters.attention_nodes import CACHED, PAST, PRESENT
 from mcsharp_exporters.model_graph import ATTENTION_MASK, INPUT_IDS, LOGITS, cache_shape
+from mcsharp_exporters.output_folder import GENERATION_CONFIG
 
 GENAI_CONFIG = "genai_config.json"
-GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 MODEL_TYPE = "decoder"

@@ -16,7 +16,7 @@ from mcsharp_exporters.router_pruning import (
     pruning_of_directory,
     pruning_of_run,
 )
-from mcsharp_exporters.safetensors_model import (
+from mcsharp_exporters.run_tensors import (
     AnyTensor,
     model_layout,
     named_layer_tensors,

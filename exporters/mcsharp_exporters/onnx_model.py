@@ -34,10 +34,14 @@ from mcsharp_exporters.onnx_manifest import (
     is_exported_model,
     read_manifest,
 )
-from mcsharp_exporters.output_folder import check_free, folder_in_one_go, write_file
+from mcsharp_exporters.output_folder import (
+    check_free,
+    copy_files,
+    folder_in_one_go,
+    write_file,
+)
 from mcsharp_exporters.packed_product import BLOCK_SIZES
 from mcsharp_exporters.router_pruning import NEEDED_ARTIFACTS
-from mcsharp_exporters.safetensors_model import copy_files
 from mcsharp_sdk._version import __version__
 from mcsharp_sdk.artifacts import QUANTIZED_WEIGHTS
 from mcsharp_sdk.errors import InputError, Problem
