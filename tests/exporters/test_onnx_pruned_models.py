@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from mcsharp_exporters.onnx_routers import OnnxRoutersExporter, read_manifest
+from mcsharp_exporters.onnx_routers import OnnxRoutersExporter
 from mcsharp_exporters.onnx_runner import OnnxRouters
+from mcsharp_exporters.router_manifest import read_manifest
 from pruned_models import networks, pruning_layout, save_pruned, stock_model
 from router_cases import HIDDEN, hidden_states
 from tiny_models import save_tiny_model
