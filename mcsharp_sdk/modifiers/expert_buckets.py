@@ -10,7 +10,7 @@ from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import MATRICES, Matrix
 from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.quantization.grid import REMOVED, PackedWeight
-from mcsharp_sdk.runtime.layout import TENSORS, bucket_name, empty_packed, members, tensor_name
+from mcsharp_sdk.runtime.layout import TENSORS, empty_packed, members, stack_names
 
 
 class ExpertBuckets:
@@ -31,9 +31,8 @@ class ExpertBuckets:
     def put(self, matrix: Matrix, expert: int, packed: PackedWeight) -> None:
         """Take one matrix of an expert."""
         experts = self._members[self._bits[expert]]
-        for part in TENSORS:
+        for part, name in zip(TENSORS, stack_names(self._bits[expert], matrix), strict=True):
             tensor = getattr(packed, part)
-            name = f"{bucket_name(self._bits[expert])}.{tensor_name(matrix, part)}"
             if name not in self.tensors:
                 shape = (len(experts), *tensor.shape)
                 self.tensors[name] = self._scratch.empty(*shape, dtype=tensor.dtype)
@@ -65,5 +64,5 @@ class ExpertBuckets:
     def _own(self, matrix: Matrix, expert: int) -> PackedWeight:
         width = self._bits[expert]
         slot = self._members[width].index(expert)
-        names = [f"{bucket_name(width)}.{tensor_name(matrix, part)}" for part in TENSORS]
-        return PackedWeight(*(self.tensors[name][slot].contiguous() for name in names))
+        stacks = (self.tensors[name] for name in stack_names(width, matrix))
+        return PackedWeight(*(stack[slot].contiguous() for stack in stacks))

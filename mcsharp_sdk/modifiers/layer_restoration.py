@@ -17,13 +17,7 @@ from mcsharp_sdk.models.streamed_layer import StreamedLayer
 from mcsharp_sdk.models.topology import router_weight
 from mcsharp_sdk.quantization.grid import REMOVED, PackedWeight, dequantise, unpack_weight
 from mcsharp_sdk.quantization.rotation import expert_signs, turned_back
-from mcsharp_sdk.runtime.layout import (
-    TENSORS,
-    PackedLayout,
-    bucket_name,
-    members,
-    tensor_name,
-)
+from mcsharp_sdk.runtime.layout import TENSORS, PackedLayout, members, stack_names
 
 Packed = Mapping[str, TensorSlice]
 """Full names of a layer's packed tensors -> what reads them."""
@@ -64,8 +58,8 @@ class PackedExperts(ExpertWeights):
             if width == REMOVED:
                 return torch.zeros_like(like, device=self.device)
             slot = self._members[width].index(expert)
-            names = (f"{bucket_name(width)}.{tensor_name(matrix, part)}" for part in TENSORS)
-            parts = (self.packed[n][slot : slot + 1][0].to(self.device) for n in names)
+            stacks = (self.packed[name] for name in stack_names(width, matrix))
+            parts = (stack[slot : slot + 1][0].to(self.device) for stack in stacks)
             signs = None
             if self.rotated:
                 signs = expert_signs(self.num_experts, like.shape[-1], self.device)[expert]

@@ -163,6 +163,11 @@ def tensor_name(matrix: Matrix, part: str) -> str:
     return f"{matrix}_{part}"
 
 
+def stack_names(width: int, matrix: Matrix) -> list[str]:
+    """Names within the experts module of the tensors of a width's stacked matrices."""
+    return [f"{bucket_name(width)}.{tensor_name(matrix, part)}" for part in TENSORS]
+
+
 def empty_packed(rows: int, columns: int, bits: int, group_size: int, *batch: int) -> PackedWeight:
     """Uninitialised tensors of one packed matrix [R, K], or of a stack of them."""
     groups = group_count(columns, group_size)
