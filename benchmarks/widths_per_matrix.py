@@ -16,8 +16,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from layer_experts import Expert, add_arguments, gated, read_arguments, read_layers
 from method_runs import markdown
-from one_layer import Expert, add_arguments, gated, quantised, read_arguments, read_layers
+from one_layer import quantised
 
 from mcsharp_sdk.quantization import GridSettings, dequantise
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mcsharp_exporters.graph_names import CACHED, PAST, PRESENT
 from mcsharp_exporters.linear_nodes import layer_norm, linear_layers
 from mcsharp_exporters.model_nodes import CONTRIB, ModelNodes
 from mcsharp_exporters.model_tensors import LayerTensors
@@ -18,9 +19,6 @@ ATTENTION = "self_attn"
 
 HEAD_MULTIPLE = 16
 """``GroupQueryAttention`` takes heads whose size is a multiple of this."""
-
-PAST, PRESENT = "past_key_values.{layer}.{part}", "present.{layer}.{part}"
-CACHED = ("key", "value")
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mcsharp_exporters.attention_nodes import CACHED, PAST, PRESENT
-from mcsharp_exporters.model_graph import ATTENTION_MASK, INPUT_IDS, LOGITS, cache_shape
+from mcsharp_exporters.graph_names import (
+    ATTENTION_MASK,
+    CACHED,
+    INPUT_IDS,
+    LOGITS,
+    PAST,
+    PRESENT,
+)
+from mcsharp_exporters.model_graph import cache_shape
+from mcsharp_exporters.output_folder import GENERATION_CONFIG
 
 GENAI_CONFIG = "genai_config.json"
-GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 MODEL_TYPE = "decoder"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-DtypeName = Literal["fp32", "fp16", "bf16"]
+from mcsharp_exporters.graph_names import DtypeName
 
 OPSET, IR_VERSION = 21, 10
 

@@ -11,16 +11,21 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from mcsharp_exporters.attention_nodes import (
-    CACHED,
     GROUPED,
     HEAD_MULTIPLE,
     LATENT,
-    PAST,
-    PRESENT,
     AttentionKind,
     CacheShape,
     Sequence,
     attend,
+)
+from mcsharp_exporters.graph_names import (
+    ATTENTION_MASK,
+    CACHED,
+    INPUT_IDS,
+    LOGITS,
+    PAST,
+    PRESENT,
 )
 from mcsharp_exporters.graph_nodes import IR_VERSION, OPSET
 from mcsharp_exporters.linear_nodes import gated_mlp, layer_norm, norm
@@ -43,8 +48,6 @@ FAMILIES: Mapping[str, AttentionKind] = {
 
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the length of the text."""
-
-INPUT_IDS, ATTENTION_MASK, LOGITS = "input_ids", "attention_mask", "logits"
 
 EMBEDDINGS, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 

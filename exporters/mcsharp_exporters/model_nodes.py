@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from onnx import TensorProto
 
 from mcsharp_exporters.external_data import ExternalData
+from mcsharp_exporters.graph_names import AccuracyLevel, Precision
 from mcsharp_exporters.graph_nodes import DTYPES, Dtype, GraphNodes
 from mcsharp_sdk.errors import InputError
-
-Precision = Literal["fp32", "fp16"]
-AccuracyLevel = Literal[0, 4]
 
 CONTRIB = "com.microsoft"
 """Domain of onnxruntime's own operators."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
+from mcsharp_exporters.graph_names import GraphPruning
 from mcsharp_exporters.router_pruning import ModelPruning, RouterPruning
 from mcsharp_sdk.artifacts import TOP_ANY_ROUTER
 from mcsharp_sdk.errors import InputError, Problem
 from mcsharp_sdk.runtime.pruning_layout import DROP_INSIGNIFICANT, RulePruning
-
-GraphPruning = Literal["default", "off", "weights", "rule", "learned", "both"]
 
 NOT_IN_A_GRAPH = (
     "the rule protects tokens by the metric {metric!r}, and the graph ranks no tokens against each "

@@ -20,7 +20,7 @@ from mcsharp_exporters.router_pruning import (
     pruning_of_directory,
     pruning_of_run,
 )
-from mcsharp_exporters.safetensors_model import (
+from mcsharp_exporters.run_tensors import (
     AnyTensor,
     model_layout,
     named_layer_tensors,
@@ -31,7 +31,7 @@ from mcsharp_sdk.models.directory import CompressedFolder
 from mcsharp_sdk.models.experts import Matrix, fused_weight, parameter_name
 from mcsharp_sdk.models.routing import Router, router_from_tensors, router_tensor_names
 from mcsharp_sdk.quantization.grid import REMOVED, PackedWeight, QuantizedWeight, unpack_weight
-from mcsharp_sdk.runtime.layout import TENSORS, PackedLayout, bucket_name, members, tensor_name
+from mcsharp_sdk.runtime.layout import TENSORS, PackedLayout, members, stack_names
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
@@ -195,8 +195,7 @@ class LayerTensors:
             return fused[expert]
         width = bits[expert]
         place = members(bits)[width].index(expert)
-        bucket = f"{path}.{bucket_name(width)}"
-        parts = (self.tensor(f"{bucket}.{tensor_name(matrix, p)}")[place] for p in TENSORS)
+        parts = (self.tensor(f"{path}.{name}")[place] for name in stack_names(width, matrix))
         columns = fused_weight(experts, matrix).shape[2]
         return self._unpacked(PackedWeight(*parts), width, columns)
 

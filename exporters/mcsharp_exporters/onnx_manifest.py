@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mcsharp_exporters.graph_names import AccuracyLevel, GraphPruning, Precision
 from mcsharp_exporters.manifest_file import MANIFEST, format_of, read_manifest_of
-from mcsharp_exporters.model_nodes import AccuracyLevel, Precision
-from mcsharp_exporters.model_pruning import GraphPruning
 from mcsharp_sdk.checked_files import file_hash
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
 

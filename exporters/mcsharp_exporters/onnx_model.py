@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 from mcsharp_exporters.base import Exporter, FolderName, off
 from mcsharp_exporters.external_data import ExternalData
 from mcsharp_exporters.genai_config import GENAI_CONFIG, adapt_tokenizer, genai_config
+from mcsharp_exporters.graph_names import AccuracyLevel, GraphPruning, Precision
 from mcsharp_exporters.graph_nodes import IR_VERSION, OPSET
 from mcsharp_exporters.manifest_file import MANIFEST
 from mcsharp_exporters.model_graph import (
@@ -22,8 +23,8 @@ from mcsharp_exporters.model_graph import (
     family_problems,
     model_graph,
 )
-from mcsharp_exporters.model_nodes import AccuracyLevel, ModelNodes, Precision
-from mcsharp_exporters.model_pruning import GraphPruning, choose_pruning, pruning_problems
+from mcsharp_exporters.model_nodes import ModelNodes
+from mcsharp_exporters.model_pruning import choose_pruning, pruning_problems
 from mcsharp_exporters.model_tensors import ModelTensors
 from mcsharp_exporters.onnx_manifest import (
     DATA,
@@ -34,10 +35,14 @@ from mcsharp_exporters.onnx_manifest import (
     is_exported_model,
     read_manifest,
 )
-from mcsharp_exporters.output_folder import check_free, folder_in_one_go, write_file
+from mcsharp_exporters.output_folder import (
+    check_free,
+    copy_files,
+    folder_in_one_go,
+    write_file,
+)
 from mcsharp_exporters.packed_product import BLOCK_SIZES
 from mcsharp_exporters.router_pruning import NEEDED_ARTIFACTS
-from mcsharp_exporters.safetensors_model import copy_files
 from mcsharp_sdk._version import __version__
 from mcsharp_sdk.artifacts import QUANTIZED_WEIGHTS
 from mcsharp_sdk.errors import InputError, Problem

@@ -1,4 +1,7 @@
-"""Run an exported model with onnxruntime: logits, greedy tokens, perplexity."""
+"""Run an exported model with onnxruntime: logits, greedy tokens, perplexity.
+
+torch need not be installed, but for :meth:`OnnxModel.logits`.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,34 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from mcsharp_exporters.attention_nodes import CACHED, PAST, PRESENT
-from mcsharp_exporters.model_graph import ATTENTION_MASK, INPUT_IDS, LOGITS
+from mcsharp_exporters.graph_names import (
+    ATTENTION_MASK,
+    CACHED,
+    INPUT_IDS,
+    LOGITS,
+    LONG_NAMES,
+    PAST,
+    PRESENT,
+)
 from mcsharp_exporters.onnx_manifest import GRAPH, check_files, read_manifest
-from mcsharp_exporters.onnx_runner import (
+from mcsharp_exporters.onnxruntime_session import (
     CUDA,
     ProviderChoice,
+    check_provider,
     execution_providers,
     import_onnxruntime,
+    open_session,
 )
 from mcsharp_sdk.arguments import whole_number
-from mcsharp_sdk.errors import InputError, RunError
+from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.memory import keep_large_blocks_out_of_the_heap, release_free_memory
+
+if TYPE_CHECKING:
+    import torch
 
 LOGITS_AT_ONCE = 2**24
 """Logits held at once, in elements: 64 MiB of float32."""
@@ -72,8 +87,7 @@ class OnnxModel:
         threads: int | None = None,
         hashes: bool = True,
     ) -> None:
-        if provider not in ("auto", "cuda", "cpu"):
-            raise InputError(f"provider {provider!r} is not known: give auto, cuda or cpu")
+        check_provider(provider)
         if threads is not None and whole_number(threads, "threads") < 0:
             raise InputError(f"threads is {threads}: give 1 or more, or None for the default")
         folder = Path(folder)
@@ -82,20 +96,13 @@ class OnnxModel:
         check_files(folder, self.manifest, hashes=hashes)
         keep_large_blocks_out_of_the_heap()
         ort = import_onnxruntime()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
         providers = execution_providers(ort, provider, strict=False)
-        try:
-            self._session = ort.InferenceSession(str(folder / GRAPH), options, providers=providers)
-        except Exception as error:  # onnxruntime's own exceptions share no public base class
-            raise RunError(f"{folder / GRAPH}: onnxruntime cannot open it: {error}") from error
+        self._session = open_session(ort, folder / GRAPH, providers, threads=threads)
         release_free_memory()  # what decoding the weights took
         self.provider: str = self._session.get_providers()[0]
         if provider == "cuda" and self.provider != CUDA:
             warnings.warn(f"CUDA is not there: the model runs on {self.provider}", stacklevel=2)
-        self._dtype = np.dtype({"fp32": np.float32, "fp16": np.float16}[self.manifest.precision])
+        self._dtype = np.dtype(LONG_NAMES[self.manifest.precision])
 
     def __call__(
         self, ids: np.ndarray, cache: Cache | None = None, mask: np.ndarray | None = None
@@ -156,6 +163,8 @@ class OnnxModel:
         ----------
         windows : (1, n) int64: one row, which is read in pieces through the cache.
         """
+        import torch
+
         ids = windows.numpy()
         length = max(1, LOGITS_AT_ONCE // self.manifest.vocabulary)
         cache = None

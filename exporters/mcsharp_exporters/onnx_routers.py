@@ -10,25 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import onnx
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from mcsharp_exporters.base import Exporter, FolderName, off
-from mcsharp_exporters.graph_nodes import IR_VERSION, OPSET, DtypeName
-from mcsharp_exporters.manifest_file import MANIFEST, read_manifest_of
+from mcsharp_exporters.graph_names import INDICES, KEEP, WEIGHTS, DtypeName, PruningChoice
+from mcsharp_exporters.graph_nodes import IR_VERSION, OPSET
+from mcsharp_exporters.manifest_file import MANIFEST
 from mcsharp_exporters.output_folder import check_free, folder_in_one_go, write_file
 from mcsharp_exporters.pruning_graph import LayerPruning
-from mcsharp_exporters.router_graph import (
-    FORMAT_VERSION,
-    INDICES,
-    KEEP,
-    WEIGHTS,
-    inputs_of,
-    router_graph,
-)
+from mcsharp_exporters.router_graph import inputs_of, router_graph
+from mcsharp_exporters.router_manifest import FILE_PATTERN, RouterFile, RouterManifest, Shape
 from mcsharp_exporters.router_pruning import (
     NEEDED_ARTIFACTS,
     NOT_IN_A_ROUTER,
-    PruningChoice,
     RouterPruning,
     pruning_of_run,
 )
@@ -36,62 +30,11 @@ from mcsharp_sdk._version import __version__
 from mcsharp_sdk.artifacts import TOP_ANY_ROUTER
 from mcsharp_sdk.errors import InputError, Problem
 from mcsharp_sdk.models.routing import Router
-from mcsharp_sdk.runtime.pruning_layout import DROP_INSIGNIFICANT, PruningMode
+from mcsharp_sdk.runtime.pruning_layout import DROP_INSIGNIFICANT
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
     from mcsharp_sdk.modifiers.base import Modifier
-
-FILE_PATTERN = r"^router_layer_[0-9]{5,9}\.onnx$"
-
-Shape = list[int | str]
-
-
-class RouterFile(BaseModel):
-    """One line of the manifest: a layer's file, what it must hash to, and what it computes.
-
-    ``thresholds`` or ``network_units`` say what prunes; a layer with neither keeps everything.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    layer: Annotated[int, Field(ge=0)]
-    file: Annotated[str, Field(pattern=FILE_PATTERN)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    bytes: Annotated[int, Field(gt=0)]
-    experts: Annotated[int, Field(gt=0)]
-    top_k: Annotated[int, Field(gt=0)]
-    hidden_size: Annotated[int, Field(gt=0)]
-    inputs: dict[str, Shape]
-    outputs: dict[str, Shape]
-    settings: dict[str, Any]
-    thresholds: list[float] | None = None
-    network_units: int | None = None
-
-
-class RouterManifest(BaseModel):
-    """``manifest.json``: everything in the folder, by layer.
-
-    Version 1 knew no pruning; it is still read, as that of routers that keep everything.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format: Literal["mcsharp.onnx_routers"] = "mcsharp.onnx_routers"
-    version: Literal[1, 2] = FORMAT_VERSION
-    sdk_version: str
-    dtype: DtypeName
-    pruning: PruningMode = "off"
-    opset: int
-    ir_version: int
-    layers: Annotated[list[RouterFile], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _one_file_per_layer(self) -> RouterManifest:
-        for values in ([e.layer for e in self.layers], [e.file for e in self.layers]):
-            if len(set(values)) != len(values):
-                raise ValueError("names a layer or a file twice")
-        return self
 
 
 class OnnxRoutersExporter(Exporter):
@@ -181,11 +124,6 @@ def export_onnx_routers(
         )
         write_file(folder / MANIFEST, manifest.model_dump_json(indent=2).encode() + b"\n")
     return manifest.model_dump()
-
-
-def read_manifest(folder: str | Path) -> RouterManifest:
-    """The folder's manifest, checked; InputError as of :func:`read_manifest_of`."""
-    return read_manifest_of(RouterManifest, Path(folder), "ONNX routers")
 
 
 def _write_router(

@@ -1,34 +1,37 @@
-"""Run exported routers with onnxruntime."""
+"""Run exported routers with onnxruntime; torch need not be installed."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
+import sys
 import warnings
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
-import torch
 
-from mcsharp_exporters.graph_nodes import DTYPES
+from mcsharp_exporters.graph_names import HIDDEN_STATES, LONG_NAMES, PROTECTED, ROUTER_OUTPUTS
 from mcsharp_exporters.manifest_file import MANIFEST
-from mcsharp_exporters.onnx_routers import (
-    RouterFile,
-    RouterManifest,
-    read_manifest,
+from mcsharp_exporters.onnxruntime_session import (
+    CPU,
+    CUDA,
+    ProviderChoice,
+    check_provider,
+    execution_providers,
+    import_onnxruntime,
+    open_session,
 )
-from mcsharp_exporters.pruning_graph import PROTECTED
-from mcsharp_exporters.router_graph import HIDDEN_STATES, OUTPUTS
+from mcsharp_exporters.router_manifest import RouterFile, RouterManifest, read_manifest
 from mcsharp_sdk.errors import InputError, RunError
-from mcsharp_sdk.models.routing import Routing
-from mcsharp_sdk.runtime.pruning_layout import PruningMode
+from mcsharp_sdk.runtime.pruning_modes import PruningMode
 
-ProviderChoice = Literal["auto", "cuda", "cpu"]
+if TYPE_CHECKING:
+    import torch
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+    from mcsharp_sdk.models.routing import Routing
+
+BFLOAT16 = 16
+"""``onnx.TensorProto.BFLOAT16``."""
 
 
 class RoutedArrays(NamedTuple):
@@ -63,11 +66,10 @@ class OnnxRouters:
         provider: ProviderChoice = "auto",
         allow_fallback: bool = True,
     ) -> None:
-        if provider not in ("auto", "cuda", "cpu"):
-            raise InputError(f"provider {provider!r} is not known: give auto, cuda or cpu")
+        check_provider(provider)
         folder = Path(folder)
         manifest = read_manifest(folder)
-        self._dtype = DTYPES[manifest.dtype]
+        self._dtype = LONG_NAMES[manifest.dtype]
         self.pruning: PruningMode = manifest.pruning
         self._entries = {entry.layer: entry for entry in manifest.layers}
         models = {entry.layer: _checked_bytes(folder, entry) for entry in manifest.layers}
@@ -75,7 +77,9 @@ class OnnxRouters:
         strict = provider == "cuda" and not allow_fallback
         providers = execution_providers(self._ort, provider, strict)
         self._sessions = {
-            layer: _session(self._ort, folder / self._entries[layer].file, data, providers, strict)
+            layer: open_session(
+                self._ort, folder / self._entries[layer].file, providers, graph=data, strict=strict
+            )
             for layer, data in models.items()
         }
         for layer, session in self._sessions.items():
@@ -93,8 +97,11 @@ class OnnxRouters:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype that hidden states must have."""
-        return self._dtype.torch
+        """Dtype that hidden states must have, one of torch."""
+        import torch
+
+        found: torch.dtype = getattr(torch, self._dtype)
+        return found
 
     @overload
     def __call__(
@@ -144,12 +151,16 @@ class OnnxRouters:
                 f"the routers do not take protected tokens: they were exported with pruning "
                 f"'{self.pruning}', not 'rule' or 'both'"
             )
-        found = self._sessions[layer].run_with_ort_values(list(OUTPUTS), inputs)
+        found = self._sessions[layer].run_with_ort_values(list(ROUTER_OUTPUTS), inputs)
         indices, weights, keep = (value.numpy() for value in found)
         if np.isnan(weights).any():
             raise InputError(f"router of layer {layer}: hidden states give weights that are NaN")
         if isinstance(hidden, np.ndarray):
             return RoutedArrays(indices, weights, keep)
+        import torch
+
+        from mcsharp_sdk.models.routing import Routing
+
         return Routing(*(torch.from_numpy(a).to(hidden.device) for a in (indices, weights, keep)))
 
     def _check(self, layer: int, hidden: torch.Tensor | np.ndarray) -> None:
@@ -158,7 +169,7 @@ class OnnxRouters:
             raise InputError(f"layer {layer} has no exported router; layers are {known}")
         _check_type("hidden states", hidden)
         width, shape = self._entries[layer].hidden_size, list(hidden.shape)
-        wanted, given = _dtype_name(self.dtype), _dtype_name(hidden.dtype)
+        wanted, given = self._dtype, _dtype_name(hidden.dtype)
         if len(shape) != 2 or shape[1] != width or given != wanted:
             raise InputError(
                 f"router of layer {layer} takes {wanted} of shape [tokens, {width}], "
@@ -166,15 +177,11 @@ class OnnxRouters:
             )
 
     def _ort_value(self, hidden: torch.Tensor | np.ndarray) -> Any:
-        """The values as onnxruntime takes them; numpy has no bf16, so its bits go as uint16."""
-        make, is_bf16 = self._ort.OrtValue, self.dtype == torch.bfloat16
-        if isinstance(hidden, torch.Tensor):
-            values = hidden.detach().cpu()
-            hidden = (values.view(torch.int16) if is_bf16 else values).numpy()
-        hidden = np.ascontiguousarray(hidden)
-        if not is_bf16:
-            return make.ortvalue_from_numpy(hidden)
-        return make.ortvalue_from_numpy_with_onnx_type(hidden.view(np.uint16), self._dtype.onnx)
+        """The values as onnxruntime takes them; bf16 goes as uint16."""
+        make, values = self._ort.OrtValue, _array(hidden)
+        if self._dtype != LONG_NAMES["bf16"]:
+            return make.ortvalue_from_numpy(values)
+        return make.ortvalue_from_numpy_with_onnx_type(values.view(np.uint16), BFLOAT16)
 
     def _slowest_provider(self) -> str:
         """The provider of all sessions; the CPU if they differ."""
@@ -193,13 +200,22 @@ def _protected(layer: int, protected: torch.Tensor | np.ndarray | None, tokens: 
             f"router of layer {layer} takes protected tokens as bool of shape [{tokens}], one for "
             f"each hidden state, got {given} {shape}"
         )
-    if isinstance(protected, torch.Tensor):
-        protected = protected.detach().cpu().numpy()
-    return np.ascontiguousarray(protected)
+    return _array(protected)
+
+
+def _array(values: torch.Tensor | np.ndarray) -> np.ndarray:
+    """The values in host memory; numpy has no bf16, of which it gets the bits as int16."""
+    if not isinstance(values, np.ndarray):
+        import torch
+
+        here = values.detach().cpu()
+        values = (here.view(torch.int16) if here.dtype == torch.bfloat16 else here).numpy()
+    return np.ascontiguousarray(values)
 
 
 def _check_type(what: str, given: object) -> None:
-    if not isinstance(given, (torch.Tensor, np.ndarray)):
+    torch = sys.modules.get("torch")  # without it, there are no tensors
+    if not isinstance(given, (np.ndarray, *([torch.Tensor] if torch else []))):
         raise InputError(
             f"{what} are a torch tensor or a numpy array, not of type {type(given).__name__}"
         )
@@ -240,60 +256,3 @@ def _check_graph(folder: Path, entry: RouterFile, manifest: RouterManifest, sess
             raise InputError(
                 f"{folder / entry.file}: its {name} is {says.get(name)}, {MANIFEST} says {value}"
             )
-
-
-def import_onnxruntime() -> ModuleType:
-    """onnxruntime; RunError if it is not installed, a warning if it is so twice."""
-    try:
-        ort = importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise RunError(
-            "onnxruntime cannot be imported; install one of its builds: "
-            "pip install 'mcsharp_sdk[cpu]', or 'mcsharp_sdk[gpu]' for CUDA"
-        ) from error
-    if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
-        warnings.warn(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
-            "uninstall both, then install the one that you want",
-            stacklevel=3,
-        )
-    return ort
-
-
-def _installed(name: str) -> bool:
-    try:
-        distribution(name)
-    except PackageNotFoundError:
-        return False
-    return True
-
-
-def execution_providers(ort: ModuleType, choice: ProviderChoice, strict: bool) -> list[Any]:
-    """What to ask onnxruntime for. That it lists CUDA says only that its build could use it."""
-    if choice == "cpu":
-        return [CPU]
-    if CUDA not in ort.get_available_providers():
-        if strict:
-            raise RunError(
-                "this onnxruntime has no CUDA: uninstall onnxruntime, then "
-                "pip install 'mcsharp_sdk[gpu]'"
-            )
-        return [CPU]
-    if hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()
-    # TF32 keeps ten bits of the logits' mantissa: enough to change the choice of experts.
-    cuda = (CUDA, {"use_tf32": "0"})
-    return [cuda] if strict else [cuda, CPU]
-
-
-def _session(ort: ModuleType, path: Path, data: bytes, providers: list[Any], strict: bool) -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if strict:
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    try:
-        return ort.InferenceSession(
-            data, options, providers=providers, enable_fallback=int(not strict)
-        )
-    except Exception as error:  # onnxruntime's own exceptions share no public base class
-        raise RunError(f"{path}: onnxruntime cannot open it: {error}") from error

@@ -1,4 +1,4 @@
-"""Folders that exporters make, all or nothing."""
+"""Folders that exporters make, all or nothing, and what they take over from the model's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mcsharp_sdk.data.tokenise import tokenizer_files
 from mcsharp_sdk.errors import InputError
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -60,3 +63,10 @@ def folder_in_one_go(output: Path) -> Iterator[Path]:
             fresh.rename(output)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def copy_files(source: Path, output: Path) -> None:
+    """Copy what of a model's folder belongs to one made of it too: tokenizer, chat template, …"""
+    generation = source / GENERATION_CONFIG
+    for file in [*tokenizer_files(source), *([generation] if generation.is_file() else [])]:
+        shutil.copyfile(file, output / file.name)

@@ -21,7 +21,8 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from mcsharp_exporters.model_nodes import CONTRIB, AccuracyLevel, ModelNodes
+from mcsharp_exporters.graph_names import AccuracyLevel
+from mcsharp_exporters.model_nodes import CONTRIB, ModelNodes
 from mcsharp_sdk.quantization.grid import ZERO_STEP, QuantizedWeight, group_count, top_code
 from mcsharp_sdk.quantization.packing import PARTS
 

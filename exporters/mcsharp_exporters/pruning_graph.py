@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from mcsharp_exporters.graph_names import PROTECTED
 from mcsharp_exporters.graph_nodes import GraphNodes
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.routing import Router
 from mcsharp_sdk.pruning.top_any import RMS_EPSILON
-from mcsharp_sdk.runtime.pruning_layout import PruningMode
-
-PROTECTED = "protected"
+from mcsharp_sdk.runtime.pruning_modes import PruningMode
 
 FIRST_WEIGHT, FIRST_BIAS = "first.weight", "first.bias"
 SECOND_WEIGHT, SECOND_BIAS = "second.weight", "second.bias"

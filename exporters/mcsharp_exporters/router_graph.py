@@ -5,26 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Final
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
 
-from mcsharp_exporters.graph_nodes import DTYPES, IR_VERSION, OPSET, DtypeName, GraphNodes
-from mcsharp_exporters.pruning_graph import PROTECTED, LayerPruning, prune
+from mcsharp_exporters.graph_names import (
+    HIDDEN_STATES,
+    INDICES,
+    KEEP,
+    PROTECTED,
+    WEIGHTS,
+    DtypeName,
+)
+from mcsharp_exporters.graph_nodes import DTYPES, IR_VERSION, OPSET, GraphNodes
+from mcsharp_exporters.pruning_graph import LayerPruning, prune
+from mcsharp_exporters.router_manifest import FORMAT_VERSION
 from mcsharp_sdk._version import __version__
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.router_settings import RouterSettings
 from mcsharp_sdk.models.routing import Router
-
-FORMAT_VERSION: Final = 2
-"""Of graphs and manifest: 2 has pruning."""
-
-HIDDEN_STATES = "hidden_states"
-INDICES, WEIGHTS, KEEP = "topk_indices", "topk_weights", "keep_mask"
-OUTPUTS = (INDICES, WEIGHTS, KEEP)
 
 
 def router_graph(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mcsharp_exporters.graph_names import PruningChoice
 from mcsharp_exporters.pruning_graph import LayerPruning
 from mcsharp_sdk.artifacts import TOP_ANY_ROUTER, TokenProtectionRule
 from mcsharp_sdk.errors import InputError
@@ -23,8 +24,6 @@ from mcsharp_sdk.runtime.pruning_layout import (
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
-
-PruningChoice = Literal["default", "off", "rule", "learned", "both"]
 
 NEEDED_ARTIFACTS: Mapping[str, tuple[str, ...]] = {
     "default": (),

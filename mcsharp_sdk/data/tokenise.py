@@ -46,6 +46,12 @@ TOKENIZER_FILES = (
 """Files of a model folder that decide which inputs a text or an image becomes."""
 
 
+def tokenizer_files(model_dir: Path) -> list[Path]:
+    """The files of a model folder that are of :data:`TOKENIZER_FILES`, by name."""
+    found = {file for pattern in TOKENIZER_FILES for file in model_dir.glob(pattern)}
+    return sorted(file for file in found if file.is_file())
+
+
 def load_tokenizer(model_dir: Path) -> Any:
     """The tokenizer in a model directory; nothing is downloaded and no code of the model is run.
 

@@ -7,7 +7,7 @@ import shutil
 from collections import defaultdict
 from pathlib import Path
 
-from mcsharp_sdk.data.tokenise import TOKENIZER_FILES
+from mcsharp_sdk.data.tokenise import tokenizer_files
 from mcsharp_sdk.engine.plan import Plan
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.source import SourceModel
@@ -47,8 +47,7 @@ def check_disk_space(plan: Plan, source: SourceModel, run_directory: Path, outpu
 
 
 def _copied_bytes(model: Path) -> int:
-    files = {file for pattern in TOKENIZER_FILES for file in model.glob(pattern) if file.is_file()}
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in tokenizer_files(model))
 
 
 def _size_of(folder: Path) -> int:

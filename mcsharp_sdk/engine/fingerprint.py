@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mcsharp_sdk._version import __version__
-from mcsharp_sdk.checked_files import hash_of
+from mcsharp_sdk.checked_files import file_hash, hash_of
 from mcsharp_sdk.data.fingerprint import data_fingerprint
-from mcsharp_sdk.data.tokenise import TOKENIZER_FILES
+from mcsharp_sdk.data.tokenise import tokenizer_files
 from mcsharp_sdk.folders import CONFIG_FILE
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.source import SourceModel
@@ -34,7 +33,7 @@ def fingerprint(recipe: Recipe, source: SourceModel) -> dict[str, str]:
     if recipe.calibration is not None:
         data = [data_fingerprint(source) for source in recipe.sources]
         parts[CALIBRATION] = hash_of([recipe.settings()["calibration"], data])
-        parts[TOKENIZER] = hash_of(dict(_tokenizer_files(source.path)))
+        parts[TOKENIZER] = hash_of(_tokenizer_hashes(source.path))
     for position, stage in enumerate(recipe.stages):
         for setting, path in stage.files().items():
             parts[_file_part(position, setting)] = hash_of(path.read_bytes().hex())
@@ -101,9 +100,6 @@ def _weight_identity(checkpoint: Checkpoint) -> list[Any]:
     return [files, tensors]
 
 
-def _tokenizer_files(folder: Path) -> Iterator[tuple[str, str]]:
-    """Name and hash of each file that makes tokens of text, or inputs of images."""
-    for pattern in TOKENIZER_FILES:
-        for file in folder.glob(pattern):
-            if file.is_file():
-                yield file.name, hashlib.sha256(file.read_bytes()).hexdigest()
+def _tokenizer_hashes(folder: Path) -> dict[str, str]:
+    """Name -> hash of each file that makes tokens of text, or inputs of images."""
+    return {file.name: file_hash(file) for file in tokenizer_files(folder)}

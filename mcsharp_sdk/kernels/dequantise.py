@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.kernels.case import Case
+from mcsharp_sdk.kernels.chunked import CHUNK_WEIGHTS
 from mcsharp_sdk.kernels.matrix import PackedStack
-from mcsharp_sdk.kernels.support import BLOCK, VECTOR, unfit_shape
+from mcsharp_sdk.kernels.support import VECTOR, unfit_shape
 from mcsharp_sdk.kernels.threads import in_shares
 from mcsharp_sdk.models.bfloat16 import linear
-
-CHUNK_WEIGHTS = 2**20
-"""Weights that are dequantised at a time: few enough for the scratch to stay in cache."""
+from mcsharp_sdk.quantization.packing import BLOCK
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -41,24 +41,7 @@ def refuses_tiling(case: Case, tiling: Tiling) -> str:
     return refuses_dp4a(case) if tiling.kind == "gemv" else refuses(case)
 
 
-def run(x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """See :class:`~mcsharp_sdk.kernels.linear.Kernel`; 16-bit activations."""
-    return _run(x, stack, slots, counts)
-
-
-def run_tiled(
-    x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int], *, tiling: Tiling
-) -> Tensor:
-    """As :func:`run`, in one way for any number of tokens."""
-    return _run(x, stack, slots, counts, tiling=tiling)
-
-
-def run_dp4a(x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """As :func:`run`; where there are at most ``GEMV_TOKENS``, they are rounded to 8 bits."""
-    return _run(x, stack, slots, counts, dp4a=True)
-
-
-def _run(
+def run(
     x: Tensor,
     stack: PackedStack,
     slots: Sequence[int],
@@ -67,6 +50,13 @@ def _run(
     dp4a: bool = False,
     tiling: Tiling | None = None,
 ) -> Tensor:
+    """See :class:`~mcsharp_sdk.kernels.linear.Kernel`; 16-bit activations.
+
+    Parameters
+    ----------
+    dp4a : where there are at most ``GEMV_TOKENS``, round them to 8 bits.
+    tiling : the way, for any number of tokens; by default what is built in.
+    """
     from mcsharp_sdk.kernels.triton_launch import gemm, gemv, sort_slots
 
     matrices = len(stack.weight.scales)
@@ -75,8 +65,8 @@ def _run(
     chosen = _chosen(x.device, slots, counts)
     kind, size = tiling or Tiling(_built_in_kind(stack, len(x)))
     if kind == "gemv":
-        run = partial(gemv, single, table, gated=False, dp4a=dp4a, step=size)
-        return in_parts(run, GEMV_AT_ONCE, x.contiguous(), chosen)
+        product = partial(gemv, single, table, gated=False, dp4a=dp4a, step=size)
+        return in_parts(product, GEMV_AT_ONCE, x.contiguous(), chosen)
     tiles = sort_slots(chosen, matrices, size)
     return gemm(single, table, x.contiguous(), tiles, gated=False, to_slots=False)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mcsharp_sdk.kernels.packed_codes import BLOCK, VECTOR, compiled, inlined
+from mcsharp_sdk.kernels.packed_codes import VECTOR, compiled, inlined
 from mcsharp_sdk.kernels.simd import dot, load_bytes, no_bytes, no_ints, store_bytes
 from mcsharp_sdk.kernels.simd_activations import (
     larger_magnitudes,
@@ -16,6 +16,7 @@ from mcsharp_sdk.kernels.simd_activations import (
     store_quantised,
     sum_of_ints,
 )
+from mcsharp_sdk.quantization.packing import BLOCK
 
 TOP = 127 * 256
 """Magnitude of a unit's largest activation after quantisation: 15 bits and a sign."""

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mcsharp_sdk.kernels.case import Case
 from mcsharp_sdk.kernels.matrix import PackedStack
-from mcsharp_sdk.kernels.support import BLOCK, VECTOR, has_vnni, has_wide_vnni, unfit_shape
+from mcsharp_sdk.kernels.support import VECTOR, has_vnni, has_wide_vnni, unfit_shape
 from mcsharp_sdk.kernels.threads import in_shares
+from mcsharp_sdk.quantization.packing import BLOCK
 
 BYTES = {"integer_dot": 2, "int8_dot": 1}
 """Name of a kernel -> bytes of an activation that it multiplies."""
@@ -55,21 +56,10 @@ def refuses_8_bits(case: Case) -> str:
     return "" if has_wide_vnni() else "8-bit activations need a processor with AVX-512 VNNI"
 
 
-def integer_dot(
-    x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int]
+def run(
+    x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int], *, halves: int
 ) -> Tensor:
-    """As :class:`mcsharp_sdk.kernels.linear.Kernel` says."""
-    return _by_matrix(x, stack, slots, counts, BYTES["integer_dot"])
-
-
-def int8_dot(x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """As :class:`mcsharp_sdk.kernels.linear.Kernel` says."""
-    return _by_matrix(x, stack, slots, counts, BYTES["int8_dot"])
-
-
-def _by_matrix(
-    x: Tensor, stack: PackedStack, slots: Sequence[int], counts: Sequence[int], halves: int
-) -> Tensor:
+    """As :class:`mcsharp_sdk.kernels.linear.Kernel` says, with so many bytes of an activation."""
     memory, ends = stack.memory(), accumulate(counts)
     spans = [
         (*memory.addresses(slot), stack.bits, end - count, end)

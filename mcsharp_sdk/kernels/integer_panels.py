@@ -12,7 +12,6 @@ from __future__ import annotations
 import numpy as np
 
 from mcsharp_sdk.kernels.packed_codes import (
-    BLOCK,
     VECTOR,
     compiled,
     inlined,
@@ -39,6 +38,7 @@ from mcsharp_sdk.kernels.simd_panels import (
     four_scales,
     panel_codes,
 )
+from mcsharp_sdk.quantization.packing import BLOCK
 
 EIGHT = 8
 """Tokens that are multiplied together, unless fewer are left."""

@@ -19,7 +19,6 @@ from mcsharp_sdk.kernels.integer_tiles import (
     token_factors,
 )
 from mcsharp_sdk.kernels.packed_codes import (
-    BLOCK,
     VECTOR,
     compiled,
     inlined,
@@ -31,6 +30,7 @@ from mcsharp_sdk.kernels.simd import load_float, load_word, prefetch, store_floa
 from mcsharp_sdk.kernels.simd_codes import unpack_block
 from mcsharp_sdk.kernels.simd_quads import QUAD, less, negative, store_quad
 from mcsharp_sdk.kernels.simd_tiles import tile_sums
+from mcsharp_sdk.quantization.packing import BLOCK
 
 LAYING_OUT = 4
 """Slots that take as long as it takes to read and lay out a matrix's codes."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mcsharp_sdk.kernels.packed_codes import BLOCK, compiled
+from mcsharp_sdk.kernels.packed_codes import compiled
 from mcsharp_sdk.kernels.simd import (
     load_float,
     load_half,
@@ -28,6 +28,7 @@ from mcsharp_sdk.kernels.simd_quads import (
     transpose_eight_halves,
     transpose_four_halves,
 )
+from mcsharp_sdk.quantization.packing import BLOCK
 
 TILE = 4
 """Rows that are multiplied together."""

@@ -48,15 +48,19 @@ class Kernel:
 
 KERNELS: dict[str, Kernel] = {
     "triton": Kernel(gpu_linear.refuses, gpu_linear.run),
-    "triton_dp4a": Kernel(gpu_linear.refuses_dp4a, gpu_linear.run_dp4a),
-    "integer_dot": Kernel(integer_dot.refuses, integer_dot.integer_dot),
-    "int8_dot": Kernel(integer_dot.refuses_8_bits, integer_dot.int8_dot),
+    "triton_dp4a": Kernel(gpu_linear.refuses_dp4a, partial(gpu_linear.run, dp4a=True)),
+    "integer_dot": Kernel(
+        integer_dot.refuses, partial(integer_dot.run, halves=integer_dot.BYTES["integer_dot"])
+    ),
+    "int8_dot": Kernel(
+        integer_dot.refuses_8_bits, partial(integer_dot.run, halves=integer_dot.BYTES["int8_dot"])
+    ),
     "dequantise": Kernel(dequantise.refuses, dequantise.dequantise_and_multiply),
     "chunked": Kernel(lambda case: "", chunked.chunked),
     **{
         f"triton_{name}": Kernel(
             partial(gpu_linear.refuses_tiling, tiling=tiling),
-            partial(gpu_linear.run_tiled, tiling=tiling),
+            partial(gpu_linear.run, tiling=tiling),
         )
         for name, tiling in MATRIX_TILINGS.items()
     },

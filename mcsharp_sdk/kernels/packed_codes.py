@@ -24,7 +24,8 @@ from mcsharp_sdk.kernels.simd import (
     store_word,
 )
 from mcsharp_sdk.kernels.simd_codes import unpack_block
-from mcsharp_sdk.kernels.support import BLOCK, VECTOR
+from mcsharp_sdk.kernels.support import VECTOR
+from mcsharp_sdk.quantization.packing import BLOCK
 
 
 def compiled(function: Callable[..., Any]) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 
 from mcsharp_sdk.kernels.packed_codes import (
-    BLOCK,
     VECTOR,
     compiled,
     inlined,
@@ -25,6 +24,8 @@ from mcsharp_sdk.kernels.simd_weights import (
     store_float32,
     store_levels,
 )
+from mcsharp_sdk.quantization.grid import ZERO_STEP
+from mcsharp_sdk.quantization.packing import BLOCK
 
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
 """Kinds of numbers."""
@@ -54,7 +55,7 @@ def store_by_arithmetic(store, size, row):
 
 @inlined
 def zero_point(code, middle):
-    return np.float32(load_byte(code)) * np.float32(0.25) + middle
+    return np.float32(load_byte(code)) * np.float32(ZERO_STEP) + middle
 
 
 @compiled

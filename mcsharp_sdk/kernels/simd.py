@@ -20,6 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 from mcsharp_sdk.kernels.support import cpu_features, has_vnni
+from mcsharp_sdk.quantization.grid import ZERO_STEP
 from mcsharp_sdk.quantization.packing import PARTS
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -269,10 +270,10 @@ def store_lanes_as_bytes(builder: Any, address: Any, value: Any) -> None:
 
 @operation(types.void, types.int64, types.int64, types.float32)
 def store_zero_points(builder: Any, address: Any, codes: Any, middle: Any) -> None:
-    """Write ``middle + code / 4`` of 16 bytes at an address."""
+    """Write ``middle + ZERO_STEP * code`` of 16 bytes at an address."""
     values = builder.uitofp(load(builder, codes, ir.VectorType(I8, 16)), Lanes.llvm)
-    quarters = builder.fmul(values, constant(FLOAT, [0.25] * 16))
-    store(builder, address, builder.fadd(quarters, splat(builder, middle, 16)))
+    steps = builder.fmul(values, constant(FLOAT, [ZERO_STEP] * 16))
+    store(builder, address, builder.fadd(steps, splat(builder, middle, 16)))
 
 
 @operation(Lanes, Lanes, Lanes)

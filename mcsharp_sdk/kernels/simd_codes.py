@@ -24,8 +24,8 @@ from mcsharp_sdk.kernels.simd import (
     planes,
     store,
 )
-from mcsharp_sdk.kernels.support import BLOCK, VECTOR
-from mcsharp_sdk.quantization.packing import PARTS
+from mcsharp_sdk.kernels.support import VECTOR
+from mcsharp_sdk.quantization.packing import BLOCK, PARTS
 
 _WORDS = VECTOR // 4
 

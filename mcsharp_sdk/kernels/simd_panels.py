@@ -33,8 +33,8 @@ from mcsharp_sdk.kernels.simd import (
     splat,
     store,
 )
-from mcsharp_sdk.kernels.support import BLOCK, VECTOR, has_wide_vnni
-from mcsharp_sdk.quantization.packing import PARTS
+from mcsharp_sdk.kernels.support import VECTOR, has_wide_vnni
+from mcsharp_sdk.quantization.packing import BLOCK, PARTS
 
 HAS_WIDE_VNNI = has_wide_vnni()
 

@@ -33,8 +33,8 @@ from mcsharp_sdk.kernels.simd import (
 )
 from mcsharp_sdk.kernels.simd_codes import codes_of
 from mcsharp_sdk.kernels.simd_quads import QUAD, Quad, sum_each
-from mcsharp_sdk.kernels.support import BLOCK, VECTOR
-from mcsharp_sdk.quantization.packing import PARTS
+from mcsharp_sdk.kernels.support import VECTOR
+from mcsharp_sdk.quantization.packing import BLOCK, PARTS
 
 _VECTORS = (1, 2, 4)
 """Vectors of 32 columns in a unit."""

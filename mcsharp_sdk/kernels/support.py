@@ -6,6 +6,7 @@ from functools import cache
 from importlib.util import find_spec
 
 from mcsharp_sdk.kernels.case import Case
+from mcsharp_sdk.quantization.packing import BLOCK
 
 FEATURES = frozenset({"avx2", "fma", "f16c"})
 """What the processor needs, in LLVM's names."""
@@ -13,7 +14,7 @@ FEATURES = frozenset({"avx2", "fma", "f16c"})
 VNNI = (frozenset({"avx512vnni", "avx512vl"}), frozenset({"avxvnni"}))
 """Either of these multiplies bytes without an intermediate sum in 16 bits."""
 
-VECTOR, BLOCK = 32, 128
+VECTOR = 32
 
 
 @cache

@@ -13,9 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BLOCK = tl.constexpr(128)
-"""Columns, or rows of zero-point codes, that are packed together (packing.BLOCK). Tests of the
-group size say 128 instead, for in the interpreter a number is not divisible by a constexpr."""
+from mcsharp_sdk.quantization import grid, packing
+
+BLOCK = tl.constexpr(packing.BLOCK)
+"""Columns, or rows of zero-point codes, that are packed together. Tests of the group size say 128
+instead, for in the interpreter a number is not divisible by a constexpr."""
+
+ZERO_STEP = tl.constexpr(grid.ZERO_STEP)
 
 
 @triton.jit
@@ -80,7 +84,7 @@ def gathered_codes(pointers, k, count, ok, BITS: tl.constexpr):
 @triton.jit
 def zero_point(code, BITS: tl.constexpr):
     """The zero point that a code stands for, fp32."""
-    return code.to(tl.float32) * 0.25 + (2**BITS - 1) * 0.5
+    return code.to(tl.float32) * ZERO_STEP + (2**BITS - 1) * 0.5
 
 
 @triton.jit

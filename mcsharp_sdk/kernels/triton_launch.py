@@ -13,7 +13,8 @@ import triton
 from torch import Tensor
 
 from mcsharp_sdk.kernels.expert_layer import MatrixStack
-from mcsharp_sdk.kernels.triton_decode import combine_slots, grouped_gemv
+from mcsharp_sdk.kernels.triton_combine import combine_slots
+from mcsharp_sdk.kernels.triton_decode import grouped_gemv
 from mcsharp_sdk.kernels.triton_dequantise import dequantise_rows
 from mcsharp_sdk.kernels.triton_gemm import grouped_gemm
 from mcsharp_sdk.kernels.triton_halves import prepare_activations, prepare_rows

@@ -10,7 +10,7 @@ from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.experts import MATRICES, Matrix
 from mcsharp_sdk.models.scratch import Scratch
 from mcsharp_sdk.quantization.grid import REMOVED, PackedWeight
-from mcsharp_sdk.runtime.layout import TENSORS, empty_packed, members, packed_names
+from mcsharp_sdk.runtime.layout import TENSORS, empty_packed, members, stack_names
 
 
 class ExpertBuckets:
@@ -31,8 +31,8 @@ class ExpertBuckets:
     def put(self, matrix: Matrix, expert: int, packed: PackedWeight) -> None:
         """Take one matrix of an expert."""
         experts = self._members[self._bits[expert]]
-        names = packed_names(self._bits[expert], matrix)
-        for name, tensor in zip(names, _parts(packed), strict=True):
+        for part, name in zip(TENSORS, stack_names(self._bits[expert], matrix), strict=True):
+            tensor = getattr(packed, part)
             if name not in self.tensors:
                 shape = (len(experts), *tensor.shape)
                 self.tensors[name] = self._scratch.empty(*shape, dtype=tensor.dtype)
@@ -56,17 +56,13 @@ class ExpertBuckets:
                     bits = self._bits[expert]
                     empty = empty_packed(rows, columns, bits, group_size)
                     packed = self._own(matrix, expert) if owner == ranks.rank else empty
-                    for tensor in _parts(packed):
-                        ranks.spread(tensor, owner)
+                    for part in TENSORS:
+                        ranks.spread(getattr(packed, part), owner)
                     if owner != ranks.rank:
                         self.put(matrix, expert, packed)
 
     def _own(self, matrix: Matrix, expert: int) -> PackedWeight:
         width = self._bits[expert]
         slot = self._members[width].index(expert)
-        names = packed_names(width, matrix)
-        return PackedWeight(*(self.tensors[name][slot].contiguous() for name in names))
-
-
-def _parts(packed: PackedWeight) -> list[Tensor]:
-    return [getattr(packed, part) for part in TENSORS]
+        stacks = (self.tensors[name] for name in stack_names(width, matrix))
+        return PackedWeight(*(stack[slot].contiguous() for stack in stacks))

@@ -17,12 +17,7 @@ from mcsharp_sdk.models.streamed_layer import StreamedLayer
 from mcsharp_sdk.models.topology import router_weight
 from mcsharp_sdk.quantization.grid import REMOVED, PackedWeight, dequantise, unpack_weight
 from mcsharp_sdk.quantization.rotation import expert_signs, turned_back
-from mcsharp_sdk.runtime.layout import (
-    TENSORS,
-    PackedLayout,
-    members,
-    packed_names,
-)
+from mcsharp_sdk.runtime.layout import TENSORS, PackedLayout, members, stack_names
 
 Packed = Mapping[str, TensorSlice]
 """Full names of a layer's packed tensors -> what reads them."""
@@ -63,8 +58,8 @@ class PackedExperts(ExpertWeights):
             if width == REMOVED:
                 return torch.zeros_like(like, device=self.device)
             slot = self._members[width].index(expert)
-            names = packed_names(width, matrix)
-            parts = (self.packed[n][slot : slot + 1][0].to(self.device) for n in names)
+            stacks = (self.packed[name] for name in stack_names(width, matrix))
+            parts = (stack[slot : slot + 1][0].to(self.device) for stack in stacks)
             signs = None
             if self.rotated:
                 signs = expert_signs(self.num_experts, like.shape[-1], self.device)[expert]

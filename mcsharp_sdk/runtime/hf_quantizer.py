@@ -58,8 +58,9 @@ class McSharpQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from mcsharp_sdk.runtime.compressed_model import make_savable
+        from mcsharp_sdk.runtime.expert_pruner import ExpertPruner
         from mcsharp_sdk.runtime.modules import ExpertBucket, PackedLinear
-        from mcsharp_sdk.runtime.pruned_routing import ExpertPruner, set_expert_pruning
+        from mcsharp_sdk.runtime.pruned_routing import set_expert_pruning
 
         model._weight_conversions = []
         for module in model.modules():

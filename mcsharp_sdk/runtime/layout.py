@@ -163,8 +163,8 @@ def tensor_name(matrix: Matrix, part: str) -> str:
     return f"{matrix}_{part}"
 
 
-def packed_names(width: int, matrix: Matrix) -> list[str]:
-    """Names, within the experts' module, of the ``TENSORS`` of a matrix in a width's bucket."""
+def stack_names(width: int, matrix: Matrix) -> list[str]:
+    """Names within the experts module of the tensors of a width's stacked matrices."""
     return [f"{bucket_name(width)}.{tensor_name(matrix, part)}" for part in TENSORS]
 
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.pruning.importance import ATTENTION, METRICS
 from mcsharp_sdk.runtime.config_fields import check_fields
-
-PruningMode = Literal["off", "rule", "learned", "both"]
-MODES: tuple[PruningMode, ...] = get_args(PruningMode)
+from mcsharp_sdk.runtime.pruning_modes import MODES, PruningMode
 
 NO_METRIC = "none"
 DROP_INSIGNIFICANT = "drop_insignificant"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mcsharp_sdk.errors import InputProblems, Problem
 from mcsharp_sdk.models.safetensors_file import TensorInfo, read_header
+from mcsharp_sdk.runtime.layout import TENSORS
 
 MOST_SHOWN = 12
 """Most misfits that an error names."""
@@ -79,9 +80,7 @@ def _misfits(model: Any, tensors: Mapping[str, TensorInfo]) -> Iterator[Problem]
                 f"{info.file.name}: {name}",
                 f"is {list(info.shape)}, but {list(tensor.shape)} by config.json",
             )
-        elif info.dtype != tensor.dtype and tensor.dtype in PACKED_DTYPES and _is_packed(name):
+        elif (
+            info.dtype != tensor.dtype and tensor.dtype in PACKED_DTYPES and name.endswith(TENSORS)
+        ):
             yield Problem(f"{info.file.name}: {name}", f"is {info.dtype}, not {tensor.dtype}")
-
-
-def _is_packed(name: str) -> bool:
-    return name.endswith(("qweight", "scales", "zeros"))

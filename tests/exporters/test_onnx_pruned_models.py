@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from mcsharp_exporters.onnx_routers import OnnxRoutersExporter, read_manifest
+from mcsharp_exporters.onnx_routers import OnnxRoutersExporter
 from mcsharp_exporters.onnx_runner import OnnxRouters
+from mcsharp_exporters.router_manifest import read_manifest
 from pruned_models import networks, pruning_layout, save_pruned, stock_model
 from router_cases import HIDDEN, hidden_states
 from tiny_models import save_tiny_model
@@ -30,7 +31,7 @@ from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.topology import read_topology
 from mcsharp_sdk.pruning import TopAnyNetwork, keep_mask, slot_thresholds
 from mcsharp_sdk.recipe import Recipe
-from mcsharp_sdk.runtime import pruned_routing
+from mcsharp_sdk.runtime import expert_pruner
 from mcsharp_sdk.runtime.pruning_layout import (
     LearnedPruning,
     PruningLayout,
@@ -68,14 +69,14 @@ def save_model(
 def protection(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """Collects which tokens each layer protects, bool (tokens,), in the order of the layers."""
     seen: list[Tensor] = []
-    choose = pruned_routing.most_important
+    choose = expert_pruner.most_important
 
     def recording(importance: Tensor, valid: Tensor, share: float) -> Tensor:
         seen.append(choose(importance, valid, share).reshape(-1))
         return choose(importance, valid, share)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pruned_routing, "most_important", recording)
+        patch.setattr(expert_pruner, "most_important", recording)
         yield seen
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mcsharp_exporters.graph_nodes import DTYPES, DtypeName
+from mcsharp_exporters.graph_names import ROUTER_OUTPUTS, DtypeName
+from mcsharp_exporters.graph_nodes import DTYPES
 from mcsharp_exporters.pruning_graph import LayerPruning
-from mcsharp_exporters.router_graph import OUTPUTS, router_graph
+from mcsharp_exporters.router_graph import router_graph
 from router_cases import CASES, HIDDEN, LAYER, TOP_K, hidden_states, router_case
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from mcsharp_sdk.models.router_settings import RouterSettings
 from mcsharp_sdk.models.routing import Router, Routing, route, router_scores
 from mcsharp_sdk.pruning import TopAnyNetwork, keep_mask, renormalise, slot_thresholds, weight_rule
 from mcsharp_sdk.pruning.rule import ranked
-from mcsharp_sdk.runtime.pruning_layout import PruningMode
+from mcsharp_sdk.runtime.pruning_modes import PruningMode
 
 UNITS = 16
 UNSORTED = ("deepseek_v3", "deepseek_v3-one-group", "deepseek_v3-no-norm")
@@ -65,7 +66,7 @@ def run(graph: onnx.ModelProto, hidden: Tensor, protected: Tensor | None = None)
         inputs = {"hidden_states": ort.ortvalue_from_numpy_with_onnx_type(bits, kind)}
     if protected is not None:
         inputs["protected"] = ort.ortvalue_from_numpy(protected.numpy())
-    found = session.run_with_ort_values(list(OUTPUTS), inputs)
+    found = session.run_with_ort_values(list(ROUTER_OUTPUTS), inputs)
     return Routing(*(torch.from_numpy(value.numpy()) for value in found))
 
 

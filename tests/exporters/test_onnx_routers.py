@@ -13,14 +13,15 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from mcsharp_exporters.graph_nodes import DTYPES, DtypeName
+from mcsharp_exporters.graph_names import DtypeName
+from mcsharp_exporters.graph_nodes import DTYPES
 from mcsharp_exporters.onnx_routers import (
     OnnxRoutersExporter,
     export_onnx_routers,
-    read_manifest,
 )
 from mcsharp_exporters.onnx_runner import OnnxRouters
 from mcsharp_exporters.router_graph import router_graph
+from mcsharp_exporters.router_manifest import read_manifest
 from pydantic import ValidationError
 from router_cases import CASES, EXPERTS, HIDDEN, LAYER, TOP_K, hidden_states, router_case
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mcsharp_sdk.kernels import (
+    triton_combine,
     triton_decode,
     triton_dequantise,
     triton_gemm,
@@ -119,7 +120,7 @@ def helpers() -> Iterator[Case]:
     yield "prepare rows", triton_halves.prepare_rows, types, {"AT_ONCE": 16}
     types = {"y": "*bf16", "chosen": "*i64", "routing": "*fp32", "out": "*bf16"}
     types |= dict.fromkeys(("width", "experts", "slots_per_row"), "i32")
-    yield "combine", triton_decode.combine_slots, types, {"BH": 512}
+    yield "combine", triton_combine.combine_slots, types, {"BH": 512}
     types = {"chosen": "*i64", "order": "*i64", "ends": "*i32", "tiles": "*i32"}
     types |= dict.fromkeys(("slots", "experts", "tile_count", "height"), "i32")
     for bins in (4, 16, 512):

@@ -22,7 +22,7 @@ from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.topology import Topology
 from mcsharp_sdk.pruning import METRICS, TopAnyNetwork
 from mcsharp_sdk.runtime import modules
-from mcsharp_sdk.runtime.pruned_routing import ExpertPruner
+from mcsharp_sdk.runtime.expert_pruner import ExpertPruner
 from mcsharp_sdk.runtime.pruning_layout import DROP_INSIGNIFICANT, PruningLayout
 from mcsharp_sdk.runtime.received_attention import AttentionTap
 
