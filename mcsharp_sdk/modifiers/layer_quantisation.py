@@ -191,9 +191,9 @@ class LayerQuantiser:
                 batch = self._quantised_chunk(runs, matrix, stored, bits, notes, beside)
                 for position, expert in enumerate(stored):
                     quantised = batch.expert(position)
-                    dtype = runs.routed.hidden.dtype
-                    weight = self._restored(quantised, expert, runs, dtype)
-                    runs.weights.replace(matrix, expert, weight)
+                    if runs.calibrated:  # otherwise nothing is run with it
+                        weight = self._restored(quantised, expert, runs)
+                        runs.weights.replace(matrix, expert, weight)
                     buckets.put(matrix, expert, pack_weight(quantised))
                 del batch, quantised
                 release_free_memory()
@@ -203,10 +203,9 @@ class LayerQuantiser:
             buckets.gather(runs.tokens.owned, self.settings.grid.group_size, runs)
         return buckets.tensors
 
-    def _restored(
-        self, quantised: QuantizedWeight, expert: int, runs: ExpertRuns, dtype: torch.dtype
-    ) -> Tensor:
+    def _restored(self, quantised: QuantizedWeight, expert: int, runs: ExpertRuns) -> Tensor:
         """What an expert's matrix has become, for inputs as they are."""
+        dtype = runs.routed.hidden.dtype
         if not self.rotated:
             return dequantise(quantised, dtype)
         codes = quantised.codes
