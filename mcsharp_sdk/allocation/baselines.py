@@ -96,6 +96,11 @@ class Allocator:
     whole_model: bool = False
     blind: bool = False
 
+    @property
+    def solves(self) -> bool:
+        """Whether widths are found by the integer program."""
+        return self.spend in (spend_best, spend_all)
+
 
 def error_norm_cost(factors: Factors, exponents: Exponents, rng: np.random.Generator) -> FloatArray:
     """ε^γ: the quantisation error alone, whoever uses the expert."""

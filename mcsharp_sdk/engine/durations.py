@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -24,9 +24,10 @@ from mcsharp_sdk.modifiers.token_protection import TokenProtection
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
 from mcsharp_sdk.quantization import lwc
 from mcsharp_sdk.quantization.gptq import quantise_gptq
-from mcsharp_sdk.quantization.grid import QuantizedBatch
+from mcsharp_sdk.quantization.grid import PackedWeight, QuantizedBatch, pack_weight
 from mcsharp_sdk.quantization.hqq import quantise_hqq
 from mcsharp_sdk.quantization.inverse_factor import InverseFactor
+from mcsharp_sdk.quantization.rotation import expert_signs, rotate_
 from mcsharp_sdk.quantization.round_to_nearest import quantise_rtn
 from mcsharp_sdk.quantization.search import GridSettings
 
@@ -34,7 +35,7 @@ PASS = 3.0
 """Cost of a calibration pass in forwards at the speed of one product: attention runs two or three
 times, experts once, and both at about half of that speed (benchmarks/plan_accuracy.py)."""
 
-MEASURED = (256, 512)
+MEASURED = (512, 1024)
 """Rows and columns of the matrix that quantising is timed on."""
 
 
@@ -46,14 +47,16 @@ class Speeds:
     ----------
     forward : multiplications in the model's dtype.
     exact : multiplications in float32.
-    weights : quantiser -> of a matrix that are quantised, updates and steps left out.
-    weights_quickly : by GPTQ with the coarser search of ExpertStats.
+    weights : quantiser -> of a matrix that are quantised and packed, updates and steps left out.
+    weights_quickly : that are quantised by GPTQ with the coarser search of ExpertStats.
+    turned : weights whose columns are turned for a rotation.
     """
 
     forward: float
     exact: float
     weights: Mapping[str, float]
     weights_quickly: float
+    turned: float
 
     @classmethod
     @cache
@@ -64,8 +67,12 @@ class Speeds:
         forward = _multiplications_per_second(dtype)
         exact = forward if dtype == torch.float32 else _multiplications_per_second(torch.float32)
         whole, quick = GridSettings(group_size), GridSettings(group_size, **QUICK_SEARCH)
-        weights = {name: _weights_per_second(run, whole) for name, run in _QUANTISERS.items()}
-        return cls(forward, exact, weights, _weights_per_second(_gptq, quick))
+        weights = {
+            name: _weights_per_second(partial(_quantise_and_pack, run, whole))
+            for name, run in _QUANTISERS.items()
+        }
+        quickly = _weights_per_second(partial(_gptq, bits=[2], grid=quick))
+        return cls(forward, exact, weights, quickly, _weights_per_second(_turn))
 
 
 def stage_seconds(
@@ -105,6 +112,8 @@ def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) ->
     elif isinstance(stage, GPTQQuantize):
         linears = 0 if stage.other_bits is None else sizes.linear_weights
         searching = (sizes.expert_weights + linears) / speeds.weights[stage.quantizer]
+        if stage.rotated:  # and back, for what is run with them
+            searching += (2 if tokens else 1) * sizes.expert_weights / speeds.turned
         work = sum(_quantising_work(stage, layer, tokens) for layer in sizes.layers)
         if stage.propagates:
             # The original runs beside; its experts' first matrices on other tokens once more.
@@ -254,15 +263,23 @@ _QUANTISERS: Mapping[str, Quantiser] = {
 """Quantiser -> what it does besides multiplications, for timing."""
 
 
-def _weights_per_second(quantise: Quantiser, grid: GridSettings) -> float:
-    """Weights that are quantised to 2 bits on this machine, measured for a moment."""
+def _turn(matrix: Tensor) -> Tensor:
+    return rotate_(matrix[0], expert_signs(1, matrix.shape[2])[0])
+
+
+def _quantise_and_pack(quantise: Quantiser, grid: GridSettings, matrix: Tensor) -> PackedWeight:
+    return pack_weight(quantise(matrix, [2], grid).expert(0))
+
+
+def _weights_per_second(work: Callable[[Tensor], object]) -> float:
+    """Weights of a matrix [1, R, K] that something is done with here, measured for a moment."""
     rows, columns = MEASURED
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(1, rows, columns, generator=generator)
-    quantise(weights[..., :32], [2], grid)
+    work(weights[..., :32].contiguous())
     start = time.perf_counter()
     rounds = 0
     while not rounds or time.perf_counter() - start < 0.02:
-        quantise(weights, [2], grid)
+        work(weights)
         rounds += 1
     return rounds * rows * columns / (time.perf_counter() - start)

@@ -114,7 +114,8 @@ class MemoryPlan:
     def of(cls, stages: Sequence[Modifier], work: Workload, bits: float | None) -> MemoryPlan:
         """Of a recipe's stages; ``bits`` is the mean width of the experts, if it is known."""
         needs = [_stage_need(stage, work, bits) for stage in stages]
-        solver = SOLVER_BYTES if any(isinstance(s, BitAllocation) for s in stages) else 0
+        solves = any(isinstance(s, BitAllocation) and s.solves for s in stages)
+        solver = SOLVER_BYTES if solves else 0
         packed = any(isinstance(s, GPTQQuantize) for s in stages)
         return cls((*needs, _export_need(work, packed=packed)), base_bytes() + solver)
 

@@ -155,6 +155,11 @@ class BitAllocation(Modifier):
         """Whether there is one budget for all layers."""
         return self.budget_scope == "global" or ALLOCATORS[self.allocator].whole_model
 
+    @property
+    def solves(self) -> bool:
+        """Whether the integer program is solved."""
+        return ALLOCATORS[self.allocator].solves
+
     def required_widths(self) -> dict[int, int]:
         """``at_least`` as it holds for this allocator and these widths."""
         if not ALLOCATORS[self.allocator].keeps_required:

@@ -48,7 +48,7 @@ def sizes(**linears: Any) -> ModelSizes:
 def work(monkeypatch: pytest.MonkeyPatch) -> Callable[..., float]:
     """Planned multiplications in float32 of a stage."""
     weights = dict.fromkeys(("gptq", "rtn", "hqq", "lwc"), math.inf)
-    speeds = Speeds(math.inf, 1.0, weights, math.inf)
+    speeds = Speeds(math.inf, 1.0, weights, math.inf, math.inf)
     monkeypatch.setattr(durations.Speeds, "measure", lambda *_: speeds)
 
     def of(stage: Modifier, tokens: int = ENOUGH, **linears: Any) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +151,25 @@ def test_a_width_in_place_of_a_map_is_told(tmp_path: Path) -> None:
     done = mcsharp_sdk.compress(recipe, folder, tmp_path / "out", progress=False)
     assert any("'bits: 2' stands in place of" in warning for warning in done.warnings)
     assert "bits 2" in done.plan.stages[1].summary
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "random"])
+def test_the_solver_is_planned_where_it_is_imported(allocator: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", "mixtral")
+    code = f"""
+import sys
+from pathlib import Path
+import mcsharp_sdk
+from mcsharp_sdk.engine import memory_plan
+
+allocation = {{"type": "BitAllocation", "target_bits": 2.5, "allocator": {allocator!r}}}
+stages = [allocation, {{"type": "GPTQQuantize", "quantizer": "rtn", "group_size": 16}}]
+recipe = mcsharp_sdk.Recipe.from_dict({{"version": 1, "stages": stages}})
+mcsharp_sdk.compress(recipe, Path({str(folder)!r}), Path({str(tmp_path / "out")!r}), progress=False)
+memory_plan.base_bytes = lambda: 0
+planned = mcsharp_sdk.plan(recipe, Path({str(folder)!r})).peak_memory
+print("ortools.sat.python.cp_model" in sys.modules, planned >= memory_plan.SOLVER_BYTES)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported, planned = ran.stdout.split()
+    assert imported == planned == str(allocator == "random")
