@@ -43,6 +43,9 @@ from mcsharp_sdk.quantization import GridSettings, dequantise, quantise_rtn
 from mcsharp_sdk.quantization.hqq import quantise_hqq
 from mcsharp_sdk.quantization.rotation import expert_signs, rotate_, turned_back
 
+LLAMA_CPP = {4: ("Q4_0", "Q4_K", "IQ4_NL"), 3: ("Q3_K",), 2: ("Q2_K",)}
+"""Bits -> llama.cpp's types of about so many."""
+
 HQQ_GRID_BITS = 32
 """HQQ stores an fp16 scale and an fp16 zero point for each group."""
 
@@ -114,20 +117,17 @@ def ggml(library: Path, name: str) -> Method:
     return Method(quantise, 8 * size / block)
 
 
-def methods(library: Path | None) -> Mapping[str, Callable[[], Method]]:
+def methods(group: int, library: Path | None) -> Mapping[str, Callable[[], Method]]:
     """Name -> maker of a method that can run here."""
     found: dict[str, Callable[[], Method]] = {}
-    for bits, groups in ((4, (32, 64)), (3, (64,)), (2, (32, 64))):
-        for group in groups:
-            name = f"{bits} bits, groups of {group}"
-            found[f"rtn, {name}"] = partial(ours, bits, group)
-            found[f"rtn, rotated, {name}"] = partial(ours, bits, group, rotated=True)
-            found[f"hqq, {name}"] = partial(ours, bits, group, half_quadratic=True)
-            if find_spec("hqq"):
-                found[f"HQQ, {name}"] = partial(hqq, bits, group)
-    if library is not None and find_spec("gguf"):
-        for kind in ("Q4_0", "Q4_K", "IQ4_NL", "Q3_K", "Q2_K"):
-            found[f"llama.cpp {kind}"] = partial(ggml, library, kind)
+    for bits, kinds in LLAMA_CPP.items():
+        found[f"rtn, rotated, {bits} bits"] = partial(ours, bits, group, rotated=True)
+        found[f"rtn, {bits} bits"] = partial(ours, bits, group)
+        found[f"hqq, {bits} bits"] = partial(ours, bits, group, half_quadratic=True)
+        if find_spec("hqq"):
+            found[f"HQQ, {bits} bits"] = partial(hqq, bits, group)
+        if library is not None and find_spec("gguf"):
+            found |= {f"llama.cpp {kind}": partial(ggml, library, kind) for kind in kinds}
     return found
 
 
@@ -158,13 +158,14 @@ def main() -> None:
     parser.add_argument("test", type=Path, help="text to predict")
     parser.add_argument("--ggml", type=Path, help="llama.cpp's libggml-base")
     parser.add_argument("--methods", nargs="+", help="some of those that are printed")
+    parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--test-windows", type=int, default=32)
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     job = {name: getattr(given, name) for name in ("model", "test", "length", "test_windows")}
-    known = methods(given.ggml)
+    known = methods(given.group_size, given.ggml)
     load = partial(AutoModelForCausalLM.from_pretrained, given.model, dtype=torch.bfloat16)
     print(f"{'':36}{'bits':>7}{'CPU s':>9}{'perplexity':>12}")
     print(f"{'as it is':36}{16:7.2f}{'':9}{perplexity(load(), job):12.2f}", flush=True)
