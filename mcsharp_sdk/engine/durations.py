@@ -151,7 +151,7 @@ def _expert_hessians(layer: LayerSizes, tokens: int, most: int | None = None) ->
     """Multiplications for the Hessians of a layer's experts, ``most`` as of ``expert_hessians``."""
     routed = tokens * layer.top_k // max(1, layer.experts)
     found = 0.0
-    for columns in layer.expert_columns:
+    for columns in (matrix.columns for matrix in layer.expert):
         every = 1 if most is None else max(1, routed // max(most, columns))
         # Few tokens are completed by those of all experts.
         taken = routed // every + (min(tokens, OVERALL_TOKENS) if routed < columns else 0)
@@ -162,12 +162,16 @@ def _expert_hessians(layer: LayerSizes, tokens: int, most: int | None = None) ->
 
 def _linear_work(stage: GPTQQuantize, layer: LayerSizes, tokens: int) -> float:
     """Multiplications for a layer's other linears; those that share an input share a Hessian."""
-    shared = set(zip(layer.linear_parts, layer.linear_columns, strict=True))
-    hessians = sum(tokens * columns**2 / 2 for _, columns in shared)
-    factors = sum(columns**3 for _, columns in shared) if stage.quantizer == "gptq" else 0
-    linears = zip(layer.linear_rows, layer.linear_columns, strict=True)
-    products = sum(rows * columns**2 for rows, columns in linears)
+    inputs = _inputs_of_linears(layer)
+    hessians = sum(tokens * columns**2 / 2 for columns in inputs)
+    factors = sum(columns**3 for columns in inputs) if stage.quantizer == "gptq" else 0
+    products = sum(linear.weights * linear.columns for linear in layer.linears)
     return float(hessians + factors + _PRODUCTS.get(stage.quantizer, 0) * products)
+
+
+def _inputs_of_linears(layer: LayerSizes) -> list[int]:
+    """Columns of each input of a layer's linears; those of one part and size share it."""
+    return [columns for _, columns in {(linear.part, linear.columns) for linear in layer.linears}]
 
 
 _PRODUCTS: Mapping[str, float] = {"gptq": 0.5, "lwc": lwc.STEPS}
@@ -176,36 +180,27 @@ _PRODUCTS: Mapping[str, float] = {"gptq": 0.5, "lwc": lwc.STEPS}
 
 def _expert_updates(layer: LayerSizes, widths: int) -> float:
     """Multiplications for factorising the experts' Hessians, and for updates at each width."""
-    return float(
-        layer.experts
-        * sum(
-            columns**3 + widths * rows * columns**2 / 2
-            for rows, columns in zip(layer.expert_rows, layer.expert_columns, strict=True)
-        )
-    )
+    factors = layer.experts * sum(matrix.columns**3 for matrix in layer.expert)
+    return factors + widths * _sweep(layer) / 2
 
 
 def _making_up(layer: LayerSizes, tokens: int) -> float:
     """Multiplications for making up for the errors of a layer's inputs."""
-    experts = zip(layer.expert_rows, layer.expert_columns, strict=True)
-    shared = set(zip(layer.linear_parts, layer.linear_columns, strict=True))
-    grams = tokens * layer.top_k * sum(columns**2 for columns in layer.expert_columns)
-    grams += tokens * sum(columns**2 for _, columns in shared)
-    products = 3 * layer.experts * sum(rows * columns**2 for rows, columns in experts)
-    return float(grams + products)
+    grams = tokens * layer.top_k * sum(matrix.columns**2 for matrix in layer.expert)
+    grams += tokens * sum(columns**2 for columns in _inputs_of_linears(layer))
+    return grams + 3 * _sweep(layer)
 
 
 def _sweep(layer: LayerSizes) -> float:
-    """Multiplications for choosing the codes, or the scales, of a layer's experts once more."""
-    experts = zip(layer.expert_rows, layer.expert_columns, strict=True)
-    return float(layer.experts * sum(rows * columns**2 for rows, columns in experts))
+    """Multiplications of a layer's experts, or as many numbers, with their Hessians."""
+    return float(layer.experts * sum(matrix.weights * matrix.columns for matrix in layer.expert))
 
 
 def _told_errors(layer: LayerSizes) -> float:
     """Multiplications for the errors of a layer's experts that the report tells."""
     from mcsharp_sdk.modifiers.matrix_quantisation import ERROR_ROWS
 
-    of_one = sum(2 * ERROR_ROWS * columns**2 for columns in layer.expert_columns)
+    of_one = sum(2 * ERROR_ROWS * matrix.columns**2 for matrix in layer.expert)
     return float(layer.experts * of_one)
 
 

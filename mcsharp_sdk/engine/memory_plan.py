@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from mcsharp_sdk.engine.quantising_memory import (
     FLOAT,
+    ROUNDING,
     expert_quantising,
     experts_together,
     linear_quantising,
@@ -183,8 +184,9 @@ def _gradient_needs(loss_tokens: int, work: Workload) -> list[Need]:
     head = 2 * sizes.embedding_bytes + 4 * LOGITS_AT_ONCE * FLOAT
     needs = [Need((len(sizes.layers) + 2) * state + head, 0)]
     for layer in sizes.layers:
-        columns = sum((*layer.linear_rows, *layer.linear_columns)) + 8 * sizes.hidden_size
-        columns += 2 * layer.top_k * sum((*layer.expert_rows, *layer.expert_columns))
+        columns = sum(linear.rows + linear.columns for linear in layer.linears)
+        columns += 8 * sizes.hidden_size
+        columns += 2 * layer.top_k * sum(matrix.rows + matrix.columns for matrix in layer.expert)
         passing = 2 * min(tokens, work.batch_tokens) * columns * sizes.dtype_bytes
         loading = int(layer.bytes * LOADING_OVERHEAD)
         kept = (len(sizes.layers) + 2) * state
@@ -235,7 +237,8 @@ _BUILT_IN = (ExpertStats, GPTQQuantize, RouterCalibration, TokenProtection, TopA
 
 def _forward_bytes(work: Workload, layer: LayerSizes | None = None) -> int:
     """Temporaries of one batch on its way through a layer without its routed experts."""
-    widest = max(layer.linear_rows, default=0) if layer is not None else 0
+    linears = () if layer is None else layer.linears
+    widest = max((linear.rows for linear in linears), default=0)
     columns = 8 * work.sizes.hidden_size + 3 * widest
     return work.batch_tokens * columns * work.sizes.dtype_bytes
 
@@ -244,13 +247,13 @@ def _running(layer: LayerSizes, work: Workload) -> int:
     """One expert with its inputs."""
     if not layer.experts:
         return 0
-    weights = sum(r * c for r, c in zip(layer.expert_rows, layer.expert_columns, strict=True))
     tokens = min(work.tokens_per_expert(layer), PIECE_TOKENS)
-    columns = max((*layer.expert_rows, *layer.expert_columns), default=0)
-    kept = min(KEPT_BYTES, work.tokens_per_expert(layer) * layer.expert_columns[-1] * 2)
+    columns = max(max(matrix.rows, matrix.columns) for matrix in layer.expert)
+    kept = min(KEPT_BYTES, work.tokens_per_expert(layer) * layer.expert[-1].columns * 2)
     # Reading an expert stacks its parts, so that it is there twice for a moment.
     there = 3 if work.overlaps else 2
-    return there * weights * work.sizes.dtype_bytes + kept + 2 * tokens * columns * FLOAT
+    weights = there * layer.weights_of_expert * work.sizes.dtype_bytes
+    return weights + kept + 2 * tokens * columns * FLOAT
 
 
 def _measuring(stage: ExpertStats, layer: LayerSizes, work: Workload) -> int:
@@ -263,9 +266,8 @@ def _measuring(stage: ExpertStats, layer: LayerSizes, work: Workload) -> int:
             work.tokens_per_expert(layer),
             overlaps=work.overlaps,
         )
-    return _running(layer, work) + experts_together(layer) * 10 * max(
-        r * c for r, c in zip(layer.expert_rows, layer.expert_columns, strict=True)
-    )
+    largest = max(matrix.weights for matrix in layer.expert)
+    return _running(layer, work) + experts_together(layer) * ROUNDING * largest
 
 
 def _quantising(

@@ -22,7 +22,7 @@ def experts_together(layer: LayerSizes) -> int:
     """Experts that are quantised together."""
     from mcsharp_sdk.modifiers.expert_chunks import experts_at_once
 
-    shapes = list(zip(layer.expert_rows, layer.expert_columns, strict=True))
+    shapes = [(matrix.rows, matrix.columns) for matrix in layer.expert]
     return min(experts_at_once(shapes), layer.experts)
 
 
@@ -47,10 +47,11 @@ def expert_quantising(
     if not layer.experts:
         return 0
     count = experts_together(layer)
-    weights = sum(r * c for r, c in zip(layer.expert_rows, layer.expert_columns, strict=True))
+    weights = layer.weights_of_expert
     peak = 0
-    for rows, columns in zip(layer.expert_rows, layer.expert_columns, strict=True):
-        square, matrix = FLOAT * columns**2, rows * columns
+    for size in layer.expert:
+        columns, matrix = size.columns, size.weights
+        square = FLOAT * columns**2
         # What the inputs are short of, and the weights that make up for it.
         cross, made_up = (square, FLOAT * matrix) if propagates else (0, 0)
         collecting = square * (2 if tokens < columns else 1) * count
@@ -65,8 +66,8 @@ def expert_quantising(
         steps = [collecting, factorising, walking]
         steps += [both, making_up] if propagates else []
         peak = max(*steps, refining if refines else 0, peak)
-    kept = min(KEPT_BYTES, count * tokens * layer.expert_columns[-1] * 2)
-    first = layer.expert_rows[0] * layer.expert_columns[0] if propagates else 0
+    kept = min(KEPT_BYTES, count * tokens * layer.expert[-1].columns * 2)
+    first = layer.expert[0].weights if propagates else 0
     # The next experts, the last of which is there twice while it is read.
     ahead = (count + 1) * weights * dtype if overlaps and count < layer.experts else 0
     return count * (weights + first) * dtype + ahead + kept + peak
@@ -80,25 +81,24 @@ def rounding(layer: LayerSizes, dtype: int, *, linears: bool, overlaps: bool = F
     linears : whether linear layers outside of the experts are quantised too.
     overlaps : whether the next experts are read meanwhile.
     """
-    count = experts_together(layer) if layer.experts else 0
-    experts = list(zip(layer.expert_rows, layer.expert_columns, strict=True)) * bool(count)
+    others = [(2 * dtype + ROUNDING) * linear.weights for linear in layer.linears if linears]
+    if not layer.experts:
+        return max(others, default=0)
+    count = experts_together(layer)
     # A chunk of experts with one of their matrices stacked, its codes, and one in float32.
-    held = (count + (2 if overlaps else 1)) * dtype * sum(r * c for r, c in experts)
-    held += max((count * r * c * (dtype + 1) + ROUNDING * r * c for r, c in experts), default=0)
-    others = zip(layer.linear_rows, layer.linear_columns, strict=True) if linears else ()
-    return max(held, *((2 * dtype + ROUNDING) * r * c for r, c in others), 0)
+    held = (count + (2 if overlaps else 1)) * dtype * layer.weights_of_expert
+    held += (count * (dtype + 1) + ROUNDING) * max(matrix.weights for matrix in layer.expert)
+    return max([held, *others])
 
 
 def linear_quantising(layer: LayerSizes, dtype: int, *, propagates: bool = False) -> int:
     """Hessians of one part's linears, and the quantising of those that share an input."""
     peak = 0
-    for part in set(layer.linear_parts):
+    for part in {linear.part for linear in layer.linears}:
         groups: dict[int, int] = {}
-        for name, rows, columns in zip(
-            layer.linear_parts, layer.linear_rows, layer.linear_columns, strict=True
-        ):
-            if name == part:
-                groups[columns] = groups.get(columns, 0) + rows
+        for linear in layer.linears:
+            if linear.part == part:
+                groups[linear.columns] = groups.get(linear.columns, 0) + linear.rows
         collected = 2 if propagates else 1
         squares = sum(collected * FLOAT * columns**2 for columns in groups)
         for columns, rows in groups.items():

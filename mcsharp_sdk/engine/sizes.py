@@ -12,6 +12,25 @@ from mcsharp_sdk.models.source import SourceModel
 
 
 @dataclass(frozen=True)
+class MatrixSize:
+    """A matrix of weights, [rows, columns]: outputs by inputs.
+
+    Attributes
+    ----------
+    part : of the layer that it is in, e.g. ``self_attn``.
+    """
+
+    rows: int
+    columns: int
+    part: str
+
+    @property
+    def weights(self) -> int:
+        """How many weights it has."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
 class LayerSizes:
     """One decoder layer.
 
@@ -21,11 +40,8 @@ class LayerSizes:
     other_bytes : the same without the routed experts.
     by_expert : whether routed experts can be read from disk one by one.
     experts, top_k : 0 for a dense layer.
-    expert_rows, expert_columns : of the matrices of one expert.
-    linear_columns : inputs of each linear outside the experts.
-    linear_rows : their outputs.
-    linear_parts : the part of the layer that each is in, e.g. ``self_attn``.
-    expert_weights, linear_weights : numbers of weights.
+    expert : the matrices of one expert: of ``gate_up`` and ``down``; none in a dense layer.
+    linears : those outside the experts.
     """
 
     bytes: int
@@ -33,13 +49,23 @@ class LayerSizes:
     by_expert: bool
     experts: int
     top_k: int
-    expert_rows: tuple[int, ...]
-    expert_columns: tuple[int, ...]
-    linear_columns: tuple[int, ...]
-    linear_rows: tuple[int, ...]
-    linear_parts: tuple[str, ...]
-    expert_weights: int
-    linear_weights: int
+    expert: tuple[MatrixSize, ...]
+    linears: tuple[MatrixSize, ...]
+
+    @property
+    def weights_of_expert(self) -> int:
+        """Weights of one expert."""
+        return sum(matrix.weights for matrix in self.expert)
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of all routed experts."""
+        return self.experts * self.weights_of_expert
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the other linears."""
+        return sum(linear.weights for linear in self.linears)
 
     @property
     def active_weights(self) -> int:
@@ -123,16 +149,15 @@ def packed_bytes_of(weights: int, bits: float, group_size: int) -> int:
 def _layer_sizes(source: SourceModel, index: int) -> LayerSizes:
     module = source.layer(index)
     names = source.topology.linears[index]
-    linears: list[Any] = [module.get_submodule(n) for n in names]
+    linears = tuple(_linear_size(name, module.get_submodule(name)) for name in names)
     block = source.topology.moe.get(index)
-    shapes: list[tuple[int, int]] = []
+    expert: tuple[MatrixSize, ...] = ()
     if block is not None:
-        experts: Any = module.get_submodule(block.experts)
-        for matrix in MATRICES:
-            _, rows, columns = fused_weight(experts, matrix).shape
-            shapes.append((rows, columns))
+        experts = module.get_submodule(block.experts)
+        shapes = (fused_weight(experts, matrix).shape for matrix in MATRICES)
+        expert = tuple(MatrixSize(rows, columns, block.experts) for _, rows, columns in shapes)
     count = block.num_experts if block is not None else 0
-    weights = count * sum(rows * columns for rows, columns in shapes)
+    weights = count * sum(matrix.weights for matrix in expert)
     nbytes = sum(p.numel() * p.element_size() for p in module.parameters())
     return LayerSizes(
         bytes=nbytes,
@@ -140,14 +165,13 @@ def _layer_sizes(source: SourceModel, index: int) -> LayerSizes:
         by_expert=block is not None and source.stacked_experts(index) is not None,
         experts=count,
         top_k=block.top_k if block is not None else 0,
-        expert_rows=tuple(rows for rows, _ in shapes),
-        expert_columns=tuple(columns for _, columns in shapes),
-        linear_columns=tuple(linear.in_features for linear in linears),
-        linear_rows=tuple(linear.out_features for linear in linears),
-        linear_parts=tuple(name.split(".")[0] for name in names),
-        expert_weights=weights,
-        linear_weights=sum(linear.weight.numel() for linear in linears),
+        expert=expert,
+        linears=linears,
     )
+
+
+def _linear_size(name: str, linear: Any) -> MatrixSize:
+    return MatrixSize(linear.out_features, linear.in_features, part=name.split(".")[0])
 
 
 def _embedding_bytes(source: SourceModel) -> int:

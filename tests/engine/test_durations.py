@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mcsharp_sdk.engine import durations
 from mcsharp_sdk.engine.durations import Speeds, stage_seconds
-from mcsharp_sdk.engine.sizes import LayerSizes, ModelSizes
+from mcsharp_sdk.engine.sizes import LayerSizes, MatrixSize, ModelSizes
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.modifiers.expert_measurement import HESSIAN_TOKENS
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
@@ -26,21 +26,10 @@ ENOUGH = COLUMNS[1]
 """Tokens of the calibration from which on no Hessian is completed: each expert gets all."""
 
 
-def sizes(**linears: Any) -> ModelSizes:
+def sizes(*linears: MatrixSize) -> ModelSizes:
     """One layer, with every token at both experts."""
-    given: dict[str, Any] = {
-        "linear_columns": (),
-        "linear_rows": (),
-        "linear_parts": (),
-        "linear_weights": 0,
-    }
-    weights = EXPERTS * sum(r * c for r, c in zip(ROWS, COLUMNS, strict=True))
-    parts: dict[str, Any] = {
-        "expert_rows": ROWS,
-        "expert_columns": COLUMNS,
-        "expert_weights": weights,
-    }
-    layer = LayerSizes(0, 0, True, EXPERTS, EXPERTS, **parts, **{**given, **linears})
+    expert = tuple(MatrixSize(r, c, "experts") for r, c in zip(ROWS, COLUMNS, strict=True))
+    layer = LayerSizes(0, 0, True, EXPERTS, EXPERTS, expert, linears)
     return ModelSizes(0, 0, 0, torch.float32, 64, (layer,), 2)
 
 
@@ -51,8 +40,8 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Callable[..., float]:
     speeds = Speeds(math.inf, 1.0, weights, math.inf, math.inf)
     monkeypatch.setattr(durations.Speeds, "measure", lambda *_: speeds)
 
-    def of(stage: Modifier, tokens: int = ENOUGH, **linears: Any) -> float:
-        return stage_seconds([stage], sizes(**linears), tokens)[0]
+    def of(stage: Modifier, tokens: int = ENOUGH, *linears: MatrixSize) -> float:
+        return stage_seconds([stage], sizes(*linears), tokens)[0]
 
     return of
 
@@ -82,17 +71,16 @@ def test_every_quantiser_is_planned_with_the_hessians_that_it_gets(
 def test_learned_clipping_is_planned_with_all_its_steps(
     linear: bool, work: Callable[..., float]
 ) -> None:
-    rows, columns = 24, 96
-    given: dict[str, Any] = {}
-    if linear:
-        given = {"linear_rows": (rows,), "linear_columns": (columns,), "linear_parts": ("a",)}
+    linears = [MatrixSize(24, 96, "self_attn")] * linear
     settings = {"other_bits": 4 if linear else None}
-    shapes = [*zip(ROWS, COLUMNS, strict=True)] * EXPERTS + ([(rows, columns)] if linear else [])
+    shapes = [*zip(ROWS, COLUMNS, strict=True)] * EXPERTS + [(24, 96)] * linear
     with FlopCounterMode(display=False) as counter:
         for r, c in shapes:
             quantise_lwc(torch.randn(1, r, c), torch.eye(c)[None], [2], GridSettings(group_size=32))
-    steps = work(quantise("lwc", **settings), **given) - work(quantise("rtn", **settings), **given)
-    assert steps == pytest.approx(counter.get_total_flops() / 2)
+    learned, rounded = (
+        work(quantise(name, **settings), ENOUGH, *linears) for name in ("lwc", "rtn")
+    )
+    assert learned - rounded == pytest.approx(counter.get_total_flops() / 2)
 
 
 @pytest.mark.parametrize("tokens", [600, 2047, 2048, 4095, 4096, 10000])
