@@ -53,6 +53,16 @@ class InputProblems(InputError):
         super().__init__("\n".join([heading, *(f"  {p}" for p in self.problems)]))
 
 
+MOST_NAMED = 3
+"""Most names in one message, where nothing hangs on the others."""
+
+
+def some_of(names: Sequence[str], separator: str = ", ") -> str:
+    """The first names, and how many more there are."""
+    rest = len(names) - MOST_NAMED
+    return separator.join(names[:MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def raise_problems(subject: str, problems: Sequence[Problem]) -> None:
     """Raise the problems of a subject as one ``InputProblems``, if there are any."""
     if problems:

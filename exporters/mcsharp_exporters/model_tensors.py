@@ -80,7 +80,7 @@ class ModelTensors:
         folder = CompressedFolder.open(path)
         if folder is None:
             return _of_original(path)
-        checkpoint, layers = folder.checkpoint, f"{folder.topology.layers_path}."
+        checkpoint, topology = folder.checkpoint, folder.topology
 
         def read(wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
             return ((n, checkpoint.read(n)) for n in checkpoint.names if wanted(n))
@@ -92,8 +92,8 @@ class ModelTensors:
             folder.topology,
             PackedLayout.from_dict(folder.config.quantization_config),
             pruning_of_directory(path),
-            lambda: read(lambda name: not name.startswith(layers)),
-            lambda index: read(lambda name: name.startswith(f"{layers}{index}.")),
+            lambda: read(lambda name: not topology.in_layers(name)),
+            lambda index: read(lambda name: name.startswith(f"{topology.layer_path(index)}.")),
         )
 
     @classmethod
@@ -113,7 +113,7 @@ class ModelTensors:
 
     def read_layer(self, index: int) -> LayerTensors:
         """Read one decoder layer."""
-        prefix = f"{self.topology.layers_path}.{index}."
+        prefix = f"{self.topology.layer_path(index)}."
         tensors = {name.removeprefix(prefix): tensor for name, tensor in self.layer(index)}
         return LayerTensors(self, index, tensors)
 
@@ -150,7 +150,7 @@ class LayerTensors:
 
     def module(self, path: str) -> Any:
         """A module of the layer, without weights."""
-        root = f"{self.source.topology.layers_path}.{self.index}"
+        root = self.source.topology.layer_path(self.index)
         return self.source.model.get_submodule(f"{root}.{path}" if path else root)
 
     def has(self, path: str) -> bool:

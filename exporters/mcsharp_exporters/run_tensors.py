@@ -27,10 +27,9 @@ def outer_tensors(model: SourceModel) -> Iterator[tuple[str, AnyTensor]]:
 
     One module's own tensors are held at a time.
     """
-    layers = f"{model.topology.layers_path}."
     of_owner: dict[str, list[str]] = {}
     for name in dict.fromkeys(model.names.memory.values()):
-        if name.startswith(layers):
+        if model.topology.in_layers(name):
             continue
         if name in model.names.verbatim:
             yield name, model.checkpoint.slice(model.names.verbatim[name])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mcsharp_sdk.artifact_file import TEMPORARY_FILES, read_json_object
 from mcsharp_sdk.checked_files import CHECKSUMS_FILE, UNSUMMED_FILES, read_checksums
-from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.errors import InputError, some_of
 from mcsharp_sdk.folders import EVALUATION_FILE, MANIFEST_FILE, REPORT_FILE, run_folder_of
 from mcsharp_sdk.recipe.schema import Recipe
 
@@ -17,9 +17,6 @@ RESULT_FILES = (REPORT_FILE, f"onnx_routers/{MANIFEST_FILE}", f"onnx_model/{MANI
 
 LATER_FILES = (CHECKSUMS_FILE, *UNSUMMED_FILES, EVALUATION_FILE)
 """Files of a result that its checksums do not name, or that commands after the run add."""
-
-MOST_NAMED = 3
-"""Most files that a message names."""
 
 
 def default_run_directory(output: Path, recipe: Recipe) -> Path:
@@ -67,10 +64,8 @@ def check_replaceable(folder: Path) -> None:
         )
     strangers = sorted(_strangers(folder))
     if strangers:
-        some = ", ".join(strangers[:MOST_NAMED])
-        more = f" and {len(strangers) - MOST_NAMED} more" if len(strangers) > MOST_NAMED else ""
         raise InputError(
-            f"{folder} also holds {some}{more}, which the run that made it did not write "
+            f"{folder} also holds {some_of(strangers)}, which the run that made it did not write "
             f"({CHECKSUMS_FILE} does not name them), so it is not overwritten; move them "
             "elsewhere, or give another --output"
         )

@@ -180,8 +180,8 @@ def _embedding_bytes(source: SourceModel) -> int:
 
 
 def _largest_outer_tensor(source: SourceModel) -> int:
-    layers = f"{source.topology.layers_path}."
-    names = (disk for disk, name in source.names.memory.items() if not name.startswith(layers))
+    placed = source.names.memory.items()
+    names = (disk for disk, name in placed if not source.topology.in_layers(name))
     return max((source.checkpoint.info(name).nbytes for name in names), default=0)
 
 

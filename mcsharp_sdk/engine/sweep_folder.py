@@ -102,7 +102,7 @@ class SweepFolder:
             self._check_sweep()
 
     def _check_sweep(self) -> None:
-        before = _read(self.path / SWEEP_FILE)["varied"]
+        before = _read(self.path / SWEEP_FILE).get("varied", ["what cannot be told"])
         if before != list(self.plan.varied):
             raise InputError(
                 f"{self.path} holds a sweep over {', '.join(before)}; give another --output, or "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mcsharp_sdk.arguments import refuse_single
-from mcsharp_sdk.errors import InputError, InputProblems, Problem, raise_problems
+from mcsharp_sdk.errors import InputError, InputProblems, Problem, raise_problems, some_of
 from mcsharp_sdk.recipe.library import RecipeLike, as_recipe
 from mcsharp_sdk.recipe.schema import Recipe
 from mcsharp_sdk.recipe.yaml_text import parse_value
@@ -100,8 +100,7 @@ class ProblemsOfVariants:
         """The problem; with the variants that have it, if not all have and it does not say."""
         if len(names) == self.variants or problem.where.startswith("--vary "):
             return problem
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        return Problem(problem.where, f"{problem.message} (with {shown})")
+        return Problem(problem.where, f"{problem.message} (with {some_of(names)})")
 
 
 def parse_variations(vary: Sequence[str]) -> list[Variation]:

@@ -18,16 +18,13 @@ from mcsharp_sdk.engine.publication import is_published, partial_output, publish
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.engine.stage_store import StageStore
-from mcsharp_sdk.errors import InputError, RunError
+from mcsharp_sdk.errors import InputError, RunError, some_of
 from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.recipe.schema import Recipe
 
 logger = logging.getLogger("mcsharp_sdk")
-
-MOST_NAMED = 3
-"""Most tensors that a warning names."""
 
 
 @dataclass
@@ -117,11 +114,9 @@ def _whole_report(directory: RunDirectory, source: SourceModel) -> RunReport:
     """What the finished stages left to be reported, and what of the model is in no result."""
     report = directory.report()
     if source.names.left_out:
-        first, rest = source.names.left_out[:MOST_NAMED], len(source.names.left_out) - MOST_NAMED
         report.warn(
             "these tensors are left out of the result, since transformers has no place for them in "
-            f"a model of type {source.config.model_type}: {', '.join(first)}"
-            + (f" and {rest} more" if rest > 0 else "")
+            f"a model of type {source.config.model_type}: {some_of(source.names.left_out)}"
         )
     return report
 

@@ -82,6 +82,11 @@ class Topology:
     kept_experts: tuple[str, ...] = ()
     kept_linears: tuple[str, ...] = ()
 
+    @property
+    def decoder_path(self) -> str:
+        """Module path of what holds the layers, e.g. ``model``."""
+        return self.layers_path.rpartition(".")[0]
+
     def layer_path(self, layer: int) -> str:
         """Module path of decoder layer ``layer``."""
         return f"{self.layers_path}.{layer}"

@@ -133,7 +133,7 @@ def receiving(layer: StreamedLayer) -> Iterator[list[Tensor]]:
     """
     tap = AttentionTap(TokenBatch())
     received: list[Tensor] = []
-    decoder = layer.source.model.get_submodule(layer.source.topology.layers_path.rpartition(".")[0])
+    decoder = layer.source.model.get_submodule(layer.source.topology.decoder_path)
 
     def collect(*_: Any) -> None:
         found = tap.take()

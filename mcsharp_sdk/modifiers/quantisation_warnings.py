@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-MOST_NAMED = 3
-"""Most experts or matrices that a warning names."""
+from mcsharp_sdk.errors import MOST_NAMED, some_of
 
 _MEANINGS = {
     "starved": "few tokens reached these experts, so their Hessians lean on those of all tokens, "
@@ -38,6 +37,5 @@ def _names(noted: Mapping[str, int] | Sequence[str]) -> Sequence[str]:
 
 
 def _listed(noted: Sequence[str]) -> str:
-    first, rest = noted[:MOST_NAMED], len(noted) - MOST_NAMED
-    more = f" and {rest} more, all named in the report's JSON" if rest > 0 else ""
-    return "; ".join(first) + more
+    rest = ", all named in the report's JSON" if len(noted) > MOST_NAMED else ""
+    return some_of(noted, "; ") + rest

@@ -58,7 +58,7 @@ def install_pruning(model: Any, topology: Topology, layout: PruningLayout) -> No
         If the layout does not fit the model's layers or experts per token.
     """
     _check(topology, layout)
-    decoder = topology.layers_path.rpartition(".")[0]
+    decoder = topology.decoder_path
     state = PruningState(layout, decoder)
     setattr(model, _STATE, state)
     owner = model.get_submodule(decoder)

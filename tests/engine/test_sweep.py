@@ -435,6 +435,15 @@ def test_a_damaged_file_of_a_sweep_is_named_with_what_to_do(
     assert not sweep(recipe, model, output, {BITS: [2]}, overwrite=True).failures
 
 
+def test_a_table_of_something_else_is_no_reason_to_go_on(
+    model: Path, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.json").write_text("{}")
+    with pytest.raises(InputError, match="a sweep over what cannot be told; give another --output"):
+        sweep(recipe, model, tmp_path / "out", {BITS: [2]})
+
+
 def test_a_folder_of_something_else_is_never_touched(
     model: Path, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
