@@ -68,7 +68,7 @@ class Method:
 
 
 def ours(bits: int, group: int, *, half_quadratic: bool = False, rotated: bool = False) -> Method:
-    """This package's; a group has 16 bits of scale and 8 of zero point."""
+    """This package's; a group has 16 bits of scale, and those of a code for its zero point."""
     rounding = quantise_hqq if half_quadratic else quantise_rtn
 
     def quantise(matrix: Tensor, signs: Tensor) -> Restore:
@@ -78,7 +78,7 @@ def ours(bits: int, group: int, *, half_quadratic: bool = False, rotated: bool =
             return lambda: turned_back(found, torch.float32, signs)
         return lambda: dequantise(found, torch.float32)
 
-    return Method(quantise, bits + 24 / group)
+    return Method(quantise, bits + (16 + bits) / group)
 
 
 def hqq(bits: int, group: int) -> Method:
