@@ -14,7 +14,7 @@ demo: install
 	$(BIN)/mcsharp demo --output out/demo
 
 test: install-dev
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: install-dev
 	$(BIN)/python -m pytest -q -m slow

@@ -11,6 +11,10 @@ import pytest
 # Tests may run beside other work: threads of OpenMP that wait do not spin for long.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
+# Of processes side by side each has one thread.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Whatever was measured on this machine, tests see what is built in.
 os.environ["MCSHARP_CROSSOVERS"] = "off"
 
