@@ -39,7 +39,8 @@ def errors_at(*found: tuple[Location, str]) -> ValidationError:
 
 
 def calibration_kinds() -> dict[str, type[BaseModel]]:
-    union = get_args(Calibration)[0] if hasattr(Calibration, "__metadata__") else Calibration
+    """Value of ``source`` -> the class of its settings."""
+    union, *_ = get_args(Calibration)
     return {kind.model_fields["source"].default: kind for kind in get_args(union)}
 
 
