@@ -35,6 +35,10 @@ PASS = 3.0
 """Cost of a calibration pass in forwards at the speed of one product: attention runs two or three
 times, experts once, and both at about half of that speed (benchmarks/plan_accuracy.py)."""
 
+HANDLED = 2e8
+"""Weights in a second that are read, copied, hashed and written while they are quantised
+(benchmarks/plan_accuracy.py --sequences 0)."""
+
 MEASURED = (512, 1024)
 """Rows and columns of the matrix that quantising is timed on."""
 
@@ -111,7 +115,8 @@ def _seconds(stage: Modifier, sizes: ModelSizes, tokens: int, speeds: Speeds) ->
         forward += 4 * active * min(stage.loss_tokens, tokens) / speeds.forward
     elif isinstance(stage, GPTQQuantize):
         linears = 0 if stage.other_bits is None else sizes.linear_weights
-        searching = (sizes.expert_weights + linears) / speeds.weights[stage.quantizer]
+        weights = sizes.expert_weights + linears
+        searching = weights / speeds.weights[stage.quantizer] + weights / HANDLED
         if stage.rotated:  # and back, for what is run with them
             searching += (2 if tokens else 1) * sizes.expert_weights / speeds.turned
         work = sum(_quantising_work(stage, layer, tokens) for layer in sizes.layers)
