@@ -70,6 +70,7 @@ class Method:
 def ours(bits: int, group: int, *, half_quadratic: bool = False, rotated: bool = False) -> Method:
     """This package's; a group has 16 bits of scale, and those of a code for its zero point."""
     rounding = quantise_hqq if half_quadratic else quantise_rtn
+    rounding(torch.ones(1, 1, group), [bits], GridSettings(group_size=group))  # compiles
 
     def quantise(matrix: Tensor, signs: Tensor) -> Restore:
         matrix = rotate_(matrix.clone(), signs) if rotated else matrix
