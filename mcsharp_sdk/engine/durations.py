@@ -1,4 +1,4 @@
-"""About how long stages take on this machine: multiplications, and weights whose grid is searched.
+"""About how long stages take on this machine: multiplications, and weights that are quantised.
 
 What a stage does besides is left out, which for models of a few million weights is most of it.
 """

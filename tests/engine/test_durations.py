@@ -91,3 +91,28 @@ def test_statistics_are_planned_with_the_tokens_that_their_hessians_take(
     taken = (work(ExpertStats(), tokens) - work(ExpertStats(), 0)) / each
     assert min(tokens, HESSIAN_TOKENS) <= taken < 2 * HESSIAN_TOKENS
     assert taken <= tokens
+
+
+@pytest.mark.parametrize(("tokens", "turns"), [(0, 1), (ENOUGH, 2)])
+def test_experts_are_planned_to_be_turned_and_back_where_they_are_run(
+    tokens: int, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = Speeds(math.inf, math.inf, {"rtn": math.inf}, math.inf, turned=1.0)
+    monkeypatch.setattr(durations.Speeds, "measure", lambda *_: speeds)
+    linear = MatrixSize(24, 96, "self_attn")
+    turned, plain = (
+        stage_seconds([quantise("rtn", **settings)], sizes(linear), tokens)[0]
+        for settings in ({"rotation": "hadamard"}, {})
+    )
+    experts = EXPERTS * sum(r * c for r, c in zip(ROWS, COLUMNS, strict=True))
+    assert turned - plain == pytest.approx(turns * experts)
+
+
+def test_weights_are_planned_to_be_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = Speeds(math.inf, math.inf, {"rtn": math.inf}, math.inf, math.inf)
+    monkeypatch.setattr(durations.Speeds, "measure", lambda *_: speeds)
+    weights = EXPERTS * sum(r * c for r, c in zip(ROWS, COLUMNS, strict=True))
+    for other_bits, handled in ((None, weights), (4, weights + 24 * 96)):
+        stage = quantise("rtn", other_bits=other_bits)
+        seconds = stage_seconds([stage], sizes(MatrixSize(24, 96, "self_attn")), 0)[0]
+        assert seconds == pytest.approx(handled / durations.HANDLED)
