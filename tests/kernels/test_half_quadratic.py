@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mcsharp_sdk.kernels import threads
 from mcsharp_sdk.kernels.support import missing_support
 from mcsharp_sdk.quantization.hqq import (
     LEAST_ERROR,
@@ -89,4 +90,14 @@ def test_weights_that_lie_transposed_are_read_where_they_are() -> None:
     stored = torch.randn(96, 200, generator=torch.Generator().manual_seed(2))
     part = stored.T[None, 64:128]
     for found, again in zip(compiled(part, 3), compiled(part.contiguous(), 3), strict=True):
+        assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("shares", [2, 3, 50])
+def test_threads_share_the_rows(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.randn(3, 64, 70, generator=torch.Generator().manual_seed(3))
+    alone = compiled(weights, 3)
+    monkeypatch.setattr(threads, "SMALL", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: shares)
+    for found, again in zip(compiled(weights, 3), alone, strict=True):
         assert torch.equal(found, again)
