@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mcsharp_sdk.kernels import threads
 from mcsharp_sdk.kernels.support import missing_support
 from mcsharp_sdk.quantization.hqq import (
     LEAST_ERROR,
@@ -90,3 +91,14 @@ def test_weights_that_lie_transposed_are_read_where_they_are() -> None:
     part = stored.T[None, 64:128]
     for found, again in zip(compiled(part, 3), compiled(part.contiguous(), 3), strict=True):
         assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("shares", [2, 5])
+def test_threads_share_the_groups(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.randn(3, 64, 150, generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone = compiled(weights, 7)
+    monkeypatch.setattr(threads, "SMALL", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: shares)
+    for found, expected in zip(compiled(weights, 7), alone, strict=True):
+        assert torch.equal(found, expected)
