@@ -52,7 +52,6 @@ def inspect(
     json: JsonOption = False,
 ) -> None:
     """Show layers, experts, router, bytes by role and bit widths; no weight is loaded."""
-
     if kernels and verify:
         raise InputError("--verify does not go with --kernels: leave one of them out")
     if not kernels and (measure or device or dtype):

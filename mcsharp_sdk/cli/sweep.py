@@ -70,7 +70,6 @@ def sweep(
 
     Cut off, the same command continues where it was.
     """
-
     check_model_folder(model)
 
     from mcsharp_sdk.engine.sweep import sweep as run

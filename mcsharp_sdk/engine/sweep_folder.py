@@ -102,10 +102,12 @@ class SweepFolder:
             self._check_sweep()
 
     def _check_sweep(self) -> None:
-        before = _read(self.path / SWEEP_FILE).get("varied", ["what cannot be told"])
+        before = _read(self.path / SWEEP_FILE).get("varied")
         if before != list(self.plan.varied):
+            known = isinstance(before, list) and before
+            over = ", ".join(map(str, known or ["what cannot be told"]))
             raise InputError(
-                f"{self.path} holds a sweep over {', '.join(before)}; give another --output, or "
+                f"{self.path} holds a sweep over {over}; give another --output, or "
                 "--overwrite to delete it"
             )
         problems = []

@@ -162,7 +162,7 @@ def _evaluation_problems(settings: EvaluationSettings, source: SourceModel) -> l
     }
     if settings.text is not None:
         checks["text"] = lambda: read_tokens(
-            named_pieces(settings.text)[1], source.path, 2, config.vocab_size
+            *named_pieces(settings.text), source.path, 2, config.vocab_size
         )
     problems = []
     for name, check in checks.items():

@@ -127,7 +127,7 @@ def evaluate(
     if manifest is not None:
         length = choose_window(window, manifest.context_length)
         name, pieces = named_pieces(text)
-        tokens = read_tokens(pieces, directory, max_tokens, manifest.vocabulary)
+        tokens = read_tokens(name, pieces, directory, max_tokens, manifest.vocabulary)
         measured = measure_exported(directory, manifest, device, tokens, length, track)
         return Evaluation(model=str(directory), text=name, **measured)
     conditions = prepare(
@@ -197,7 +197,7 @@ def prepare(
     computed_in = choose_dtype(dtype, config, directory, place)
     name, pieces = named_pieces(text)
     words = text_config.vocab_size
-    tokens = read_tokens(pieces, directory, max_tokens, words)
+    tokens = read_tokens(name, pieces, directory, max_tokens, words)
     return Conditions(directory, cost, name, tokens, words, window, place, computed_in, pruning)
 
 

@@ -51,11 +51,14 @@ def named_pieces(text: str | Path | None) -> tuple[str, Iterable[str]]:
     return str(text), text_pieces(Path(text))
 
 
-def read_tokens(text: Iterable[str], directory: Path, limit: int | None, vocabulary: int) -> Tensor:
-    """Token ids of a text in pieces, (n,) int64, by the tokenizer of a model folder.
+def read_tokens(
+    name: str, pieces: Iterable[str], directory: Path, limit: int | None, vocabulary: int
+) -> Tensor:
+    """Token ids of a text, (n,) int64, by the tokenizer of a model folder.
 
     Parameters
     ----------
+    name, pieces : of :func:`named_pieces`.
     limit : most tokens; None for all.
     vocabulary : words that the model knows.
 
@@ -66,8 +69,8 @@ def read_tokens(text: Iterable[str], directory: Path, limit: int | None, vocabul
         model's.
     """
     check_max_tokens(limit)
-    tokens = token_stream(text, load_tokenizer(directory), limit=limit)
+    tokens = token_stream(pieces, load_tokenizer(directory), limit=limit)
     if tokens.numel() < 2:
-        raise InputError(f"the text has {tokens.numel()} tokens: 2 are needed at least")
+        raise InputError(f"{name} has fewer than 2 tokens: give a longer text")
     check_vocabulary(tokens, vocabulary)
     return tokens

@@ -369,6 +369,15 @@ def test_everything_that_is_wrong_is_told_at_once_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_text_that_is_too_short_is_named(
+    model: Path, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("a")
+    with pytest.raises(InputProblems, match=f"text: {text} has fewer than 2 tokens: give a longer"):
+        sweep(recipe, model, tmp_path / "out", {BITS: [2]}, text=text)
+
+
 @pytest.mark.parametrize(
     ("vary", "message"),
     [
@@ -435,11 +444,12 @@ def test_a_damaged_file_of_a_sweep_is_named_with_what_to_do(
     assert not sweep(recipe, model, output, {BITS: [2]}, overwrite=True).failures
 
 
+@pytest.mark.parametrize("table", ["{}", '{"varied": []}', '{"varied": null}'])
 def test_a_table_of_something_else_is_no_reason_to_go_on(
-    model: Path, recipe: dict[str, Any], tmp_path: Path
+    model: Path, recipe: dict[str, Any], tmp_path: Path, table: str
 ) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "sweep.json").write_text("{}")
+    (tmp_path / "out" / "sweep.json").write_text(table)
     with pytest.raises(InputError, match="a sweep over what cannot be told; give another --output"):
         sweep(recipe, model, tmp_path / "out", {BITS: [2]})
 

@@ -208,7 +208,7 @@ def test_bad_settings_are_refused(
 
 def test_a_text_of_one_token_is_refused(original: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a")
-    with pytest.raises(InputError, match="1 token"):
+    with pytest.raises(InputError, match="short.txt has fewer than 2 tokens"):
         evaluate(original, tmp_path / "short.txt", device="cpu")
 
 

@@ -9,6 +9,7 @@ from grid_errors import squared_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mcsharp_sdk.kernels import threads
 from mcsharp_sdk.kernels.support import missing_support
 from mcsharp_sdk.quantization.search import GridSettings, fit_group, search_by_torch
 
@@ -101,3 +102,23 @@ def test_columns_follow_the_recurrence_in_float64(
     assert torch.equal(around, before)
     assert not errors[:, 0].any()
     assert not errors[:, -1].any()
+
+
+@pytest.mark.parametrize("shares", [2, 5])
+def test_threads_share_the_rows(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mcsharp_sdk.kernels.gptq_rows import quantise_columns
+
+    exact = torch.randn(3, 64, 90) * 2 + 1.5
+    updates = torch.randn(3, 64, 64) * 0.1
+    top, alone, together = torch.full((3, 90), 3.0), torch.empty(3, 64, 90), torch.empty(3, 64, 90)
+    grid, importance = GridSettings(group_size=64), torch.rand(3, 64) + 0.1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    expected = quantise_columns(exact, updates, top, alone)
+    searched = fit_group(exact, 2, importance, grid)
+    monkeypatch.setattr(threads, "SMALL", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: shares)
+    assert torch.equal(quantise_columns(exact, updates, top, together), expected)
+    assert torch.equal(together, alone)
+    again = fit_group(exact, 2, importance, grid)
+    assert torch.equal(again.scales, searched.scales)
+    assert torch.equal(again.zeros, searched.zeros)

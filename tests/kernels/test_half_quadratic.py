@@ -93,11 +93,12 @@ def test_weights_that_lie_transposed_are_read_where_they_are() -> None:
         assert torch.equal(found, again)
 
 
-@pytest.mark.parametrize("shares", [2, 3, 50])
-def test_threads_share_the_rows(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = torch.randn(3, 64, 70, generator=torch.Generator().manual_seed(3))
-    alone = compiled(weights, 3)
+@pytest.mark.parametrize("shares", [2, 5, 50])
+def test_threads_share_the_groups(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.randn(3, 64, 150, generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone = compiled(weights, 7)
     monkeypatch.setattr(threads, "SMALL", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: shares)
-    for found, again in zip(compiled(weights, 3), alone, strict=True):
-        assert torch.equal(found, again)
+    for found, expected in zip(compiled(weights, 7), alone, strict=True):
+        assert torch.equal(found, expected)
