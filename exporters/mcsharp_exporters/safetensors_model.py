@@ -21,6 +21,7 @@ from mcsharp_sdk.artifacts import (
     TokenProtectionRule,
     TopAnyTraining,
 )
+from mcsharp_sdk.folders import CARD_FILE, RECIPE_FILE, REPORT_FILE
 from mcsharp_sdk.report.page import write_report
 from mcsharp_sdk.report.training import training_plot
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from mcsharp_sdk.models.source import SourceModel
     from mcsharp_sdk.runtime.layout import PackedLayout
 
-REPORT_FILE = "mcsharp_report.json"
 TRAINING_PLOT = "top_any_training.svg"
 
 
@@ -56,12 +56,12 @@ class SafetensorsExporter(Exporter):
         _write_config(context.model, layout, output)
         copy_files(context.model.path, output)
         _write_artifacts(context, output)
-        (output / "recipe.yaml").write_text(context.recipe.as_run, encoding="utf-8")
+        (output / RECIPE_FILE).write_text(context.recipe.as_run, encoding="utf-8")
         report = _report(context, layout, output)
         (output / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         model_class = auto_class(context.model.config).__name__
         card = model_card(context.model.path.name, report, context.recipe.as_run, model_class)
-        (output / "README.md").write_text(card, encoding="utf-8")
+        (output / CARD_FILE).write_text(card, encoding="utf-8")
         _write_page(context, output)
 
     def _write_weights(self, context: RunContext, layout: PackedLayout, output: Path) -> None:

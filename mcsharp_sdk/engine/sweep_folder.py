@@ -143,7 +143,12 @@ class SweepFolder:
 
     def _kept(self, variant: PlannedVariant) -> dict[str, Any] | None:
         file = self._variant(variant) / RESULT_FILE
-        return _read(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        kept = _read(file)
+        if not {"fingerprint", "result"} <= kept.keys():
+            raise InputError(f"{file} is no result of a variant; {_ADVICE}")
+        return kept
 
     def finished(self, variant: PlannedVariant) -> Result | None:
         """The variant's result, if an earlier call got it; and its model, if models are kept."""

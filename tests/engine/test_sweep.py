@@ -441,6 +441,9 @@ def test_a_damaged_file_of_a_sweep_is_named_with_what_to_do(
     damaged.write_bytes(damaged.read_bytes()[:-5])
     with pytest.raises(InputError, match=f"{damaged}: is not JSON: .*; give another --output, or"):
         sweep(recipe, model, output, {BITS: [2]})
+    damaged.write_text("{}")
+    with pytest.raises(InputError, match="give another --output, or"):
+        sweep(recipe, model, output, {BITS: [2]})
     assert not sweep(recipe, model, output, {BITS: [2]}, overwrite=True).failures
 
 
