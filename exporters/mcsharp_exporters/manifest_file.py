@@ -9,8 +9,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
-
-MANIFEST = "manifest.json"
+from mcsharp_sdk.folders import MANIFEST_FILE
 
 OPENED_BY = {
     "mcsharp.onnx_model": "OnnxModel of mcsharp_exporters.onnx_model_runner",
@@ -36,7 +35,7 @@ def read_manifest_of(kind: type[AnyManifest], folder: Path, what: str) -> AnyMan
         If it is missing, not JSON, of another format or version, or names files outside of the
         folder.
     """
-    path = folder / MANIFEST
+    path = folder / MANIFEST_FILE
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -54,7 +53,7 @@ def read_manifest_of(kind: type[AnyManifest], folder: Path, what: str) -> AnyMan
 def format_of(folder: Path) -> str:
     """The format that a folder's manifest says it is of; empty if it says none."""
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return ""
     return str(content.get("format", "")) if isinstance(content, dict) else ""

@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mcsharp_exporters.graph_names import AccuracyLevel, GraphPruning, Precision
-from mcsharp_exporters.manifest_file import MANIFEST, format_of, read_manifest_of
+from mcsharp_exporters.manifest_file import format_of, read_manifest_of
 from mcsharp_sdk.checked_files import file_hash
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.folders import MANIFEST_FILE
 
 FORMAT = "mcsharp.onnx_model"
 GRAPH, DATA = "model.onnx", "model.onnx.data"
@@ -62,7 +63,7 @@ class ModelManifest(BaseModel):
         """The file of a name; InputError if the manifest does not have it."""
         found = next((entry for entry in self.files if entry.file == name), None)
         if found is None:
-            raise InputError(f"{MANIFEST} names no {name}")
+            raise InputError(f"{MANIFEST_FILE} names no {name}")
         return found
 
 
@@ -100,16 +101,17 @@ def _problems(folder: Path, manifest: ModelManifest, hashes: bool) -> Iterator[P
         elif (size := path.stat().st_size) != entry.bytes:
             state = "cut short" if size < entry.bytes else "too long"
             yield Problem(
-                entry.file, f"{state}: {size} bytes, {MANIFEST} says {entry.bytes}; copy it again"
+                entry.file,
+                f"{state}: {size} bytes, {MANIFEST_FILE} says {entry.bytes}; copy it again",
             )
         elif hashes and file_hash(path) != entry.sha256:
-            yield Problem(entry.file, f"damaged: its SHA-256 is not the one in {MANIFEST}")
+            yield Problem(entry.file, f"damaged: its SHA-256 is not the one in {MANIFEST_FILE}")
 
 
 def _together(name: str) -> str:
     if name == DATA:
         return f"the weights of {GRAPH} are in it: keep both in the same folder"
-    return f"{MANIFEST} names it: copy the whole folder"
+    return f"{MANIFEST_FILE} names it: copy the whole folder"
 
 
 def file_entry(path: Path) -> FileEntry:

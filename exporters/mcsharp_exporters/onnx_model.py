@@ -15,7 +15,6 @@ from mcsharp_exporters.external_data import ExternalData
 from mcsharp_exporters.genai_config import GENAI_CONFIG, adapt_tokenizer, genai_config
 from mcsharp_exporters.graph_names import AccuracyLevel, GraphPruning, Precision
 from mcsharp_exporters.graph_nodes import IR_VERSION, OPSET
-from mcsharp_exporters.manifest_file import MANIFEST
 from mcsharp_exporters.model_graph import (
     cache_shape,
     check_family,
@@ -46,6 +45,7 @@ from mcsharp_exporters.router_pruning import NEEDED_ARTIFACTS
 from mcsharp_sdk._version import __version__
 from mcsharp_sdk.artifacts import QUANTIZED_WEIGHTS
 from mcsharp_sdk.errors import InputError, Problem
+from mcsharp_sdk.folders import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
@@ -164,7 +164,7 @@ def export_onnx_model(
         others = [p for p in sorted(folder.iterdir()) if p.name != DATA]
         mode = "weights" if settings.pruning == "weights" else pruning.mode
         manifest = _manifest(source, graph, settings, mode, [*map(file_entry, others), weights])
-        _write_json(folder / MANIFEST, manifest.model_dump())
+        _write_json(folder / MANIFEST_FILE, manifest.model_dump())
     return manifest.model_dump()
 
 
@@ -172,7 +172,7 @@ def _files_of(output: Path) -> set[str]:
     """Names of the files of an earlier export; none if there is none."""
     if not is_exported_model(output):
         return set()
-    return {MANIFEST, *(entry.file for entry in read_manifest(output).files)}
+    return {MANIFEST_FILE, *(entry.file for entry in read_manifest(output).files)}
 
 
 def _manifest(

@@ -15,7 +15,6 @@ from pydantic import BeforeValidator, Field
 from mcsharp_exporters.base import Exporter, FolderName, off
 from mcsharp_exporters.graph_names import INDICES, KEEP, WEIGHTS, DtypeName, PruningChoice
 from mcsharp_exporters.graph_nodes import IR_VERSION, OPSET
-from mcsharp_exporters.manifest_file import MANIFEST
 from mcsharp_exporters.output_folder import check_free, folder_in_one_go, write_file
 from mcsharp_exporters.pruning_graph import LayerPruning
 from mcsharp_exporters.router_graph import inputs_of, router_graph
@@ -29,6 +28,7 @@ from mcsharp_exporters.router_pruning import (
 from mcsharp_sdk._version import __version__
 from mcsharp_sdk.artifacts import TOP_ANY_ROUTER
 from mcsharp_sdk.errors import InputError, Problem
+from mcsharp_sdk.folders import MANIFEST_FILE
 from mcsharp_sdk.models.routing import Router
 from mcsharp_sdk.runtime.pruning_layout import DROP_INSIGNIFICANT
 
@@ -122,7 +122,7 @@ def export_onnx_routers(
             ir_version=IR_VERSION,
             layers=[entries[layer] for layer in sorted(entries)],
         )
-        write_file(folder / MANIFEST, manifest.model_dump_json(indent=2).encode() + b"\n")
+        write_file(folder / MANIFEST_FILE, manifest.model_dump_json(indent=2).encode() + b"\n")
     return manifest.model_dump()
 
 
@@ -152,4 +152,4 @@ def _write_router(
 
 
 def _is_ours(name: str) -> bool:
-    return name == MANIFEST or re.match(FILE_PATTERN, name) is not None
+    return name == MANIFEST_FILE or re.match(FILE_PATTERN, name) is not None

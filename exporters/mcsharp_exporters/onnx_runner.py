@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 
 from mcsharp_exporters.graph_names import HIDDEN_STATES, LONG_NAMES, PROTECTED, ROUTER_OUTPUTS
-from mcsharp_exporters.manifest_file import MANIFEST
 from mcsharp_exporters.onnxruntime_session import (
     CPU,
     CUDA,
@@ -23,6 +22,7 @@ from mcsharp_exporters.onnxruntime_session import (
 )
 from mcsharp_exporters.router_manifest import RouterFile, RouterManifest, read_manifest
 from mcsharp_sdk.errors import InputError, RunError
+from mcsharp_sdk.folders import MANIFEST_FILE
 from mcsharp_sdk.runtime.pruning_modes import PruningMode
 
 if TYPE_CHECKING:
@@ -230,13 +230,13 @@ def _checked_bytes(folder: Path, entry: RouterFile) -> bytes:
     """A graph's bytes, read once, if they are those that the manifest promises."""
     path = folder / entry.file
     if not path.is_file():
-        raise InputError(f"{path}: missing, but {MANIFEST} names it")
+        raise InputError(f"{path}: missing, but {MANIFEST_FILE} names it")
     size = path.stat().st_size
     if size != entry.bytes:
-        raise InputError(f"{path}: has {size} bytes, {MANIFEST} says {entry.bytes}")
+        raise InputError(f"{path}: has {size} bytes, {MANIFEST_FILE} says {entry.bytes}")
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise InputError(f"{path}: its SHA-256 is not the one in {MANIFEST}")
+        raise InputError(f"{path}: its SHA-256 is not the one in {MANIFEST_FILE}")
     return data
 
 
@@ -254,5 +254,6 @@ def _check_graph(folder: Path, entry: RouterFile, manifest: RouterManifest, sess
     for name, value in wanted.items():
         if says.get(name) != str(value):
             raise InputError(
-                f"{folder / entry.file}: its {name} is {says.get(name)}, {MANIFEST} says {value}"
+                f"{folder / entry.file}: its {name} is {says.get(name)}, {MANIFEST_FILE} says "
+                f"{value}"
             )
