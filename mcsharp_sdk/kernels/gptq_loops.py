@@ -57,6 +57,15 @@ def on_grid(offset, step, limit):
 
 
 @inlined
+def load_tile(weights, first, stride, width, tile):
+    """Some rows of a group of columns, from ``first`` on, and zeros behind them."""
+    for k in range(tile.shape[0]):
+        tile[k, width:] = np.float32(0)
+        for lane in range(width):
+            tile[k, lane] = weights[first + k * stride + lane]
+
+
+@inlined
 def consider(tile, importance, top, scale, offset, work, best):
     """Keep the candidates, one for each lane, where they lower the error."""
     inverse, middle, error = work[0], work[1], work[2]
@@ -173,11 +182,7 @@ def search_tiles(
     for at in range(experts * tiles * share // count, experts * tiles * (share + 1) // count):
         expert, first = at // tiles, at % tiles * LANES
         width = min(LANES, rows - first)
-        base = expert * strides[0] + first
-        for k in range(columns):
-            tile[k, width:] = np.float32(0)
-            for lane in range(width):
-                tile[k, lane] = weights[base + k * strides[1] + lane]
+        load_tile(weights, expert * strides[0] + first, strides[1], width, tile)
         best[0, :], best[1, :], best[2, :] = np.inf, np.float32(1), np.float32(0)
         importances = importance[expert]
         if top == np.float32(1):

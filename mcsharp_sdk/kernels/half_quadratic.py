@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mcsharp_sdk.kernels.gptq_loops import load_tile
 from mcsharp_sdk.kernels.gptq_rows import flat_memory
 from mcsharp_sdk.kernels.packed_codes import compiled, inlined
 from mcsharp_sdk.kernels.simd_powers import ROWS, half_quadratic_turn
@@ -63,11 +64,7 @@ def search_zero_points(weights, strides, columns, constants, prices, found, shar
     for at in range(groups * tiles * share // count, groups * tiles * (share + 1) // count):
         group, first = at // tiles, at % tiles * ROWS
         width = min(ROWS, rows - first)
-        base = group * strides[0] + first
-        for k in range(columns):
-            tile[k, width:] = np.float32(0)
-            for row in range(width):
-                tile[k, row] = weights[base + k * strides[1] + row]
+        load_tile(weights, group * strides[0] + first, strides[1], width, tile)
         start_from_full_range(tile, top, smallest, grid)
         for k in range(columns):
             for row in range(ROWS):
