@@ -70,27 +70,40 @@ def quantise_rtn(
         magnitude = row_magnitudes(weights[expert], grid, matrix_of_row)
         for start in range(0, rows, ROWS):
             some = slice(start, start + ROWS)
-            # Always a copy, which is worked on in place: of one row the transpose is contiguous.
-            transposed = weights[expert, some].T.to(
-                torch.float32, copy=True, memory_format=torch.contiguous_format
+            codes[expert, some], scales[expert, some], zeros[expert, some] = _rounded(
+                weights[expert, some],
+                width,
+                importance[expert],
+                grid,
+                None if magnitude is None else magnitude[some],
+                fit,
             )
-            for first, part in _grouped(transposed, grid.group_size):
-                count, size, _ = part.shape
-                these = slice(first, first + count)
-                weighed = importance[expert, first * grid.group_size :][: count * size]
-                fitted = fit(
-                    part,
-                    width,
-                    weighed.reshape(count, size),
-                    grid,
-                    None if magnitude is None else magnitude[some].expand(count, -1),
-                )
-                part /= fitted.scales.unsqueeze(1)
-                part += fitted.zeros.unsqueeze(1)
-                scales[expert, some, these] = fitted.scales.T
-                zeros[expert, some, these] = zero_codes(fitted.zeros, width).T
-            codes[expert, some] = transposed.round_().clamp_(0, top_code(width)).byte().T
     return QuantizedBatch(codes, scales, zeros, widths, grid.group_size)
+
+
+def _rounded(
+    weights: Tensor,
+    width: int,
+    importance: Tensor,
+    grid: GridSettings,
+    magnitude: Tensor | None,
+    fit: GroupFit,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [R, K], scales and codes of zero points, [R, groups], of some rows of a matrix."""
+    # Always a copy, which is worked on in place: of one row the transpose is contiguous.
+    transposed = weights.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    scales, zeros = [], []
+    for first, part in _grouped(transposed, grid.group_size):
+        count, size, _ = part.shape
+        weighed = importance[first * grid.group_size :][: count * size].reshape(count, size)
+        of_matrix = None if magnitude is None else magnitude.expand(count, -1)
+        fitted = fit(part, width, weighed, grid, of_matrix)
+        part /= fitted.scales.unsqueeze(1)
+        part += fitted.zeros.unsqueeze(1)
+        scales.append(fitted.scales.T)
+        zeros.append(zero_codes(fitted.zeros, width).T)
+    codes = transposed.round_().clamp_(0, top_code(width)).byte().T
+    return codes, torch.cat(scales, 1), torch.cat(zeros, 1)
 
 
 def _grouped(transposed: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
