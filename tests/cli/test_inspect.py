@@ -9,17 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import run
 from tiny_models import save_tiny_model
 
-from mcsharp_sdk.cli import main
 from mcsharp_sdk.models.shards import Checkpoint
-
-
-def run(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as end:
-        main.run([str(argument) for argument in arguments])
-    assert isinstance(end.value.code, int)
-    return end.value.code
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import run
 from typer import Typer
 
 from mcsharp_sdk import __version__
 from mcsharp_sdk.cli import main
 from mcsharp_sdk.errors import InputError, RunError
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main.run(arguments)
-    assert isinstance(end.value.code, int)
-    return end.value.code
 
 
 def fake_verb(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> None:

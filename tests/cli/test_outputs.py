@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import run
 from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 
 from mcsharp_sdk.artifact_file import write_text_atomically
 from mcsharp_sdk.cli import compress as compress_verb
-from mcsharp_sdk.cli import main
 from mcsharp_sdk.engine import publication, work
 from mcsharp_sdk.engine.output_folder import check_replaceable
 from mcsharp_sdk.errors import InputError
@@ -26,13 +26,6 @@ stages:
   - {{type: GPTQQuantize, bits: 2, group_size: 16}}
   - {{type: TokenProtection}}
 """
-
-
-def run(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as end:
-        main.run([str(argument) for argument in arguments])
-    assert isinstance(end.value.code, int)
-    return end.value.code
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from command_line import run
 from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
-
-from mcsharp_sdk.cli import main
-
-
-def run(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as end:
-        main.run([str(argument) for argument in arguments])
-    assert isinstance(end.value.code, int)
-    return end.value.code
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from command_line import run
 from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 
-from mcsharp_sdk.cli import main
 from mcsharp_sdk.errors import RunError
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
 
@@ -20,13 +20,6 @@ stages:
   - {type: GPTQQuantize, bits: 2, group_size: 16}
 """
 VARY = ("--vary", "stages.GPTQQuantize.bits=2,3")
-
-
-def run(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as end:
-        main.run([str(argument) for argument in arguments])
-    assert isinstance(end.value.code, int)
-    return end.value.code
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 from pruned_models import SlowPruning, networks, pruning_layout, save_pruned, stock_model
 from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 
-from mcsharp_sdk.cli import main
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.cost import model_cost
 from mcsharp_sdk.evaluation.evaluate import evaluate
@@ -112,13 +112,6 @@ def test_modes_without_data_are_refused_before_the_model_is_loaded(
 
 def test_off_is_possible_for_every_model(unpruned: Path) -> None:
     assert evaluate(unpruned, max_tokens=20, device="cpu", pruning="off").pruning == "off"
-
-
-def run(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as end:
-        main.run([str(argument) for argument in arguments])
-    assert isinstance(end.value.code, int)
-    return end.value.code
 
 
 def test_the_command_takes_a_mode_and_shows_the_layers(
