@@ -7,6 +7,7 @@ The verbs of the command line are functions here; each is imported when it is fi
 ``Recipe``         what to do to a model, checked in full when it is read
 ``plan``           what ``compress`` would do, and what it would take
 ``compress``       make a compressed model as a recipe says
+``inspect``        layers, experts, router, bytes and bit widths of a model folder
 ``verify``         read a model folder to its last byte, and say what is wrong
 ``evaluate``       perplexity and size of a model
 ``compare``        several models on one text, and how far they are from the original
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from mcsharp_sdk.engine.sweep import sweep
     from mcsharp_sdk.evaluation.comparison import compare
     from mcsharp_sdk.evaluation.evaluate import evaluate
+    from mcsharp_sdk.evaluation.inspection import inspect
     from mcsharp_sdk.evaluation.tasks import evaluate_tasks
     from mcsharp_sdk.evaluation.verification import verify
     from mcsharp_sdk.modifiers.width_allocation import allocate
@@ -51,6 +53,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "inspect",
     "plan",
     "sweep",
     "verify",
@@ -64,6 +67,7 @@ _HOMES = {
     "evaluate": "mcsharp_sdk.evaluation.evaluate",
     "evaluate_tasks": "mcsharp_sdk.evaluation.tasks",
     "export": "mcsharp_sdk.engine.export",
+    "inspect": "mcsharp_sdk.evaluation.inspection",
     "plan": "mcsharp_sdk.engine.plan",
     "sweep": "mcsharp_sdk.engine.sweep",
     "verify": "mcsharp_sdk.evaluation.verification",

@@ -61,10 +61,10 @@ def inspect(
         _kernels(directory, device or "auto", dtype or "auto", measure, json)
         return
 
-    from mcsharp_sdk.evaluation.inspection import inspect_model
+    from mcsharp_sdk.evaluation import inspection
 
     verified = _verified(directory) if verify else None
-    found = inspect_model(directory)
+    found = inspection.inspect(directory)
     if json:
         more = {"verified": verified.to_json()} if verified else {}
         print_json({**found.to_json(), **more})

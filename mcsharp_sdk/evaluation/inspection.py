@@ -12,6 +12,7 @@ import torch
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.cost import ModelCost, cost_facts, model_cost
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
+from mcsharp_sdk.folders import check_model_folder
 from mcsharp_sdk.models.architecture import empty_model
 from mcsharp_sdk.models.routing import RouterSettings, router_settings
 from mcsharp_sdk.models.source import read_config
@@ -61,8 +62,8 @@ class Inspection:
         return {**fields, **facts}
 
 
-def inspect_model(model_dir: str | Path) -> Inspection:
-    """Read what config and safetensors headers say of a model.
+def inspect(model: str | Path) -> Inspection:
+    """Read what config and safetensors headers say of a model folder; no weight is loaded.
 
     Raises
     ------
@@ -70,7 +71,8 @@ def inspect_model(model_dir: str | Path) -> Inspection:
         If the folder is no model or is damaged. A sound model that cannot be compressed is no
         error: see ``Inspection.unsupported``.
     """
-    directory = Path(model_dir)
+    directory = Path(model)
+    check_model_folder(directory)
     config = read_config(directory)
     cost = model_cost(directory)
     layout = read_layout(read_config_json(directory), directory)

@@ -24,7 +24,7 @@ from vision_runs import named_blocks
 from mcsharp_sdk.errors import InputError, InputProblems
 from mcsharp_sdk.evaluation.cost import model_cost
 from mcsharp_sdk.evaluation.evaluate import evaluate
-from mcsharp_sdk.evaluation.inspection import inspect_model
+from mcsharp_sdk.evaluation.inspection import inspect
 from mcsharp_sdk.evaluation.text import EMBEDDED_TEXT
 from mcsharp_sdk.models.shards import Checkpoint, write_safetensors
 from mcsharp_sdk.quantization.grid import pack_weight
@@ -279,7 +279,7 @@ def test_inspection_of_an_original(
     family: str, moe_layers: set[int], experts: int, top_k: int, tmp_path: Path
 ) -> None:
     save_tiny_model(tmp_path, family)
-    found = inspect_model(tmp_path)
+    found = inspect(tmp_path)
     assert found.model_type == family
     assert found.layers == 3
     assert found.experts_per_layer == dict.fromkeys(sorted(moe_layers), experts)
@@ -293,7 +293,7 @@ def test_inspection_of_an_original(
 
 def test_inspection_of_a_compressed_model(compressed: tuple[Path, Any]) -> None:
     folder, stock = compressed
-    found = inspect_model(folder)
+    found = inspect(folder)
     assert found.widths == WIDTHS
     assert found.linear_widths == {}
     assert found.cost.parameters == stock.num_parameters()
@@ -311,7 +311,7 @@ def test_a_dense_model_is_described_and_named_unsupported(tmp_path: Path, text: 
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     save_tiny_tokenizer(tmp_path)
-    found = inspect_model(tmp_path)
+    found = inspect(tmp_path)
     assert found.layers == 2
     assert found.experts_per_layer == {}
     assert "no mixture-of-experts layer" in found.unsupported

@@ -16,7 +16,7 @@ from tiny_tokenizer import save_tiny_tokenizer
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.cost import model_cost
 from mcsharp_sdk.evaluation.evaluate import evaluate
-from mcsharp_sdk.evaluation.inspection import inspect_model
+from mcsharp_sdk.evaluation.inspection import inspect
 from mcsharp_sdk.runtime.pruning_layout import PruningLayout
 
 TEXT = "".join(chr(33 + 7 * i * i % 89) for i in range(120))
@@ -95,7 +95,7 @@ def test_a_model_that_is_only_pruned_is_not_compressed(tmp_path: Path) -> None:
     assert result.nominal_bits == 32
     assert result.activated_expert_ratio is not None
     assert 0.5 < result.activated_expert_ratio < 1
-    found = inspect_model(tmp_path)
+    found = inspect(tmp_path)
     assert found.widths is None
     assert found.pruning == layout
 

@@ -22,7 +22,7 @@ from tiny_tokenizer import save_tiny_tokenizer
 import mcsharp_sdk
 from mcsharp_sdk.checked_files import UNSUMMED_FILES
 from mcsharp_sdk.errors import InputError, InputProblems, McSharpError
-from mcsharp_sdk.evaluation.inspection import inspect_model
+from mcsharp_sdk.evaluation.inspection import inspect
 from mcsharp_sdk.evaluation.loading import load_model
 from mcsharp_sdk.evaluation.verification import verify
 from mcsharp_sdk.recipe.schema import Recipe
@@ -72,7 +72,7 @@ def bounded_memory() -> Iterator[None]:
 
 def is_handled(folder: Path) -> bool:
     """Load and inspect: whether both went well. Anything but our errors goes through."""
-    for use in (inspect_model, lambda f: load_model(f, "cpu", torch.float32)):
+    for use in (inspect, lambda f: load_model(f, "cpu", torch.float32)):
         try:
             with bounded_memory():
                 use(folder)
