@@ -20,6 +20,7 @@ from method_runs import QUANTISERS, Runs, Stages, add_arguments, markdown, mean_
 from mcsharp_sdk.recipe.quality import DEFAULTS
 
 GOAL = 0.5
+FREE = DEFAULTS["best"]["BitAllocation"]
 BEST = DEFAULTS["best"]["GPTQQuantize"]
 ROTATED = {**BEST, "rotation": "hadamard"}
 METHODS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Stages]] = {
@@ -28,19 +29,31 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Stages]] 
     "best without RouterCalibration": ("best", {}, {}, ()),
     "best, 0 bits too, without RouterCalibration": (
         "best",
-        {"widths": [0, 1, 2, 3], "at_least": {}},
+        {"widths": [0, 1, 2, 3], **FREE},
         {},
         (),
     ),
+    "best, nothing required, without RouterCalibration": (
+        "best",
+        FREE,
+        {},
+        (),
+    ),
+    "best, 0 bits too, quality best, rotated": (
+        "best",
+        {"widths": [0, 1, 2, 3], **FREE},
+        ROTATED,
+        ({"type": "RouterCalibration"},),
+    ),
     "best, quality best": (
         "best",
-        {},
+        FREE,
         BEST,
         ({"type": "RouterCalibration"},),
     ),
     "best, quality best, rotated": (
         "best",
-        {},
+        FREE,
         ROTATED,
         ({"type": "RouterCalibration"},),
     ),
@@ -52,7 +65,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Stages]] 
     ),
     "best, quality best without RouterCalibration": (
         "best",
-        {},
+        FREE,
         BEST,
         (),
     ),
@@ -73,7 +86,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Stages]] 
     "hessian of the loss": ("loss hessian", {"allocator": "hessian"}, {}, ()),
     "best, 2 and 3 bits, quality best, rotated": (
         "best",
-        {"widths": [2, 3]},
+        {"widths": [2, 3], **FREE},
         ROTATED,
         ({"type": "RouterCalibration"},),
     ),

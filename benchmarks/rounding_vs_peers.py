@@ -97,25 +97,45 @@ def hqq(bits: int, group: int) -> Method:
 
 def ggml(library: Path, name: str) -> Method:
     """One of llama.cpp's types, with all inputs of the same importance."""
-    import gguf
+    kind = LlamaCppType(library, name)
+    return Method(lambda matrix, signs: kind.quantise(matrix.view(-1, kind.columns)), kind.bits)
 
-    kind = gguf.GGMLQuantizationType[name]
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    functions = ctypes.CDLL(str(library))
-    functions.ggml_quantize_init(int(kind))
-    chunk = functions.ggml_quantize_chunk
-    pointer, long = ctypes.c_void_p, ctypes.c_int64
-    chunk.argtypes = [ctypes.c_int, pointer, pointer, long, long, long, pointer]
-    chunk.restype = ctypes.c_size_t
-    columns = max(block, 256)
 
-    def quantise(matrix: Tensor, signs: Tensor) -> Restore:
-        rows = matrix.numel() // columns
-        found = np.empty((rows, columns // block * size), np.uint8)
-        chunk(int(kind), matrix.data_ptr(), found.ctypes.data, 0, rows, columns, None)
-        return lambda: torch.from_numpy(gguf.dequantize(found, kind).reshape(matrix.shape).copy())
+class LlamaCppType:
+    """A type of llama.cpp's, in whose library matrices are quantised.
 
-    return Method(quantise, 8 * size / block)
+    Attributes
+    ----------
+    bits : stored per weight.
+    columns : what those of a matrix have to be a multiple of.
+    """
+
+    def __init__(self, library: Path, name: str) -> None:
+        import gguf
+
+        self._kind = gguf.GGMLQuantizationType[name]
+        self._block, self._size = gguf.GGML_QUANT_SIZES[self._kind]
+        self.bits = 8 * self._size / self._block
+        self.columns = max(self._block, 256)
+        functions = ctypes.CDLL(str(library))
+        functions.ggml_quantize_init(int(self._kind))
+        self._chunk = functions.ggml_quantize_chunk
+        pointer, long = ctypes.c_void_p, ctypes.c_int64
+        self._chunk.argtypes = [ctypes.c_int, pointer, pointer, long, long, long, pointer]
+        self._chunk.restype = ctypes.c_size_t
+
+    def quantise(self, matrix: Tensor, importance: Tensor | None = None) -> Restore:
+        """A matrix [R, K] fp32; ``importance`` of its columns is [K] fp32."""
+        import gguf
+
+        rows, columns = matrix.shape
+        found = np.empty((rows, columns // self._block * self._size), np.uint8)
+        weights = None if importance is None else importance.data_ptr()
+        into = found.ctypes.data
+        self._chunk(int(self._kind), matrix.data_ptr(), into, 0, rows, columns, weights)
+        return lambda: torch.from_numpy(gguf.dequantize(found, self._kind).copy()).view(
+            rows, columns
+        )
 
 
 def methods(group: int, library: Path | None) -> Mapping[str, Callable[[], Method]]:
@@ -147,7 +167,7 @@ def rounded(model: Any, method: Method) -> float:
         start = time.process_time()
         restore = method.quantise(exact, signs)
         seconds += time.process_time() - start
-        matrix.copy_(restore())
+        matrix.copy_(restore().view(matrix.shape))
     return seconds
 
 

@@ -21,6 +21,7 @@ DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "balanced": {},
     "best": {
         "ExpertStats": {"error_tokens": 2048},
+        "BitAllocation": {"at_least": {}},
         "GPTQQuantize": {"token_damping": 1.0, "propagation": 0.5, "refinements": 2},
     },
 }
