@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from peer_runs import calibration_tokens, perplexity
-from rounding_vs_peers import LlamaCppType
+from rounding_vs_peers import LlamaCppType, print_row, replaced
 from torch import Tensor, nn
 
 import mcsharp_sdk
@@ -137,10 +137,7 @@ def quantise_experts(model: nn.Module, kind: LlamaCppType, moments: Moments) -> 
             columns = matrix.shape[1]
             together = kind.columns // math.gcd(columns, kind.columns)
             exact = matrix.float().reshape(-1, together * columns)
-            start = time.process_time()
-            restore = kind.quantise(exact, squares.repeat(together))
-            seconds += time.process_time() - start
-            matrix.copy_(restore().view(matrix.shape))
+            seconds += replaced(matrix, partial(kind.quantise, exact, squares.repeat(together)))
     return seconds
 
 
@@ -166,19 +163,17 @@ def main() -> None:
 
     print(f"{'experts':36}{'bits':>7}{'CPU s':>9}{'perplexity':>12}")
     model = load()
-    print(f"{'as they are':36}{16:7.2f}{'':9}{perplexity(model, job):12.2f}", flush=True)
+    print_row("as they are", 16, None, perplexity(model, job))
     start = time.process_time()
     moments = importance(model, calibration_tokens(job)) if job["types"] else {}
     print(f"{'importance matrix':36}{'':7}{time.process_time() - start:9.1f}", flush=True)
     for settings, bits in product(job["settings"], job["bits"]):
         stored, seconds, found = ours(bits, settings, job)
-        name = f"ours, {settings}, {bits:g} bits"
-        print(f"{name:36}{stored:7.3f}{seconds:9.1f}{found:12.2f}", flush=True)
+        print_row(f"ours, {settings}, {bits:g} bits", stored, seconds, found)
     for name in job["types"]:
         model, kind = load(), LlamaCppType(job["ggml"], name)
         seconds = quantise_experts(model, kind, moments)
-        result = f"{kind.bits:7.3f}{seconds:9.1f}{perplexity(model, job):12.2f}"
-        print(f"{f'llama.cpp {name}':36}{result}", flush=True)
+        print_row(f"llama.cpp {name}", kind.bits, seconds, perplexity(model, job))
 
 
 if __name__ == "__main__":

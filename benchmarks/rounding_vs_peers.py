@@ -161,14 +161,25 @@ def experts(model: Any) -> Iterator[tuple[Tensor, Tensor]]:
 
 def rounded(model: Any, method: Method) -> float:
     """Round a model's experts; returns seconds of the processor."""
-    seconds = 0.0
-    for matrix, signs in experts(model):
-        exact = matrix.float()
-        start = time.process_time()
-        restore = method.quantise(exact, signs)
-        seconds += time.process_time() - start
-        matrix.copy_(restore().view(matrix.shape))
+    return sum(
+        replaced(matrix, partial(method.quantise, matrix.float(), signs))
+        for matrix, signs in experts(model)
+    )
+
+
+def replaced(matrix: Tensor, quantise: Callable[[], Restore]) -> float:
+    """Write what becomes of a matrix into it; returns seconds of the processor for codes."""
+    start = time.process_time()
+    restore = quantise()
+    seconds = time.process_time() - start
+    matrix.copy_(restore().view(matrix.shape))
     return seconds
+
+
+def print_row(name: str, bits: float, seconds: float | None, found: float) -> None:
+    """One line: a method, its stored bits, seconds of the processor, and the perplexity."""
+    spent = f"{'':9}" if seconds is None else f"{seconds:9.1f}"
+    print(f"{name:36}{bits:7.3f}{spent}{found:12.2f}", flush=True)
 
 
 def main() -> None:
@@ -189,12 +200,11 @@ def main() -> None:
     known = methods(given.group_size, given.ggml)
     load = partial(AutoModelForCausalLM.from_pretrained, given.model, dtype=torch.bfloat16)
     print(f"{'':36}{'bits':>7}{'CPU s':>9}{'perplexity':>12}")
-    print(f"{'as it is':36}{16:7.2f}{'':9}{perplexity(load(), job):12.2f}", flush=True)
+    print_row("as it is", 16, None, perplexity(load(), job))
     for name in given.methods or known:
         model, method = load(), known[name]()
         seconds = rounded(model, method)
-        result = f"{method.bits:7.3f}{seconds:9.1f}{perplexity(model, job):12.2f}"
-        print(f"{name:36}{result}", flush=True)
+        print_row(name, method.bits, seconds, perplexity(model, job))
 
 
 if __name__ == "__main__":
