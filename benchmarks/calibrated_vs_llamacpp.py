@@ -99,7 +99,10 @@ def experts(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def importance(model: Any, windows: Sequence[Sequence[int]]) -> Moments:
-    """Mean squares of the inputs of each expert's matrices, over the tokens that reach it."""
+    """Mean squares of the inputs of each expert's matrices, over the tokens that reach it.
+
+    Ones for an expert that none reaches.
+    """
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
     for name, module in experts(model):
@@ -111,7 +114,8 @@ def importance(model: Any, windows: Sequence[Sequence[int]]) -> Moments:
         module.register_forward_pre_hook(partial(_add_squares, name, sums, counts))
     for window in windows:
         model(input_ids=torch.tensor([list(window)]), use_cache=False)
-    return {name: total / counts[name.rpartition(".")[0]] for name, total in sums.items()}
+    means = {name: total / counts[name.rpartition(".")[0]] for name, total in sums.items()}
+    return {name: mean.nan_to_num(nan=1.0) for name, mean in means.items()}
 
 
 def _add_squares(
