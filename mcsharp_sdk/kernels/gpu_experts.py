@@ -185,20 +185,22 @@ def _few_tokens(
     dp4a: bool,
     step: int | None,
 ) -> Tensor:
-    from mcsharp_sdk.kernels.triton_launch import combine, gemv
+    from mcsharp_sdk.kernels.triton_launch_few import combine, gemv
 
     flat = chosen.reshape(-1)
     gated = layer.between is None
-    inner = gemv(layer.gate_up, layer.table, hidden, flat, gated=gated, dp4a=dp4a, step=step)
+    product = partial(gemv, table=layer.table, chosen=flat, dp4a=dp4a, step=step)
+    inner = product(layer.gate_up, x=hidden, gated=gated)
     inner = _between(layer, inner, flat)
-    y = gemv(layer.down, layer.table, inner, flat, gated=False, dp4a=dp4a, step=step)
+    y = product(layer.down, x=inner, gated=False, chained=True)
     return combine(_behind(layer, y, flat), chosen, routing, layer.experts)
 
 
 def _many_tokens(
     layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Tensor, *, height: int | None
 ) -> Tensor:
-    from mcsharp_sdk.kernels.triton_launch import combine, gemm, sort_slots
+    from mcsharp_sdk.kernels.triton_launch import gemm, sort_slots
+    from mcsharp_sdk.kernels.triton_launch_few import combine
 
     flat = chosen.reshape(-1)
     tiles = sort_slots(flat, layer.experts, height)
@@ -211,7 +213,8 @@ def _many_tokens(
 
 
 def _long_prompt(layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
-    from mcsharp_sdk.kernels.triton_launch import combine, sort_slots
+    from mcsharp_sdk.kernels.triton_launch import sort_slots
+    from mcsharp_sdk.kernels.triton_launch_few import combine
 
     flat = chosen.reshape(-1)
     order, ends, *_ = sort_slots(flat, layer.experts)

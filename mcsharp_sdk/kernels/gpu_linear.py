@@ -57,7 +57,8 @@ def run(
     dp4a : where there are at most ``GEMV_TOKENS``, round them to 8 bits.
     tiling : the way, for any number of tokens; by default what is built in.
     """
-    from mcsharp_sdk.kernels.triton_launch import gemm, gemv, sort_slots
+    from mcsharp_sdk.kernels.triton_launch import gemm, sort_slots
+    from mcsharp_sdk.kernels.triton_launch_few import gemv
 
     matrices = len(stack.weight.scales)
     single = MatrixStack({stack.bits: stack.weight}, stack.group_size, stack.columns)

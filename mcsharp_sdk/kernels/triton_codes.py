@@ -50,8 +50,11 @@ def packed_place(k, count, BITS: tl.constexpr, LOW: tl.constexpr, WIDTH: tl.cons
     length = tl.minimum(padded(count) - block * BLOCK, BLOCK)
     part = length * WIDTH // 8
     at = k % BLOCK
-    byte = block * (BLOCK * BITS // 8) + length * LOW // 8 + at % part
-    return byte, at // part * WIDTH
+    field = at * 0  # at // part, which is below 8 // WIDTH; divisions take long
+    for t in tl.static_range(1, 8 // WIDTH):
+        field += (at >= t * part).to(tl.int32)
+    byte = block * (BLOCK * BITS // 8) + length * LOW // 8 + at - field * part
+    return byte, field * WIDTH
 
 
 @triton.jit
@@ -90,7 +93,7 @@ def zero_point(code, BITS: tl.constexpr):
 @triton.jit
 def scale_pointers(matrix, n, g, GROUP: tl.constexpr):
     """Where the scales of rows ``n`` in groups ``g`` are; broadcast."""
-    return matrix[1] + n.to(tl.int64) * tl.cdiv(matrix[4], GROUP) + g
+    return matrix[1] + (n * tl.cdiv(matrix[4], GROUP) + g)
 
 
 @triton.jit

@@ -10,12 +10,16 @@ import triton.language as tl
 
 @triton.jit
 def combine_slots(
-    y, chosen, routing, out, width, experts, slots_per_row, BH: tl.constexpr
+    y, chosen, routing, out, width, experts, slots_per_row,
+    BH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out [T, H] = Σ_j routing[t, j] · y[t, j]; slots without an expert count nothing.
 
     Grid (H tiles, T); y [T·k, H], added up in fp32 in the order of the slots.
     """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     h = tl.program_id(0) * BH + tl.arange(0, BH)
     row = tl.program_id(1).to(tl.int64)
     total = tl.zeros((BH,), tl.float32)

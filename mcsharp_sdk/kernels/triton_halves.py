@@ -37,7 +37,8 @@ def exponent_of(value):
 
 @triton.jit
 def prepare_activations(
-    x, codes, scales, sums, columns, WIDTHS: tl.constexpr, DP4A: tl.constexpr
+    x, codes, scales, sums, columns,
+    WIDTHS: tl.constexpr, DP4A: tl.constexpr, OVERLAP: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """What the products need to know of each block of x [T, K]; grid (blocks, T).
 
@@ -47,6 +48,11 @@ def prepare_activations(
     each of WIDTHS hold codes: by field, pairs of bytes, words and bytes; less by the power of two
     that a field's codes have for their place.
     """
+    if OVERLAP:
+        if CHAINED:
+            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     at = tl.arange(0, BLOCK)
     k = tl.program_id(0) * BLOCK + at
     row = tl.program_id(1).to(tl.int64)

@@ -1,7 +1,8 @@
-"""Launching the Triton kernels: grids, tile sizes and scratch. Nothing here waits for the device.
+"""Launching the Triton kernels for many tokens: grids, tile sizes and scratch.
 
-All shapes follow from those of the arguments, so a CUDA graph can record any of it. Tile sizes that
-are not given are what was fastest on an H100: see ``docs/gpu.md``.
+Those for few are in :mod:`~mcsharp_sdk.kernels.triton_launch_few`. Nothing here waits for the
+device. All shapes follow from those of the arguments, so a CUDA graph can record any of it. Tile
+sizes that are not given are what was fastest on an H100: see ``docs/gpu.md``.
 """
 
 from __future__ import annotations
@@ -13,19 +14,14 @@ import triton
 from torch import Tensor
 
 from mcsharp_sdk.kernels.expert_layer import MatrixStack
-from mcsharp_sdk.kernels.triton_combine import combine_slots
-from mcsharp_sdk.kernels.triton_decode import grouped_gemv
 from mcsharp_sdk.kernels.triton_dequantise import dequantise_rows
 from mcsharp_sdk.kernels.triton_gemm import grouped_gemm
-from mcsharp_sdk.kernels.triton_halves import prepare_activations, prepare_rows
+from mcsharp_sdk.kernels.triton_halves import prepare_rows
 from mcsharp_sdk.kernels.triton_sort import sort_by_expert
 from mcsharp_sdk.quantization.packing import BLOCK
 
 EMULATE = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, which knows neither assembly nor bfloat16."""
-
-GEMV_TILES = ((8192, 8, 64), (0, 16, 32))
-"""For few tokens: columns from which on, rows of a program, and words of each at a time."""
 
 GEMM_ROWS = 64
 GEMM_TOKENS = (16, 32, 64, 128)
@@ -45,7 +41,6 @@ SORTED_TILES = 128
 """Slots, and tiles of an expert, that a program sorts at once."""
 
 DEQUANTISE_ROWS = 64
-COMBINE_COLUMNS = 512
 
 WIDTH_SETS = ((1, 2, 3), (1, 2, 3, 4), (1, 2, 3, 4, 8))
 """Mixed widths that kernels are compiled for, so that the layers of a model share a few of them."""
@@ -77,74 +72,6 @@ def weight_tensors(stack: MatrixStack) -> tuple[tuple[Tensor, Tensor, Tensor], .
     some = stack.weights[stack.widths[0]]
     chosen = (stack.weights.get(width, some) for width in compiled_widths(stack))
     return tuple((weight.qweight, weight.scales, weight.zeros) for weight in chosen)
-
-
-def gemv(
-    stack: MatrixStack,
-    table: Tensor,
-    x: Tensor,
-    chosen: Tensor,
-    *,
-    gated: bool,
-    dp4a: bool,
-    step: int | None = None,
-) -> Tensor:
-    """Products of the chosen experts' matrix with their activations, for few slots.
-
-    Parameters
-    ----------
-    table : of :func:`~mcsharp_sdk.kernels.expert_layer.expert_table`.
-    x : [T, K], 16-bit floats, contiguous. The slots of a row lie side by side.
-    chosen : int64 [slots], slots a multiple of T: the expert of each.
-    gated : give SiLU of the first half of the rows times the second half.
-    dp4a : round activations to 8 bits, 128 at a time.
-    step : rows of a program; by default as ``GEMV_TILES`` has it.
-
-    Returns
-    -------
-    [slots, R or R/2] in x's dtype; undefined where a slot is dropped.
-    """
-    tokens, columns = x.shape
-    height = stack.rows // 2 if gated else stack.rows
-    out = torch.empty(len(chosen), height, dtype=x.dtype, device=x.device)
-    tile = next((rows, words) for least, rows, words in GEMV_TILES if columns >= least)
-    step = step or tile[0]
-    grouped_gemv[(triton.cdiv(height, step // 2 if gated else step), len(chosen))](
-        *_activations(x, compiled_widths(stack), dp4a=dp4a),
-        out,
-        chosen,
-        table,
-        weight_tensors(stack),
-        stack.rows,
-        columns,
-        len(chosen) // tokens,
-        WIDTHS=compiled_widths(stack),
-        GROUP=stack.group_size,
-        GATED=gated,
-        DP4A=dp4a,
-        EMULATE=EMULATE,
-        TAIL=columns % BLOCK != 0,
-        BN=step,
-        WORDS=tile[1],
-        UNROLL=2 if dp4a else 1,
-    )
-    return out
-
-
-def _activations(
-    x: Tensor, widths: tuple[int, ...], *, dp4a: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [T, K] as products read it, and its codes, scales and sums of ``prepare_activations``."""
-    tokens, columns = x.shape
-    blocks = triton.cdiv(columns, BLOCK)
-    sums, scales = (torch.empty(tokens, blocks, device=x.device) for _ in range(2))
-    if dp4a:
-        codes = torch.empty_like(x, dtype=torch.int8)
-    else:
-        size = (tokens, len(widths), blocks * BLOCK)
-        codes = torch.empty(size, dtype=torch.float16, device=x.device)
-    prepare_activations[(blocks, tokens)](x, codes, scales, sums, columns, WIDTHS=widths, DP4A=dp4a)
-    return codes if dp4a else x, codes, scales, sums
 
 
 def sort_slots(chosen: Tensor, experts: int, height: int | None = None) -> Tiles:
@@ -192,7 +119,7 @@ def gemm(
 
     Parameters
     ----------
-    table, gated : as for :func:`gemv`.
+    table, gated : as for :func:`~mcsharp_sdk.kernels.triton_launch_few.gemv`.
     x : [T, K], 16-bit floats, contiguous: one row per token, or per position with ``to_slots``.
     tiles : of :func:`sort_slots`.
     to_slots : the result has a row per slot instead of one per position.
@@ -247,7 +174,7 @@ def dequantised(
 
     Parameters
     ----------
-    table : as for :func:`gemv`.
+    table : as for :func:`~mcsharp_sdk.kernels.triton_launch_few.gemv`.
     dtype : that weights are rounded to.
     gated : behind them also these rows of the second half of all rows.
 
@@ -284,15 +211,3 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sums = torch.empty(columns // BLOCK, rows, device=x.device)
     prepare_rows[(rows,)](x, halves, factors, sums, columns, AT_ONCE=PREPARED_BLOCKS, num_warps=8)
     return halves, factors, sums
-
-
-def combine(y: Tensor, chosen: Tensor, routing: Tensor, experts: int) -> Tensor:
-    """Sum of a token's slots, weighed: y [T·k, H], chosen and routing [T, k] -> [T, H].
-
-    Slots that chose expert number ``experts`` count nothing.
-    """
-    tokens, slots = chosen.shape
-    out = torch.empty(tokens, y.shape[1], dtype=y.dtype, device=y.device)
-    grid = (triton.cdiv(y.shape[1], COMBINE_COLUMNS), tokens)
-    combine_slots[grid](y, chosen, routing, out, y.shape[1], experts, slots, BH=COMBINE_COLUMNS)
-    return out

@@ -30,9 +30,10 @@ from mcsharp_sdk.kernels import (
     triton_search,
     triton_sort,
 )
+from mcsharp_sdk.kernels.triton_launch_few import OVERLAPPING, SMALL_GROUPS
 
 WARPS = 4
-ROWS, WORDS, UNROLL = 16, 32, 1
+ROWS, QUADS = 16, 32
 WEIGHT = ("*u8", "*fp16", "*u8")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -50,7 +51,7 @@ def gemv(widths: tuple[int, ...], dp4a: bool, gated: bool, group: int, tail: boo
         "chosen": "*i64",
         "table": "*i32",
         "weights": tuple(WEIGHT for _ in widths),
-        **dict.fromkeys(("rows", "columns", "slots_per_row"), "i32"),
+        **dict.fromkeys(("rows", "columns"), "i32"),
     }
     constants = {
         "WIDTHS": widths,
@@ -58,10 +59,10 @@ def gemv(widths: tuple[int, ...], dp4a: bool, gated: bool, group: int, tail: boo
         "GATED": gated,
         "DP4A": dp4a,
         "EMULATE": False,
+        "WIDE": not tail,
         "TAIL": tail,
         "BN": ROWS,
-        "WORDS": WORDS,
-        "UNROLL": UNROLL,
+        "QUADS": QUADS if group % 128 == 0 else SMALL_GROUPS.quads,
     }
     name = f"gemv {widths} {'dp4a' if dp4a else 'halves'} group {group}"
     return name, triton_decode.grouped_gemv, types, constants
@@ -114,7 +115,7 @@ def helpers() -> Iterator[Case]:
     floats = dict.fromkeys(("scales", "sums"), "*fp32")
     for dp4a in (False, True):
         types = {"x": "*bf16", "codes": "*i8" if dp4a else "*fp16", **floats, "columns": "i32"}
-        constants: dict[str, Any] = {"WIDTHS": (1, 2, 3, 4, 8), "DP4A": dp4a}
+        constants: dict[str, Any] = {"WIDTHS": (1, 2, 3, 4, 8), "DP4A": dp4a, "CHAINED": True}
         yield "prepare", triton_halves.prepare_activations, types, constants
     types = {"x": "*bf16", "halves": "*fp16", "factors": "*fp32", "sums": "*fp32", "columns": "i32"}
     yield "prepare rows", triton_halves.prepare_rows, types, {"AT_ONCE": 16}
@@ -169,6 +170,8 @@ def compiled(kernel: Any, types: Mapping[str, Any], constants: Mapping[str, Any]
     """A kernel in machine code; pointers, rows and columns are taken to be divisible by 16."""
     names = list(kernel.arg_names)
     constants = dict(constants)
+    if "OVERLAP" in names:
+        constants["OVERLAP"] = arch // 10 >= OVERLAPPING[0]
     options = {"num_warps": constants.pop("num_warps", WARPS)}
     aligned = [["tt.divisibility", 16]]
     attributes: dict[tuple[int, ...], Any] = {}
@@ -224,8 +227,7 @@ def main() -> None:
         line = f"sm_{options.capability} {name}: {found[1]} registers, {found[2]} bytes spilled"
         if name.startswith("gemv") and len(constants["WIDTHS"]) == 1:
             width = 2 if constants["WIDTHS"] == (3,) else constants["WIDTHS"][0]
-            words = constants["WORDS"] // (2 if width == 1 else 1)  # see grouped_gemv
-            codes = constants["BN"] * words * (32 // width) / (32 * WARPS)
+            codes = constants["BN"] * constants["QUADS"] * (128 // width) / (32 * WARPS)
             per_code = instructions_in_longest_loop(result.asm["cubin"]) / codes
             line += f", {per_code:.1f} instructions per code"
         print(line)

@@ -24,6 +24,7 @@ from mcsharp_sdk.quantization.packing import packed_bytes
 triton_launch = pytest.importorskip(
     "mcsharp_sdk.kernels.triton_launch", reason="triton is not installed: it is for Linux only"
 )
+triton_launch_few = pytest.importorskip("mcsharp_sdk.kernels.triton_launch_few")
 
 
 def swiglu(rows: Tensor, expert: Tensor) -> Tensor:
@@ -31,14 +32,10 @@ def swiglu(rows: Tensor, expert: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-KERNELS = (
-    "combine_slots",
-    "dequantise_rows",
-    "grouped_gemm",
-    "grouped_gemv",
-    "prepare_activations",
-    "prepare_rows",
-)
+KERNELS = {
+    triton_launch: ("dequantise_rows", "grouped_gemm", "prepare_rows"),
+    triton_launch_few: ("combine_slots", "grouped_gemv", "prepare_activations"),
+}
 WIDTHS = (1, 2, 3)
 GROUP = 128
 SHAPES = {"mixtral-8x7b": (4096, 14336, 8, 2), "deepseek-v2-lite": (2048, 1408, 64, 6)}
@@ -60,8 +57,9 @@ def _no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     def product(x: Tensor, weights: Tensor, *, offs: Tensor) -> Tensor:
         return x.new_empty(len(x), weights.shape[-1])
 
-    for kernel in KERNELS:
-        monkeypatch.setattr(triton_launch, kernel, defaultdict(lambda: nothing))
+    for launches, kernels in KERNELS.items():
+        for kernel in kernels:
+            monkeypatch.setattr(launches, kernel, defaultdict(lambda: nothing))
     monkeypatch.setattr(triton_launch, "sort_by_expert", defaultdict(lambda: any_order))
     monkeypatch.setattr(torch, "_grouped_mm", product)
 

@@ -12,7 +12,8 @@ from mcsharp_sdk.kernels.expert_layer import expert_table
 from mcsharp_sdk.kernels.gpu_experts import takes_gemv
 from mcsharp_sdk.kernels.matrix import PackedStack
 from mcsharp_sdk.kernels.tilings import MATRIX_TILINGS
-from mcsharp_sdk.kernels.triton_launch import EMULATE, gemm, gemv, sort_slots
+from mcsharp_sdk.kernels.triton_launch import EMULATE, gemm, sort_slots
+from mcsharp_sdk.kernels.triton_launch_few import gemv
 from mcsharp_sdk.quantization.grid import WIDTHS
 
 HALF = 1e-3

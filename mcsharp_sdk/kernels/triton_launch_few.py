@@ -1,0 +1,162 @@
+"""Launching the Triton kernels for few tokens. Nothing here waits for the device.
+
+From compute capability 9 on launches overlap: a kernel begins while the one before it still runs,
+finds its weights, and waits for what it has to. All shapes follow from those of the arguments, so a
+CUDA graph can record any of it. Tile sizes are what was fastest on an H200: see ``docs/gpu.md``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from mcsharp_sdk.kernels.expert_layer import MatrixStack
+from mcsharp_sdk.kernels.triton_combine import combine_slots
+from mcsharp_sdk.kernels.triton_decode import grouped_gemv
+from mcsharp_sdk.kernels.triton_halves import prepare_activations
+from mcsharp_sdk.kernels.triton_launch import EMULATE, compiled_widths, weight_tensors
+from mcsharp_sdk.quantization.packing import BLOCK
+
+COMBINE_COLUMNS = 512
+
+OVERLAPPING = (9, 0)
+"""Compute capability from which on a kernel can begin before the one before it ends."""
+
+
+class GemvTile(NamedTuple):
+    """What a program of ``grouped_gemv`` does: rows, quads of each row at a time, and its warps."""
+
+    rows: int
+    quads: int
+    warps: int
+
+
+TILES = {
+    False: ((4096, GemvTile(16, 32, 4)), (0, GemvTile(16, 16, 4))),
+    True: ((8192, GemvTile(16, 32, 4)), (4096, GemvTile(32, 32, 4)), (0, GemvTile(16, 16, 4))),
+}
+"""Whether activations have 8 bits -> columns from which on, and the tile."""
+
+SMALL_GROUPS = GemvTile(16, 16, 4)
+"""The tile for groups that are not whole blocks, whose scales take more registers."""
+
+
+def gemv(
+    stack: MatrixStack,
+    table: Tensor,
+    x: Tensor,
+    chosen: Tensor,
+    *,
+    gated: bool,
+    dp4a: bool,
+    step: int | None = None,
+    chained: bool = False,
+) -> Tensor:
+    """Products of the chosen experts' matrix with their activations, for few slots.
+
+    Parameters
+    ----------
+    table : of :func:`~mcsharp_sdk.kernels.expert_layer.expert_table`.
+    x : [T, K], 16-bit floats, contiguous. The slots of a row lie side by side.
+    chosen : int64 [slots], slots a multiple of T: the expert of each.
+    gated : give SiLU of the first half of the rows times the second half.
+    dp4a : round activations to 8 bits, 128 at a time.
+    step : rows of a program; by default as ``TILES`` has it.
+    chained : an earlier call with the same ``chosen`` has made ``x``.
+
+    Returns
+    -------
+    [slots, R or R/2] in x's dtype; undefined where a slot is dropped.
+    """
+    tokens, columns = x.shape
+    height = stack.rows // 2 if gated else stack.rows
+    out = torch.empty(len(chosen), height, dtype=x.dtype, device=x.device)
+    tile = _tile(columns, stack.group_size, dp4a=dp4a)
+    rows = step or tile.rows
+    widths, weights = compiled_widths(stack), weight_tensors(stack)
+    grid = (triton.cdiv(height, rows // 2 if gated else rows), len(chosen) // tokens, tokens)
+    whole = columns % BLOCK == 0
+    grouped_gemv[grid](
+        *_activations(x, widths, dp4a=dp4a, chained=chained),
+        out,
+        chosen,
+        table,
+        weights,
+        stack.rows,
+        columns,
+        WIDTHS=widths,
+        GROUP=stack.group_size,
+        GATED=gated,
+        DP4A=dp4a,
+        EMULATE=EMULATE,
+        WIDE=whole and not EMULATE and all(codes.data_ptr() % 16 == 0 for codes, *_ in weights),
+        TAIL=not whole,
+        BN=rows,
+        QUADS=tile.quads,
+        num_warps=tile.warps,
+        **_overlap(x.device),
+    )
+    return out
+
+
+def _tile(columns: int, group_size: int, *, dp4a: bool) -> GemvTile:
+    if group_size % BLOCK:
+        return SMALL_GROUPS
+    return next(tile for least, tile in TILES[dp4a] if columns >= least)
+
+
+def _activations(
+    x: Tensor, widths: tuple[int, ...], *, dp4a: bool, chained: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [T, K] as products read it, and its codes, scales and sums of ``prepare_activations``."""
+    tokens, columns = x.shape
+    blocks = triton.cdiv(columns, BLOCK)
+    sums, scales = (torch.empty(tokens, blocks, device=x.device) for _ in range(2))
+    if dp4a:
+        codes = torch.empty_like(x, dtype=torch.int8)
+    else:
+        size = (tokens, len(widths), blocks * BLOCK)
+        codes = torch.empty(size, dtype=torch.float16, device=x.device)
+    prepare_activations[(blocks, tokens)](
+        x,
+        codes,
+        scales,
+        sums,
+        columns,
+        WIDTHS=widths,
+        DP4A=dp4a,
+        CHAINED=chained,
+        **_overlap(x.device),
+    )
+    return codes if dp4a else x, codes, scales, sums
+
+
+def combine(y: Tensor, chosen: Tensor, routing: Tensor, experts: int) -> Tensor:
+    """Sum of a token's slots, weighed: y [T·k, H], chosen and routing [T, k] -> [T, H].
+
+    Slots that chose expert number ``experts`` count nothing.
+    """
+    tokens, slots = chosen.shape
+    out = torch.empty(tokens, y.shape[1], dtype=y.dtype, device=y.device)
+    combine_slots[(triton.cdiv(y.shape[1], COMBINE_COLUMNS), tokens)](
+        y,
+        chosen,
+        routing,
+        out,
+        y.shape[1],
+        experts,
+        slots,
+        BH=COMBINE_COLUMNS,
+        **_overlap(y.device),
+    )
+    return out
+
+
+def _overlap(device: torch.device) -> dict[str, Any]:
+    """Arguments of a launch that may begin before the kernel before it ends, where it can."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= OVERLAPPING:
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
