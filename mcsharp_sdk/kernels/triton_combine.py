@@ -7,6 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mcsharp_sdk.kernels.triton_overlap import let_next_begin, wait_for_last
+
 
 @triton.jit
 def combine_slots(
@@ -18,8 +20,8 @@ def combine_slots(
     Grid (H tiles, T); y [T·k, H], added up in fp32 in the order of the slots.
     """
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        let_next_begin()
+        wait_for_last()
     h = tl.program_id(0) * BH + tl.arange(0, BH)
     row = tl.program_id(1).to(tl.int64)
     total = tl.zeros((BH,), tl.float32)

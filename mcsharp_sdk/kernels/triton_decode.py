@@ -25,12 +25,8 @@ from mcsharp_sdk.kernels.triton_codes import (
     scale_pointers,
     zero_point,
 )
-from mcsharp_sdk.kernels.triton_quads import (
-    exact_products,
-    half_products,
-    quad_codes,
-    scaled_products,
-)
+from mcsharp_sdk.kernels.triton_overlap import let_next_begin, wait_for_last
+from mcsharp_sdk.kernels.triton_quads import quad_codes, quad_products, scaled_products
 
 
 @triton.jit
@@ -52,10 +48,11 @@ def block_offsets(
 
 @triton.jit
 def last_columns(
-    x, row, matrix, n,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
+    planes, row, matrix, n,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Products with the columns behind the last full block, fp32 [rows]."""
+    """Products with the columns behind the last full block, fp32 [rows], for activations as
+    integers."""
     columns = matrix[4]
     total = tl.zeros((BN, 32), tl.float32)
     for start in range(columns // BLOCK * BLOCK, columns, 32):
@@ -63,33 +60,33 @@ def last_columns(
         inside = (k < columns)[None, :]
         code = gathered_codes(row[:, None], k[None, :], columns, inside, BITS)
         scale, zero = scale_and_zero(matrix, n[:, None], (k // GROUP)[None, :], inside, GROUP, BITS)
-        value = tl.load(x + k, mask=k < columns, other=0).to(tl.float32)[None, :]
-        total += scale * (code.to(tl.float32) - zero) * value
+        value = tl.zeros((32,), tl.float32)
+        for i in tl.static_range(PLANES):
+            at = i * (tl.cdiv(columns, BLOCK) * BLOCK) + k
+            value = 256 * value + tl.load(planes + at, mask=k < columns, other=0).to(tl.float32)
+        total += scale * (code.to(tl.float32) - zero) * value[None, :]
     return tl.sum(total, 1)
 
 
 @triton.jit
 def dot_rows(
     activations, matrix, n,
-    ORDER: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DP4A: tl.constexpr,
-    EMULATE: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr,
-    QUADS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, EMULATE: tl.constexpr,
+    WIDE: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """Rows ``n`` of a matrix times the activations of a slot, fp32 [rows].
 
-    QUADS quads of each row at a time, of one block or of several. ORDER is the place of BITS among
-    the widths that activations were prepared for.
+    QUADS quads of each row at a time, of one block or of several.
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     AT_ONCE: tl.constexpr = QUADS // WIDTH
-    x, codes, x_scales, x_sums = activations
-    rows, columns = matrix[3], matrix[4]
+    planes, x_scales, x_sums = activations
+    _, _, _, rows, columns = matrix
     blocks = columns // BLOCK
     row = matrix[0] + n.to(tl.int64) * (padded(columns) * BITS // 8)
     words = row.to(tl.pointer_type(tl.int32))[:, None]
-    if not DP4A:
-        codes += ORDER * (tl.cdiv(columns, BLOCK) * BLOCK)
-    codes = codes.to(tl.pointer_type(tl.int32))
+    x = planes.to(tl.pointer_type(tl.int32))
+    plane = tl.cdiv(columns, BLOCK) * (BLOCK // 4)
     places = code_places(n[None, :], rows, BITS)
     quad = (tl.arange(0, QUADS) % WIDTH)[None, :]
     products = tl.zeros((BN, QUADS), tl.float32)
@@ -98,60 +95,56 @@ def dot_rows(
         block = (first + tl.arange(0, QUADS) // WIDTH)[None, :]
         factor = tl.load(x_scales + block, mask=block < blocks, other=0.0)
         block = tl.minimum(block, blocks - 1)
-        xs = codes + block * (32 if DP4A else 64) + quad * 4
-        found = quad_codes(words, block, quad, BITS, WIDE)
+        codes = quad_codes(words, block, quad, BITS, WIDE)
+        xs = x + block * 32 + quad * 4
         if GROUP % 128 == 0:
             scales = scale_pointers(matrix, n[:, None], block * BLOCK // GROUP, GROUP)
             factor = factor * tl.load(scales).to(tl.float32)
-            if DP4A:
-                products += factor * exact_products(found, xs, BITS, EMULATE, WIDE)
-            else:
-                products += factor * half_products(found, xs, BITS, EMULATE, WIDE)
+            products += factor * quad_products(codes, xs, plane, BITS, PLANES, EMULATE)
             offsets += block_offsets(
                 x_sums, matrix, n[None, :], places, first, GROUP, BITS, AT_ONCE
             )
         else:
             products += factor * scaled_products(
-                found, xs, matrix, n[:, None], block, quad, block >= 0, BITS, GROUP, DP4A, EMULATE
-            )
+                codes, xs, plane, matrix, n[:, None], block, quad, block >= 0,
+                BITS, GROUP, PLANES, EMULATE,
+            )  # fmt: skip
     total = tl.sum(products, 1)
     if GROUP % 128 == 0:
         total -= tl.sum(offsets, 0)
     if TAIL:
-        rest = last_columns(x, row, matrix, n, BITS, GROUP, BN)
-        total += rest * tl.load(x_scales + columns // BLOCK) if DP4A else rest
+        rest = last_columns(planes, row, matrix, n, BITS, GROUP, PLANES, BN)
+        total += rest * tl.load(x_scales + blocks)
     return total
 
 
 @triton.jit
 def grouped_gemv(
-    x, codes, x_scales, x_sums, out, chosen, table, weights, rows, columns,
-    WIDTHS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, DP4A: tl.constexpr,
+    planes, x_scales, x_sums, out, chosen, table, weights, rows, columns,
+    WIDTHS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PLANES: tl.constexpr,
     EMULATE: tl.constexpr, OVERLAP: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
     BN: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """One matrix of the chosen experts times their activations; grid (row tiles, k, T).
 
-    ``codes``, ``x_scales`` and ``x_sums`` are those of :func:`prepare_activations` for x [T, K],
-    which is ``codes`` itself with DP4A. ``chosen`` [T · k] gives the expert of each slot, ``table``
-    int32 [experts + 1, 2] its width (0: none) and its place among those of that width, ``weights``
-    the stacked tensors of each of ``WIDTHS``. ``out`` is [T · k, R], or with GATED [T · k, R/2]:
-    SiLU of the first half of the rows times the second half.
+    ``planes``, ``x_scales`` and ``x_sums`` are those of :func:`round_activations` for x [T, K].
+    ``chosen`` [T · k] gives the expert of each slot, ``table`` int32 [experts + 1, 2] its width
+    (0: none) and its place among those of that width, ``weights`` the stacked tensors of each of
+    ``WIDTHS``. ``out`` is [T · k, R], or with GATED [T · k, R/2]: SiLU of the first half of the
+    rows times the second half.
 
-    With WIDE weights and activations begin at multiples of 16 bytes and K is one of 128. With
-    OVERLAP it may be launched while ``prepare_activations`` runs, but not before ``chosen`` and
-    ``weights`` are there.
+    With WIDE the rows of weights begin at multiples of 16 bytes. With OVERLAP it may be launched
+    before ``round_activations`` has ended, but not before ``chosen`` and ``weights`` are there.
     """
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
+        let_next_begin()
     source = tl.program_id(2).to(tl.int64)
     slot = source * tl.num_programs(1) + tl.program_id(1)
-    expert = tl.load(chosen + slot)
+    expert = tl.load(chosen + slot, cache_modifier=".cg")  # no older value from a nearer cache
     width, place = tl.load(table + 2 * expert), tl.load(table + 2 * expert + 1)
     blocks = tl.cdiv(columns, BLOCK)
     activations = (
-        x + source * columns,
-        codes + source * (columns if DP4A else len(WIDTHS) * BLOCK * blocks),
+        planes + source * (PLANES * BLOCK * blocks),
         x_scales + source * blocks,
         x_sums + source * blocks,
     )
@@ -161,13 +154,13 @@ def grouped_gemv(
     m = tl.program_id(0) * STEP + lane % STEP
     n = lane // STEP * last + tl.minimum(m, last - 1)
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+        wait_for_last()
     total = tl.zeros((BN,), tl.float32)
     for i in tl.static_range(len(WIDTHS)):
         if width == WIDTHS[i]:
             matrix = matrix_at(weights[i], place, rows, columns, GROUP, WIDTHS[i])
             total = dot_rows(
-                activations, matrix, n, i, WIDTHS[i], GROUP, DP4A, EMULATE, WIDE, TAIL, BN, QUADS
+                activations, matrix, n, WIDTHS[i], GROUP, PLANES, EMULATE, WIDE, TAIL, BN, QUADS
             )
     out += slot * last + tl.program_id(0) * STEP
     at = tl.arange(0, STEP)

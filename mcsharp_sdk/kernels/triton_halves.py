@@ -36,51 +36,6 @@ def exponent_of(value):
 
 
 @triton.jit
-def prepare_activations(
-    x, codes, scales, sums, columns,
-    WIDTHS: tl.constexpr, DP4A: tl.constexpr, OVERLAP: tl.constexpr, CHAINED: tl.constexpr,
-):  # fmt: skip
-    """What the products need to know of each block of x [T, K]; grid (blocks, T).
-
-    ``sums`` fp32 [T, blocks] and ``scales`` fp32 [T, blocks]. With DP4A ``codes`` is int8 [T, K],
-    x ≈ scale · code with the block's largest |x| at 127, and the sum is that of these. Without,
-    ``codes`` is fp16 [T, widths, 128 · blocks]: x / (scale · 2^24), in the order in which words of
-    each of WIDTHS hold codes: by field, pairs of bytes, words and bytes; less by the power of two
-    that a field's codes have for their place.
-    """
-    if OVERLAP:
-        if CHAINED:
-            tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    at = tl.arange(0, BLOCK)
-    k = tl.program_id(0) * BLOCK + at
-    row = tl.program_id(1).to(tl.int64)
-    ok = k < columns
-    value = tl.load(x + row * columns + k, mask=ok, other=0.0).to(tl.float32)
-    block = row * tl.num_programs(0) + tl.program_id(0)
-    largest = tl.max(tl.abs(value), 0)
-    if DP4A:
-        scale = largest / 127.0
-        code = tl.floor(value / tl.where(scale > 0, scale, 1.0) + 0.5)
-        tl.store(codes + row * columns + k, code.to(tl.int8), mask=ok)
-        tl.store(scales + block, scale)
-        tl.store(sums + block, tl.sum(code, 0) * scale)
-    else:
-        exponent = -exponent_of(largest) + LARGEST
-        scaled = value * power_of_two(exponent)
-        tl.store(scales + block, power_of_two(-exponent + UNIT))
-        tl.store(sums + block, tl.sum(value, 0))
-        for i in tl.static_range(len(WIDTHS)):
-            words = 8 if WIDTHS[i] == 3 else 4 * WIDTHS[i]
-            field, byte, word = at // (4 * words), at % 4, at % (4 * words) // 4
-            place = 4 * (field // 2) if WIDTHS[i] == 3 else WIDTHS[i] * field
-            part = codes + ((row * len(WIDTHS) + i) * tl.num_programs(0) + tl.program_id(0)) * BLOCK
-            to = ((field * 2 + byte % 2) * words + word) * 2 + byte // 2
-            tl.store(part + to, (scaled * power_of_two(-place)).to(tl.float16))
-
-
-@triton.jit
 def prepare_rows(x, halves, factors, sums, columns, AT_ONCE: tl.constexpr):
     """What products with codes need of each row of x [n, K]; grid (n,).
 
@@ -110,64 +65,6 @@ def prepare_rows(x, halves, factors, sums, columns, AT_ONCE: tl.constexpr):
         inside = first + block < full
         to = sums + (first + block) * tl.num_programs(0) + row
         tl.store(to, tl.sum(value, 1) * 2.0**-24, mask=inside)
-
-
-@triton.jit
-def low_half(pair):
-    """The fp16 number in the low bits of int32, as fp32."""
-    return (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def high_half(pair):
-    """The fp16 number in the high bits of int32, as fp32."""
-    return (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def bits_of_half(value):
-    """The bits of fp32 rounded to fp16, in the low bits of int32."""
-    return value.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-
-
-@triton.jit
-def multiply_halves(a, b, total, EMULATE: tl.constexpr):
-    """a · b + ``total`` of pairs of fp16 numbers in int32."""
-    if EMULATE:
-        low = bits_of_half(low_half(a) * low_half(b) + low_half(total))
-        return low | (bits_of_half(high_half(a) * high_half(b) + high_half(total)) << 16)
-    else:  # noqa: RET505
-        return tl.inline_asm_elementwise(
-            "fma.rn.f16x2 $0, $1, $2, $3;",
-            "=r,r,r,r",
-            [a, b, total],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-
-
-@triton.jit
-def add_halves(pair, EMULATE: tl.constexpr):
-    """The sum of a pair of fp16 numbers in int32, as fp32."""
-    if EMULATE:
-        return low_half(pair) + high_half(pair)
-    else:  # noqa: RET505
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b16 low, high;
-            .reg .f32 a, b;
-            mov.b32 {low, high}, $1;
-            cvt.f32.f16 a, low;
-            cvt.f32.f16 b, high;
-            add.f32 $0, a, b;
-            }""",
-            "=r,r",
-            [pair],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
 
 
 @triton.jit

@@ -16,8 +16,8 @@ from torch import Tensor
 from mcsharp_sdk.kernels.expert_layer import MatrixStack
 from mcsharp_sdk.kernels.triton_combine import combine_slots
 from mcsharp_sdk.kernels.triton_decode import grouped_gemv
-from mcsharp_sdk.kernels.triton_halves import prepare_activations
 from mcsharp_sdk.kernels.triton_launch import EMULATE, compiled_widths, weight_tensors
+from mcsharp_sdk.kernels.triton_planes import round_activations
 from mcsharp_sdk.quantization.packing import BLOCK
 
 COMBINE_COLUMNS = 512
@@ -63,7 +63,7 @@ def gemv(
     x : [T, K], 16-bit floats, contiguous. The slots of a row lie side by side.
     chosen : int64 [slots], slots a multiple of T: the expert of each.
     gated : give SiLU of the first half of the rows times the second half.
-    dp4a : round activations to 8 bits, 128 at a time.
+    dp4a : round activations to 8 bits, 128 at a time; otherwise to 15.
     step : rows of a program; by default as ``TILES`` has it.
     chained : an earlier call with the same ``chosen`` has made ``x``.
 
@@ -76,11 +76,12 @@ def gemv(
     out = torch.empty(len(chosen), height, dtype=x.dtype, device=x.device)
     tile = _tile(columns, stack.group_size, dp4a=dp4a)
     rows = step or tile.rows
+    planes = 1 if dp4a else 2
     widths, weights = compiled_widths(stack), weight_tensors(stack)
     grid = (triton.cdiv(height, rows // 2 if gated else rows), len(chosen) // tokens, tokens)
     whole = columns % BLOCK == 0
     grouped_gemv[grid](
-        *_activations(x, widths, dp4a=dp4a, chained=chained),
+        *_rounded(x, planes, chained=chained),
         out,
         chosen,
         table,
@@ -90,7 +91,7 @@ def gemv(
         WIDTHS=widths,
         GROUP=stack.group_size,
         GATED=gated,
-        DP4A=dp4a,
+        PLANES=planes,
         EMULATE=EMULATE,
         WIDE=whole and not EMULATE and all(codes.data_ptr() % 16 == 0 for codes, *_ in weights),
         TAIL=not whole,
@@ -108,30 +109,17 @@ def _tile(columns: int, group_size: int, *, dp4a: bool) -> GemvTile:
     return next(tile for least, tile in TILES[dp4a] if columns >= least)
 
 
-def _activations(
-    x: Tensor, widths: tuple[int, ...], *, dp4a: bool, chained: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [T, K] as products read it, and its codes, scales and sums of ``prepare_activations``."""
+def _rounded(x: Tensor, planes: int, *, chained: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``round_activations`` makes of x [T, K]."""
     tokens, columns = x.shape
     blocks = triton.cdiv(columns, BLOCK)
-    sums, scales = (torch.empty(tokens, blocks, device=x.device) for _ in range(2))
-    if dp4a:
-        codes = torch.empty_like(x, dtype=torch.int8)
-    else:
-        size = (tokens, len(widths), blocks * BLOCK)
-        codes = torch.empty(size, dtype=torch.float16, device=x.device)
-    prepare_activations[(blocks, tokens)](
-        x,
-        codes,
-        scales,
-        sums,
-        columns,
-        WIDTHS=widths,
-        DP4A=dp4a,
-        CHAINED=chained,
-        **_overlap(x.device),
+    size = (tokens, planes, blocks * BLOCK)
+    integers = torch.empty(size, dtype=torch.int8, device=x.device)
+    scales, sums = (torch.empty(tokens, blocks, device=x.device) for _ in range(2))
+    round_activations[(blocks, tokens)](
+        x, integers, scales, sums, columns, PLANES=planes, CHAINED=chained, **_overlap(x.device)
     )
-    return codes if dp4a else x, codes, scales, sums
+    return integers, scales, sums
 
 
 def combine(y: Tensor, chosen: Tensor, routing: Tensor, experts: int) -> Tensor:

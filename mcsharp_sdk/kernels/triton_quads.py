@@ -1,14 +1,9 @@
-"""Products of packed codes with few activations inside Triton kernels, as they come out of memory.
+"""Products of packed codes with few activations inside Triton kernels, exact, in integers.
 
 Weights are read as quads, four 32-bit words of a row, which belong to one block of 128 columns.
-Part p of a word, a mask away, is multiplied with its activations, which lie in the same order: part
-by part, words side by side.
-
-- With 8-bit activations a part is four codes, which ``dp4a`` multiplies exactly, in integers; with
-  16-bit ones it is two, every second byte of a field, as fp16 numbers without an exponent
-  (:mod:`~mcsharp_sdk.kernels.triton_halves`), and up to 8 products are added up in fp16.
-- Codes stay at their place in their byte, so that they are multiplied by a power of two: sums of
-  integers are shifted by it, and 16-bit activations are laid out without it.
+Each field of a word, a mask away, is four codes; ``dp4a`` multiplies them with four activations of
+8 bits, or of either plane of 15 (:mod:`~mcsharp_sdk.kernels.triton_planes`). Codes stay at their
+place in their byte, which multiplies them by a power of two; sums are shifted by it.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -19,7 +14,6 @@ import triton
 import triton.language as tl
 
 from mcsharp_sdk.kernels.triton_codes import scale_and_zero
-from mcsharp_sdk.kernels.triton_halves import add_halves, multiply_halves
 
 
 @triton.jit
@@ -98,111 +92,65 @@ def quad_codes(words, block, quad, BITS: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def multiplied(
-    codes, x, total, p: tl.constexpr, BITS: tl.constexpr, DP4A: tl.constexpr,
-    EMULATE: tl.constexpr,
-):  # fmt: skip
-    """``total`` plus part ``p`` of a word times its activations; as they come from ``dp4a``, or as
-    pairs of fp16."""
-    FIELD: tl.constexpr = p if DP4A else p // 2
-    PLACE: tl.constexpr = 4 * (FIELD // 2) if BITS == 3 else BITS * FIELD
-    CODE: tl.constexpr = (2**BITS - 1) << PLACE
-    code = codes[FIELD % 2]
-    x = tl.broadcast_to(x, code.shape)
-    if DP4A:
-        # An int32 of the same bits: CODE is less than 128 but for the last field.
-        MASK: tl.constexpr = CODE * 0x01010101 - (2**32 if CODE >= 128 else 0)
-        return dp4a(code & MASK, x, total, EMULATE)
-    else:  # noqa: RET505
-        return multiply_halves((code >> (8 * (p % 2))) & (CODE * 0x00010001), x, total, EMULATE)
-
-
-@triton.jit
-def place_of(p: tl.constexpr, BITS: tl.constexpr):
-    """The place in their byte of the codes of part ``p`` with 8-bit activations."""
-    PLACE: tl.constexpr = 4 * (p // 2) if BITS == 3 else BITS * p
+def place_of(t: tl.constexpr, BITS: tl.constexpr):
+    """The lowest bit of field ``t`` in each byte of :func:`whole_codes`."""
+    PLACE: tl.constexpr = 4 * (t // 2) if BITS == 3 else BITS * t
     return PLACE
 
 
 @triton.jit
-def added_up(total, p: tl.constexpr, BITS: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr):
-    """What :func:`multiplied` gives for part ``p``, as fp32."""
-    if DP4A:
-        return (total >> place_of(p, BITS)).to(tl.float32)
-    else:  # noqa: RET505
-        return add_halves(total, EMULATE)
+def field_product(
+    codes, x, total, t: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr
+):  # fmt: skip
+    """``total`` plus field ``t`` of a word, at its place, times four activations of each word."""
+    PLACED: tl.constexpr = (2**BITS - 1) << (4 * (t // 2) if BITS == 3 else BITS * t)
+    # An int32 of the same bits, in each byte.
+    MASK: tl.constexpr = PLACED * 0x01010101 - (2**32 if PLACED >= 128 else 0)
+    code = codes[t % 2] & MASK
+    return dp4a(code, tl.broadcast_to(x, code.shape), total, EMULATE)
 
 
 @triton.jit
-def replaced(items, at: tl.constexpr, item):
-    """The tuple of four ``items`` with another in one place."""
-    return (
-        item if at == 0 else items[0],
-        item if at == 1 else items[1],
-        item if at == 2 else items[2],
-        item if at == 3 else items[3],
-    )
+def quad_products(
+    codes, x, plane,
+    BITS: tl.constexpr, PLANES: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Sum of the products of each quad, fp32 [rows, quads], from :func:`quad_codes`.
 
-
-@triton.jit
-def exact_products(codes, x, BITS: tl.constexpr, EMULATE: tl.constexpr, WIDE: tl.constexpr):
-    """Sums of a quad's products with 8-bit activations; see :func:`quad_products`."""
+    ``x`` int32 pointers [1, quads] to the first plane, the next one ``plane`` behind it.
+    """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    nothing = tl.zeros(codes[0][0].shape, tl.int32)
-    total = nothing
-    for p in tl.static_range(8 // WIDTH):
-        xs = load_quad(x + p * (4 * WIDTH), True, WIDE)
-        part = nothing
-        for j in tl.static_range(4):
-            part = multiplied(codes[j], xs[j], part, p, BITS, True, EMULATE)
-        total += part >> place_of(p, BITS)
+    total = tl.zeros(codes[0][0].shape, tl.int32)
+    for t in tl.static_range(8 // WIDTH):
+        part = tl.zeros(total.shape, tl.int32)
+        for i in tl.static_range(PLANES):
+            part = part << 8
+            xs = load_quad(x + i * plane + t * (4 * WIDTH), True, not EMULATE)
+            for j in tl.static_range(4):
+                part = field_product(codes[j], xs[j], part, t, BITS, EMULATE)
+        total += part >> place_of(t, BITS)
     return total.to(tl.float32)
 
 
 @triton.jit
-def half_products(codes, x, BITS: tl.constexpr, EMULATE: tl.constexpr, WIDE: tl.constexpr):
-    """Sums of a quad's products with 16-bit activations, 8 at a time in fp16; see
-    :func:`quad_products`."""
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    PARTS: tl.constexpr = 16 // WIDTH
-    CHAIN: tl.constexpr = 8 if PARTS > 8 else PARTS
-    JOINED: tl.constexpr = 8 // CHAIN  # words that share a sum
-    nothing = tl.zeros(codes[0][0].shape, tl.int32)
-    total = tl.zeros(nothing.shape, tl.float32)
-    sums = (nothing, nothing, nothing, nothing)
-    for p in tl.static_range(PARTS):
-        xs = load_quad(x + p * (4 * WIDTH), True, WIDE)
-        for j in tl.static_range(4):
-            found = multiplied(codes[j], xs[j], sums[j // JOINED], p, BITS, False, EMULATE)
-            sums = replaced(sums, j // JOINED, found)
-        if p % CHAIN == CHAIN - 1:
-            for i in tl.static_range(4 // JOINED):
-                total += add_halves(sums[i], EMULATE)
-            sums = (nothing, nothing, nothing, nothing)
-    return total
-
-
-@triton.jit
 def scaled_products(
-    codes, x, matrix, n, block, quad, ok,
-    BITS: tl.constexpr, GROUP: tl.constexpr, DP4A: tl.constexpr, EMULATE: tl.constexpr,
+    codes, x, plane, matrix, n, block, quad, ok,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`quad_products`, each part with scale and zero point of its group, ``ok`` [1, quads]
-    or 0; ``n`` [rows, 1]. For groups that are not whole blocks."""
+    """As :func:`quad_products`, for groups that are not whole blocks: each field has scale and zero
+    point of its group, where ``ok`` [1, quads]; ``n`` [rows, 1]."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    PLACED: tl.constexpr = 4 if BITS == 3 else BITS  # bits from one place to the next
-    ONES: tl.constexpr = 255 // (2**PLACED - 1) * 0x01010101  # a word of codes that are 1
     total = tl.zeros(codes[0][0].shape, tl.float32)
-    for p in tl.static_range((8 if DP4A else 16) // WIDTH):
+    for t in tl.static_range(8 // WIDTH):
         for j in tl.static_range(4):
-            xs = tl.load(x + (p * (4 * WIDTH) + j))
-            nothing = tl.zeros(total.shape, tl.int32)
-            product = multiplied(codes[j], xs, nothing, p, BITS, DP4A, EMULATE)
-            one = xs * 0 + (ONES if ONES < 2**31 else ONES - 2**32)
-            ones = multiplied((one, one), xs, xs * 0, p, BITS, DP4A, EMULATE)
-            field = p if DP4A else p // 2
-            g = (block * 128 + (16 * WIDTH * field + 4 * j) + quad * 16) // GROUP
+            product = tl.zeros(total.shape, tl.int32)
+            ones = tl.zeros(quad.shape, tl.int32)
+            for i in tl.static_range(PLANES):
+                xs = tl.load(x + (i * plane + t * (4 * WIDTH) + j))
+                product = field_product(codes[j], xs, product << 8, t, BITS, EMULATE)
+                ones = dp4a(xs * 0 + 0x01010101, xs, ones << 8, EMULATE)
+            g = (block * 128 + (16 * WIDTH * t + 4 * j) + quad * 16) // GROUP
             scale, zero = scale_and_zero(matrix, n, g, ok, GROUP, BITS)
-            product = added_up(product, p, BITS, DP4A, EMULATE)
-            total += scale * (product - zero * added_up(ones, p, BITS, DP4A, EMULATE))
+            product = (product >> place_of(t, BITS)).to(tl.float32)
+            total += scale * (product - zero * ones.to(tl.float32))
     return total

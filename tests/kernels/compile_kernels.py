@@ -27,6 +27,7 @@ from mcsharp_sdk.kernels import (
     triton_gemm,
     triton_gptq,
     triton_halves,
+    triton_planes,
     triton_search,
     triton_sort,
 )
@@ -43,8 +44,7 @@ Case = tuple[str, Any, Mapping[str, Any], Mapping[str, Any]]
 
 def gemv(widths: tuple[int, ...], dp4a: bool, gated: bool, group: int, tail: bool) -> Case:
     types = {
-        "x": "*i8" if dp4a else "*bf16",
-        "codes": "*i8" if dp4a else "*fp16",
+        "planes": "*i8",
         "x_scales": "*fp32",
         "x_sums": "*fp32",
         "out": "*bf16",
@@ -57,14 +57,14 @@ def gemv(widths: tuple[int, ...], dp4a: bool, gated: bool, group: int, tail: boo
         "WIDTHS": widths,
         "GROUP": group,
         "GATED": gated,
-        "DP4A": dp4a,
+        "PLANES": 1 if dp4a else 2,
         "EMULATE": False,
         "WIDE": not tail,
         "TAIL": tail,
         "BN": ROWS,
         "QUADS": QUADS if group % 128 == 0 else SMALL_GROUPS.quads,
     }
-    name = f"gemv {widths} {'dp4a' if dp4a else 'halves'} group {group}"
+    name = f"gemv {widths} {'8' if dp4a else '16'}-bit activations group {group}"
     return name, triton_decode.grouped_gemv, types, constants
 
 
@@ -113,10 +113,10 @@ def dequantise(widths: tuple[int, ...], group: int) -> Case:
 def helpers() -> Iterator[Case]:
     """The kernels around the products, and those of quantising."""
     floats = dict.fromkeys(("scales", "sums"), "*fp32")
-    for dp4a in (False, True):
-        types = {"x": "*bf16", "codes": "*i8" if dp4a else "*fp16", **floats, "columns": "i32"}
-        constants: dict[str, Any] = {"WIDTHS": (1, 2, 3, 4, 8), "DP4A": dp4a, "CHAINED": True}
-        yield "prepare", triton_halves.prepare_activations, types, constants
+    for planes in (1, 2):
+        types = {"x": "*bf16", "planes": "*i8", **floats, "columns": "i32"}
+        constants: dict[str, Any] = {"PLANES": planes, "CHAINED": True}
+        yield "round", triton_planes.round_activations, types, constants
     types = {"x": "*bf16", "halves": "*fp16", "factors": "*fp32", "sums": "*fp32", "columns": "i32"}
     yield "prepare rows", triton_halves.prepare_rows, types, {"AT_ONCE": 16}
     types = {"y": "*bf16", "chosen": "*i64", "routing": "*fp32", "out": "*bf16"}

@@ -34,7 +34,7 @@ def swiglu(rows: Tensor, expert: Tensor) -> Tensor:
 
 KERNELS = {
     triton_launch: ("dequantise_rows", "grouped_gemm", "prepare_rows"),
-    triton_launch_few: ("combine_slots", "grouped_gemv", "prepare_activations"),
+    triton_launch_few: ("combine_slots", "grouped_gemv", "round_activations"),
 }
 WIDTHS = (1, 2, 3)
 GROUP = 128

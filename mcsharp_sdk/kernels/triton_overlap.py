@@ -1,0 +1,39 @@
+"""Launches that overlap, inside Triton kernels: for compute capability 9 and more.
+
+A kernel that is launched for it may begin when every program of the kernel before it has called
+:func:`let_next_begin` or has ended, and has what that kernel and all before it wrote only after
+:func:`wait_for_last`. Both do nothing for kernels that are launched in the ordinary way.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def let_next_begin():
+    """The next kernel may begin, as far as this program is concerned."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0",
+        "=r",
+        [],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def wait_for_last():
+    """Wait until the kernel before this one has ended, and what it wrote can be read."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0",
+        "=r",
+        [],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
