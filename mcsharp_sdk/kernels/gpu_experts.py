@@ -29,8 +29,7 @@ DENSE_SLOTS = 512
 product, where nothing was measured. These are from an H100: see ``docs/performance.md``."""
 
 GEMV_AT_ONCE = 64
-"""Most tokens of a launch of the matrix-vector kernels: their scratch is 2 bytes an activation
-and width."""
+"""Most tokens of a launch of the matrix-vector kernels."""
 
 WORKSPACE_BYTES = 256 * 2**20
 """Scratch for many tokens; beyond it they are done some at a time."""

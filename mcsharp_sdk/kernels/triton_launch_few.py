@@ -2,7 +2,7 @@
 
 From compute capability 9 on launches overlap: a kernel begins while the one before it still runs,
 finds its weights, and waits for what it has to. All shapes follow from those of the arguments, so a
-CUDA graph can record any of it. Tile sizes are what was fastest on an H200: see ``docs/gpu.md``.
+CUDA graph can record any of it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,12 @@ class GemvTile(NamedTuple):
     warps: int
 
 
-TILES = {
-    False: ((4096, GemvTile(16, 32, 4)), (0, GemvTile(16, 16, 4))),
-    True: ((8192, GemvTile(16, 32, 4)), (4096, GemvTile(32, 32, 4)), (0, GemvTile(16, 16, 4))),
-}
-"""Whether activations have 8 bits -> columns from which on, and the tile."""
+TILE = GemvTile(16, 32, 4)
+NARROW_TILE = GemvTile(16, 16, 4)
+"""The latter for fewer than ``WIDE_COLUMNS``, of which fewer quads are left over, and for groups
+that are not whole blocks, whose scales take registers."""
 
-SMALL_GROUPS = GemvTile(16, 16, 4)
-"""The tile for groups that are not whole blocks, whose scales take more registers."""
+WIDE_COLUMNS = 4096
 
 
 def gemv(
@@ -64,7 +62,7 @@ def gemv(
     chosen : int64 [slots], slots a multiple of T: the expert of each.
     gated : give SiLU of the first half of the rows times the second half.
     dp4a : round activations to 8 bits, 128 at a time; otherwise to 15.
-    step : rows of a program; by default as ``TILES`` has it.
+    step : rows of a program; by default those of ``TILE``.
     chained : an earlier call with the same ``chosen`` has made ``x``.
 
     Returns
@@ -74,7 +72,8 @@ def gemv(
     tokens, columns = x.shape
     height = stack.rows // 2 if gated else stack.rows
     out = torch.empty(len(chosen), height, dtype=x.dtype, device=x.device)
-    tile = _tile(columns, stack.group_size, dp4a=dp4a)
+    narrow = columns < WIDE_COLUMNS or stack.group_size % BLOCK
+    tile = NARROW_TILE if narrow else TILE
     rows = step or tile.rows
     planes = 1 if dp4a else 2
     widths, weights = compiled_widths(stack), weight_tensors(stack)
@@ -101,12 +100,6 @@ def gemv(
         **_overlap(x.device),
     )
     return out
-
-
-def _tile(columns: int, group_size: int, *, dp4a: bool) -> GemvTile:
-    if group_size % BLOCK:
-        return SMALL_GROUPS
-    return next(tile for least, tile in TILES[dp4a] if columns >= least)
 
 
 def _rounded(x: Tensor, planes: int, *, chained: bool) -> tuple[Tensor, Tensor, Tensor]:

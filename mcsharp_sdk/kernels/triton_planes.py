@@ -58,4 +58,4 @@ def round_activations(
     scale += tl.sum(value * 0.0, 0)
     block = row * tl.num_programs(0) + tl.program_id(0)
     tl.store(scales + block, scale)
-    tl.store(sums + block, tl.sum(v, 0).to(tl.float32) * scale)
+    tl.store(sums + block, tl.sum(v.to(tl.float32), 0) * scale)

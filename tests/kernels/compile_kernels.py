@@ -31,10 +31,9 @@ from mcsharp_sdk.kernels import (
     triton_search,
     triton_sort,
 )
-from mcsharp_sdk.kernels.triton_launch_few import OVERLAPPING, SMALL_GROUPS
+from mcsharp_sdk.kernels.triton_launch_few import NARROW_TILE, OVERLAPPING, TILE, GemvTile
 
 WARPS = 4
-ROWS, QUADS = 16, 32
 WEIGHT = ("*u8", "*fp16", "*u8")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -42,7 +41,14 @@ Case = tuple[str, Any, Mapping[str, Any], Mapping[str, Any]]
 """Name, kernel, types of its arguments, its constants."""
 
 
-def gemv(widths: tuple[int, ...], dp4a: bool, gated: bool, group: int, tail: bool) -> Case:
+def gemv(
+    widths: tuple[int, ...],
+    dp4a: bool,
+    gated: bool,
+    group: int,
+    tail: bool,
+    tile: GemvTile = TILE,
+) -> Case:
     types = {
         "planes": "*i8",
         "x_scales": "*fp32",
@@ -61,8 +67,9 @@ def gemv(widths: tuple[int, ...], dp4a: bool, gated: bool, group: int, tail: boo
         "EMULATE": False,
         "WIDE": not tail,
         "TAIL": tail,
-        "BN": ROWS,
-        "QUADS": QUADS if group % 128 == 0 else SMALL_GROUPS.quads,
+        "BN": tile.rows,
+        "QUADS": tile.quads,
+        "num_warps": tile.warps,
     }
     name = f"gemv {widths} {'8' if dp4a else '16'}-bit activations group {group}"
     return name, triton_decode.grouped_gemv, types, constants
@@ -110,18 +117,25 @@ def dequantise(widths: tuple[int, ...], group: int) -> Case:
     return f"dequantise {widths} group {group}", triton_dequantise.dequantise_rows, types, constants
 
 
-def helpers() -> Iterator[Case]:
-    """The kernels around the products, and those of quantising."""
-    floats = dict.fromkeys(("scales", "sums"), "*fp32")
-    for planes in (1, 2):
-        types = {"x": "*bf16", "planes": "*i8", **floats, "columns": "i32"}
-        constants: dict[str, Any] = {"PLANES": planes, "CHAINED": True}
-        yield "round", triton_planes.round_activations, types, constants
-    types = {"x": "*bf16", "halves": "*fp16", "factors": "*fp32", "sums": "*fp32", "columns": "i32"}
-    yield "prepare rows", triton_halves.prepare_rows, types, {"AT_ONCE": 16}
+def rounding(planes: int) -> Case:
+    types = {"x": "*bf16", "planes": "*i8", "scales": "*fp32", "sums": "*fp32", "columns": "i32"}
+    constants = {"PLANES": planes, "CHAINED": True}
+    return f"round to {planes} bytes", triton_planes.round_activations, types, constants
+
+
+def combining() -> Case:
     types = {"y": "*bf16", "chosen": "*i64", "routing": "*fp32", "out": "*bf16"}
     types |= dict.fromkeys(("width", "experts", "slots_per_row"), "i32")
-    yield "combine", triton_combine.combine_slots, types, {"BH": 512}
+    return "combine", triton_combine.combine_slots, types, {"BH": 512}
+
+
+def helpers() -> Iterator[Case]:
+    """The kernels around the products, and those of quantising."""
+    for planes in (1, 2):
+        yield rounding(planes)
+    types = {"x": "*bf16", "halves": "*fp16", "factors": "*fp32", "sums": "*fp32", "columns": "i32"}
+    yield "prepare rows", triton_halves.prepare_rows, types, {"AT_ONCE": 16}
+    yield combining()
     types = {"chosen": "*i64", "order": "*i64", "ends": "*i32", "tiles": "*i32"}
     types |= dict.fromkeys(("slots", "experts", "tile_count", "height"), "i32")
     for bins in (4, 16, 512):
@@ -162,7 +176,7 @@ def cases(all_: bool) -> Iterator[Case]:
             yield gemv(widths, dp4a, gated=True, group=128, tail=False)
         yield gemm(widths, gated=True, group=128, tail=False, tokens=64)
     for dp4a in (False, True):
-        yield gemv((1, 2, 3), dp4a, gated=False, group=32, tail=True)
+        yield gemv((1, 2, 3), dp4a, gated=False, group=32, tail=True, tile=NARROW_TILE)
     yield gemm((1, 2, 3), gated=False, group=100, tail=True, tokens=32)
 
 
@@ -227,7 +241,7 @@ def main() -> None:
         line = f"sm_{options.capability} {name}: {found[1]} registers, {found[2]} bytes spilled"
         if name.startswith("gemv") and len(constants["WIDTHS"]) == 1:
             width = 2 if constants["WIDTHS"] == (3,) else constants["WIDTHS"][0]
-            codes = constants["BN"] * constants["QUADS"] * (128 // width) / (32 * WARPS)
+            codes = TILE.rows * TILE.quads * (128 // width) / (32 * TILE.warps)
             per_code = instructions_in_longest_loop(result.asm["cubin"]) / codes
             line += f", {per_code:.1f} instructions per code"
         print(line)

@@ -1,0 +1,187 @@
+"""Runs what Triton compiled without a GPU: programs one after the other, their threads in step.
+
+Unlike the interpreter this has the compiled code itself: inline assembly, the places of values in
+threads, and what is aligned. It knows the instructions of :mod:`ptx_instructions`, and fails where
+threads of a program part ways, where an address is misaligned or belongs to nothing, and where a
+kernel that may begin early reads what the one before it writes, or writes, before it has waited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ptx_code import Code, Instruction, parse
+from ptx_instructions import INSTRUCTIONS
+
+Array = NDArray[Any]
+
+BASE = 1 << 20
+"""The first address, in bytes."""
+
+BETWEEN = 256
+"""Bytes behind each array that belong to nothing."""
+
+UNSET = np.uint64(0x5A5A5A5A5A5A5A5A)
+"""What a register holds that was not written: code may move it beside what it needs."""
+
+SHARED = "global_smem"
+BRANCHES = {"bra", "brx", "ret"}
+RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+REGISTERS = {"%p": np.bool_, "%rs": np.uint16, "%r": np.uint32, "%rd": np.uint64}
+TYPES: dict[str, Any] = {
+    **{f"{kind}{bits}": RAW[bits // 8] for kind in "bu" for bits in (8, 16, 32, 64)},
+    "s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64,
+    "f16": np.float16, "f32": np.float32, "pred": np.bool_,
+}  # fmt: skip
+
+
+class Memory:
+    """The device's memory: ``values`` uint8, whether each ``exists``, and whether it comes
+    ``late``, from the kernel before."""
+
+    def __init__(self, size: int = 1 << 22) -> None:
+        self.values = np.zeros(size, np.uint8)
+        self.exists = np.zeros(size, np.bool_)
+        self.late = np.zeros(size, np.bool_)
+        self._end = BETWEEN
+
+    def put(self, array: Array, *, late: bool = False) -> int:
+        """The address of a copy, a multiple of 512."""
+        raw = np.ascontiguousarray(array).view(np.uint8).ravel()
+        start = -(-self._end // 512) * 512
+        self._end = start + len(raw) + BETWEEN
+        self.values[start : start + len(raw)] = raw
+        self.exists[start : start + len(raw)] = True
+        self.late[start : start + len(raw)] = late
+        return BASE + start
+
+    def get(self, address: int, like: Array) -> Array:
+        """What lies at an address, as an array of the type and shape of another."""
+        raw = self.values[address - BASE : address - BASE + like.nbytes]
+        return raw.view(like.dtype).reshape(like.shape).copy()
+
+
+class Program:
+    """One program of a launch: its registers, a value for each thread, and shared memory."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        parameters: Mapping[str, int],
+        place: tuple[int, int, int],
+        grid: tuple[int, int, int],
+        threads: int,
+        early: bool,
+    ) -> None:
+        self.memory, self.parameters, self.early = memory, parameters, early
+        self.shared = np.zeros(1 << 16, np.uint8)
+        self.thread = np.arange(threads)
+        self._registers: dict[str, Array] = {}
+        self._special: dict[str, Any] = {"%tid.x": self.thread, "%ntid.x": threads}
+        for axis, own, count in zip("xyz", place, grid, strict=True):
+            self._special |= {f"%ctaid.{axis}": own, f"%nctaid.{axis}": count}
+
+    def run(self, code: Code) -> None:
+        at = 0
+        while at < len(code.instructions):
+            instruction = code.instructions[at]
+            mask = self._mask(instruction)
+            at += 1
+            if instruction.parts[0] not in BRANCHES:
+                _known(instruction)(self, instruction.parts, instruction.operands, mask)
+            elif mask.any():
+                assert mask.all(), f"threads part at {instruction}"
+                at = self._target(instruction, code)
+
+    def _mask(self, instruction: Instruction) -> Array:
+        """Which threads do it."""
+        if not instruction.guard:
+            return np.ones(len(self.thread), np.bool_)
+        return self._registers[instruction.guard] ^ instruction.negated
+
+    def _target(self, instruction: Instruction, code: Code) -> int:
+        """The number of the instruction that a branch goes to."""
+        if instruction.parts[0] == "ret":
+            return len(code.instructions)
+        label = instruction.operands[0]
+        if instruction.parts[0] == "brx":
+            index = self.read(label, np.uint32)
+            assert (index == index[0]).all(), f"threads part at {instruction}"
+            label = code.targets[instruction.operands[1]][index[0]]
+        return code.labels[label]
+
+    def read(self, operand: str, dtype: Any) -> Array:
+        """An operand's bits as numbers of a type, [threads]; of a wider register the lowest."""
+        size = np.dtype(dtype).itemsize
+        if operand.rstrip("0123456789") in REGISTERS:
+            value = self._registers.get(operand, np.full(self.thread.shape, UNSET))
+            if dtype is np.bool_:
+                return value.astype(dtype)
+            return value.astype(RAW[size]).view(dtype)
+        if operand.startswith("0f"):
+            value = np.uint32(int(operand[2:], 16)).view(dtype)
+        else:
+            number = self._special.get(operand, 0 if operand == SHARED else None)
+            number = int(operand.rstrip("U"), 0) if number is None else number
+            value = np.asarray(number % (1 << 8 * size)).astype(RAW[size]).view(dtype)
+        return np.broadcast_to(value, self.thread.shape)
+
+    def write(self, register: str, value: Array, mask: Array) -> None:
+        """Set a register's lowest bits where ``mask``; the rest of a wider one become 0. ``_`` is
+        none."""
+        if register == "_":
+            return
+        dtype = REGISTERS[register.rstrip("0123456789")]
+        if dtype is not np.bool_:
+            value = np.ascontiguousarray(value).view(RAW[value.dtype.itemsize])
+        old = self._registers.get(register, np.zeros(len(self.thread), dtype))
+        self._registers[register] = np.where(mask, value, old).astype(dtype)
+
+    def addresses(self, operand: str) -> Array:
+        """int64 [threads] of an operand in brackets."""
+        register, _, offset = operand.strip("[] ").partition("+")
+        start = self.read(register.strip(), np.uint64).astype(np.int64)
+        return start + int(offset.strip() or "0", 0)
+
+    def checked(self, operand: str, space: str, size: int, mask: Array, *, store: bool) -> Array:
+        """Where threads find ``size`` bytes in the memory of a space, int64 [threads]."""
+        address = self.addresses(operand)
+        assert not (address[mask] % size).any(), f"{operand} is no multiple of {size} bytes"
+        if space == "shared":
+            return address
+        place = np.where(mask, address - BASE, 0)
+        used = (place[mask, None] + np.arange(size)).ravel()
+        assert self.memory.exists[used].all(), f"{operand} belongs to nothing"
+        if self.early:
+            assert not store, f"{operand} is written before the kernel before has ended"
+            assert not self.memory.late[used].any(), f"{operand} is read before it is written"
+        return place
+
+
+def _known(instruction: Instruction) -> Any:
+    if instruction.parts[0] not in INSTRUCTIONS:
+        raise NotImplementedError(f"ptx_instructions.py lacks {instruction.name}")
+    return INSTRUCTIONS[instruction.parts[0]]
+
+
+def launch(
+    ptx: str,
+    memory: Memory,
+    arguments: Sequence[int],
+    grid: tuple[int, int, int],
+    warps: int,
+    *,
+    early: bool = False,
+) -> None:
+    """Run a kernel; with ``early`` it begins before the kernel before it has ended.
+
+    Scratch that triton asks for behind the arguments is none.
+    """
+    code = parse(ptx)
+    values = [*arguments, *[0] * (len(code.parameters) - len(arguments))]
+    parameters = dict(zip(code.parameters, values, strict=True))
+    for z, y, x in np.ndindex(*reversed(grid)):
+        Program(memory, parameters, (x, y, z), grid, 32 * warps, early).run(code)
