@@ -198,7 +198,10 @@ def _store(program: Program, parts: Parts, operands: Parts, mask: Array) -> None
 
 
 def _depend(program: Program, parts: Parts, operands: Parts, mask: Array) -> None:
-    program.early &= parts[1] != "wait"
+    if parts[1] == "wait":
+        program.early = False
+    else:
+        program.let_next_begin_early |= program.early
 
 
 def _wait_for_threads(program: Program, parts: Parts, operands: Parts, mask: Array) -> None:

@@ -77,6 +77,7 @@ class Program:
         early: bool,
     ) -> None:
         self.memory, self.parameters, self.early = memory, parameters, early
+        self.let_next_begin_early = False
         self.shared = np.zeros(1 << 16, np.uint8)
         self.thread = np.arange(threads)
         self._registers: dict[str, Array] = {}
@@ -175,13 +176,19 @@ def launch(
     warps: int,
     *,
     early: bool = False,
-) -> None:
+) -> bool:
     """Run a kernel; with ``early`` it begins before the kernel before it has ended.
 
-    Scratch that triton asks for behind the arguments is none.
+    Scratch that triton asks for behind the arguments is none. Returns whether the kernel behind it
+    could begin before this one has waited.
     """
     code = parse(ptx)
     values = [*arguments, *[0] * (len(code.parameters) - len(arguments))]
     parameters = dict(zip(code.parameters, values, strict=True))
-    for z, y, x in np.ndindex(*reversed(grid)):
-        Program(memory, parameters, (x, y, z), grid, 32 * warps, early).run(code)
+    programs = [
+        Program(memory, parameters, (x, y, z), grid, 32 * warps, early)
+        for z, y, x in np.ndindex(*reversed(grid))
+    ]
+    for program in programs:
+        program.run(code)
+    return all(program.let_next_begin_early for program in programs)

@@ -184,7 +184,8 @@ def _few_tokens(
     dp4a: bool,
     step: int | None,
 ) -> Tensor:
-    from mcsharp_sdk.kernels.triton_launch_few import combine, gemv
+    from mcsharp_sdk.kernels.triton_launch import combine
+    from mcsharp_sdk.kernels.triton_launch_few import gemv
 
     flat = chosen.reshape(-1)
     gated = layer.between is None
@@ -198,8 +199,7 @@ def _few_tokens(
 def _many_tokens(
     layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Tensor, *, height: int | None
 ) -> Tensor:
-    from mcsharp_sdk.kernels.triton_launch import gemm, sort_slots
-    from mcsharp_sdk.kernels.triton_launch_few import combine
+    from mcsharp_sdk.kernels.triton_launch import combine, gemm, sort_slots
 
     flat = chosen.reshape(-1)
     tiles = sort_slots(flat, layer.experts, height)
@@ -212,8 +212,7 @@ def _many_tokens(
 
 
 def _long_prompt(layer: ExpertLayer, hidden: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
-    from mcsharp_sdk.kernels.triton_launch import sort_slots
-    from mcsharp_sdk.kernels.triton_launch_few import combine
+    from mcsharp_sdk.kernels.triton_launch import combine, sort_slots
 
     flat = chosen.reshape(-1)
     order, ends, *_ = sort_slots(flat, layer.experts)

@@ -67,13 +67,23 @@ def code_places(k, count, BITS: tl.constexpr):
 
 
 @triton.jit
+def load_where(pointers, ok):
+    """What is there where ``ok``, and 0 elsewhere; None is everywhere."""
+    if ok is None:
+        return tl.load(pointers)
+    else:  # noqa: RET505 - both branches are compiled unless one is left out here
+        return tl.load(pointers, mask=ok, other=0)
+
+
+@triton.jit
 def codes_at(pointers, places, ok, BITS: tl.constexpr):
-    """Codes, int32, at :func:`code_places` of packed rows that start at ``pointers``; broadcast."""
+    """Codes, int32, at :func:`code_places` of packed rows that start at ``pointers``, or 0 as
+    :func:`load_where`; broadcast."""
     LO: tl.constexpr = 2 if BITS == 3 else BITS
     byte, shift, top_byte, top_shift = places
-    code = (tl.load(pointers + byte, mask=ok, other=0).to(tl.int32) >> shift) & ((1 << LO) - 1)
+    code = (load_where(pointers + byte, ok).to(tl.int32) >> shift) & ((1 << LO) - 1)
     if BITS == 3:
-        top = tl.load(pointers + top_byte, mask=ok, other=0).to(tl.int32) >> top_shift
+        top = load_where(pointers + top_byte, ok).to(tl.int32) >> top_shift
         code |= (top & 1) << 2
     return code
 
@@ -92,15 +102,16 @@ def zero_point(code, BITS: tl.constexpr):
 
 @triton.jit
 def scale_pointers(matrix, n, g, GROUP: tl.constexpr):
-    """Where the scales of rows ``n`` in groups ``g`` are; broadcast."""
+    """Where the scales of rows ``n`` in groups ``g`` are, of less than 2³¹; broadcast."""
     return matrix[1] + (n * tl.cdiv(matrix[4], GROUP) + g)
 
 
 @triton.jit
 def scale_and_zero(matrix, n, g, ok, GROUP: tl.constexpr, BITS: tl.constexpr):
-    """Scales and zero points, fp32, of rows ``n`` in groups ``g``, where ``ok``; broadcast."""
+    """Scales and zero points, fp32, of rows ``n`` in groups ``g``, where ``ok`` or everywhere if it
+    is None; broadcast."""
     _, _, z, rows, _ = matrix
     pointers = scale_pointers(matrix, n, g, GROUP)
-    scale = tl.load(pointers, mask=ok, other=0.0).to(tl.float32)
+    scale = load_where(pointers, ok).to(tl.float32)
     code = gathered_codes(z + g * (padded(rows) * BITS // 8), n, rows, ok, BITS)
     return scale, zero_point(code, BITS)

@@ -42,7 +42,7 @@ def block_offsets(
     sums = tl.load(x_sums + block, mask=block < blocks, other=0.0)
     g = tl.minimum(block, blocks - 1) * BLOCK // GROUP
     scale = tl.load(scale_pointers(matrix, n, g, GROUP)).to(tl.float32)
-    codes = codes_at(z + g * (padded(rows) * BITS // 8), places, block >= 0, BITS)
+    codes = codes_at(z + g * (padded(rows) * BITS // 8), places, None, BITS)
     return scale * zero_point(codes, BITS) * sums
 
 
@@ -69,49 +69,64 @@ def last_columns(
 
 
 @triton.jit
+def block_products(
+    activations, matrix, words, n, first,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, EMULATE: tl.constexpr,
+    ALIGNED: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """Products of rows ``n`` [rows, 1] in QUADS quads from block ``first`` on, fp32 [rows, QUADS];
+    0 behind the last block. ``words`` int32 pointers to the rows. Zero points are left out where
+    groups are whole blocks."""
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    planes, x_scales, _ = activations
+    columns = matrix[4]
+    blocks = columns // BLOCK
+    quad = (tl.arange(0, QUADS) % WIDTH)[None, :]
+    block = (first + tl.arange(0, QUADS) // WIDTH)[None, :]
+    factor = tl.load(x_scales + block, mask=block < blocks, other=0.0)
+    block = tl.minimum(block, blocks - 1)
+    codes = quad_codes(words, block, quad, BITS, ALIGNED)
+    x = planes.to(tl.pointer_type(tl.int32)) + block * (BLOCK // 4) + quad * 4
+    plane = tl.cdiv(columns, BLOCK) * (BLOCK // 4)
+    if GROUP % 128 == 0:
+        scales = scale_pointers(matrix, n, block * BLOCK // GROUP, GROUP)
+        factor = factor * tl.load(scales).to(tl.float32)
+        return factor * quad_products(codes, x, plane, BITS, PLANES, EMULATE)
+    else:  # noqa: RET505 - both branches are compiled unless one is left out here
+        return factor * scaled_products(
+            codes, x, plane, matrix, n, block, quad, BITS, GROUP, PLANES, EMULATE
+        )
+
+
+@triton.jit
 def dot_rows(
     activations, matrix, n,
     BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, EMULATE: tl.constexpr,
-    WIDE: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, QUADS: tl.constexpr,
+    ALIGNED: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """Rows ``n`` of a matrix times the activations of a slot, fp32 [rows].
 
     QUADS quads of each row at a time, of one block or of several.
     """
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    AT_ONCE: tl.constexpr = QUADS // WIDTH
+    AT_ONCE: tl.constexpr = QUADS // (2 if BITS == 3 else BITS)
     planes, x_scales, x_sums = activations
     _, _, _, rows, columns = matrix
     blocks = columns // BLOCK
     row = matrix[0] + n.to(tl.int64) * (padded(columns) * BITS // 8)
     words = row.to(tl.pointer_type(tl.int32))[:, None]
-    x = planes.to(tl.pointer_type(tl.int32))
-    plane = tl.cdiv(columns, BLOCK) * (BLOCK // 4)
     places = code_places(n[None, :], rows, BITS)
-    quad = (tl.arange(0, QUADS) % WIDTH)[None, :]
     products = tl.zeros((BN, QUADS), tl.float32)
     offsets = tl.zeros((AT_ONCE, BN), tl.float32)
     for first in range(0, blocks, AT_ONCE):
-        block = (first + tl.arange(0, QUADS) // WIDTH)[None, :]
-        factor = tl.load(x_scales + block, mask=block < blocks, other=0.0)
-        block = tl.minimum(block, blocks - 1)
-        codes = quad_codes(words, block, quad, BITS, WIDE)
-        xs = x + block * 32 + quad * 4
+        products += block_products(
+            activations, matrix, words, n[:, None], first,
+            BITS, GROUP, PLANES, EMULATE, ALIGNED, QUADS,
+        )  # fmt: skip
         if GROUP % 128 == 0:
-            scales = scale_pointers(matrix, n[:, None], block * BLOCK // GROUP, GROUP)
-            factor = factor * tl.load(scales).to(tl.float32)
-            products += factor * quad_products(codes, xs, plane, BITS, PLANES, EMULATE)
             offsets += block_offsets(
                 x_sums, matrix, n[None, :], places, first, GROUP, BITS, AT_ONCE
             )
-        else:
-            products += factor * scaled_products(
-                codes, xs, plane, matrix, n[:, None], block, quad, block >= 0,
-                BITS, GROUP, PLANES, EMULATE,
-            )  # fmt: skip
-    total = tl.sum(products, 1)
-    if GROUP % 128 == 0:
-        total -= tl.sum(offsets, 0)
+    total = tl.sum(products, 1) - tl.sum(offsets, 0)
     if TAIL:
         rest = last_columns(planes, row, matrix, n, BITS, GROUP, PLANES, BN)
         total += rest * tl.load(x_scales + blocks)
@@ -122,7 +137,7 @@ def dot_rows(
 def grouped_gemv(
     planes, x_scales, x_sums, out, chosen, table, weights, rows, columns,
     WIDTHS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PLANES: tl.constexpr,
-    EMULATE: tl.constexpr, OVERLAP: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
+    EMULATE: tl.constexpr, OVERLAP: tl.constexpr, ALIGNED: tl.constexpr, TAIL: tl.constexpr,
     BN: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """One matrix of the chosen experts times their activations; grid (row tiles, k, T).
@@ -133,14 +148,14 @@ def grouped_gemv(
     ``WIDTHS``. ``out`` is [T · k, R], or with GATED [T · k, R/2]: SiLU of the first half of the
     rows times the second half.
 
-    With WIDE the rows of weights begin at multiples of 16 bytes. With OVERLAP it may be launched
+    With ALIGNED the rows of weights begin at multiples of 16 bytes. With OVERLAP it may be launched
     before ``round_activations`` has ended, but not before ``chosen`` and ``weights`` are there.
     """
     if OVERLAP:
         let_next_begin()
     source = tl.program_id(2).to(tl.int64)
     slot = source * tl.num_programs(1) + tl.program_id(1)
-    expert = tl.load(chosen + slot, cache_modifier=".cg")  # no older value from a nearer cache
+    expert = tl.load(chosen + slot, cache_modifier=".cg")  # not what a nearer cache had before
     width, place = tl.load(table + 2 * expert), tl.load(table + 2 * expert + 1)
     blocks = tl.cdiv(columns, BLOCK)
     activations = (
@@ -149,10 +164,10 @@ def grouped_gemv(
         x_sums + source * blocks,
     )
     STEP: tl.constexpr = BN // 2 if GATED else BN
-    last = rows // 2 if GATED else rows
+    height = rows // 2 if GATED else rows
     lane = tl.arange(0, BN)
     m = tl.program_id(0) * STEP + lane % STEP
-    n = lane // STEP * last + tl.minimum(m, last - 1)
+    n = lane // STEP * height + tl.minimum(m, height - 1)
     if OVERLAP:
         wait_for_last()
     total = tl.zeros((BN,), tl.float32)
@@ -160,12 +175,12 @@ def grouped_gemv(
         if width == WIDTHS[i]:
             matrix = matrix_at(weights[i], place, rows, columns, GROUP, WIDTHS[i])
             total = dot_rows(
-                activations, matrix, n, WIDTHS[i], GROUP, PLANES, EMULATE, WIDE, TAIL, BN, QUADS
+                activations, matrix, n, WIDTHS[i], GROUP, PLANES, EMULATE, ALIGNED, TAIL, BN, QUADS
             )
-    out += slot * last + tl.program_id(0) * STEP
+    out += slot * height + tl.program_id(0) * STEP
     at = tl.arange(0, STEP)
     if GATED:
         gate, up = tl.split(tl.reshape(total, (2, STEP)).trans(1, 0))
         total = gate * tl.sigmoid(gate) * up
     if width > 0:
-        tl.store(out + at, total, mask=tl.program_id(0) * STEP + at < last)
+        tl.store(out + at, total, mask=tl.program_id(0) * STEP + at < height)

@@ -14,25 +14,13 @@ import triton
 import triton.language as tl
 
 from mcsharp_sdk.kernels.triton_codes import BLOCK
+from mcsharp_sdk.kernels.triton_powers import exponent_of, power_of_two
 
 LARGEST = tl.constexpr(15)
 """Activations are scaled to at most 2^15, half of fp16's range."""
 
 UNIT = tl.constexpr(24)
 """A code in the lowest bits of an fp16 number is code · 2^-24."""
-
-
-@triton.jit
-def power_of_two(exponent):
-    """2^exponent as fp32, for exponents of normal numbers."""
-    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def exponent_of(value):
-    """The smallest e with |value| < 2^e, from -60 to 118; value fp32."""
-    exponent = ((value.to(tl.int32, bitcast=True) >> 23) & 255) - 126
-    return tl.minimum(tl.maximum(exponent, -60), 118)
 
 
 @triton.jit
@@ -54,7 +42,7 @@ def prepare_rows(x, halves, factors, sums, columns, AT_ONCE: tl.constexpr):
         k = first * BLOCK + at
         value = tl.load(x + k, mask=k < columns, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(value), 1))
-    exponent = -exponent_of(tl.max(largest, 0)) + LARGEST
+    exponent = -exponent_of(tl.max(largest, 0), -60, 118) + LARGEST
     tl.store(factors + row, power_of_two(-exponent + UNIT))
     full = columns // BLOCK
     for first in range(0, blocks, AT_ONCE):

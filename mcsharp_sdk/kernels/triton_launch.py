@@ -1,19 +1,20 @@
-"""Launching the Triton kernels for many tokens: grids, tile sizes and scratch.
+"""Launching the Triton kernels for many tokens and for weighed sums: grids, tile sizes, scratch.
 
-Those for few are in :mod:`~mcsharp_sdk.kernels.triton_launch_few`. Nothing here waits for the
+Products of few are in :mod:`~mcsharp_sdk.kernels.triton_launch_few`. Nothing here waits for the
 device. All shapes follow from those of the arguments, so a CUDA graph can record any of it. Tile
 sizes that are not given are what was fastest on an H100: see ``docs/gpu.md``.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from mcsharp_sdk.kernels.expert_layer import MatrixStack
+from mcsharp_sdk.kernels.triton_combine import combine_slots
 from mcsharp_sdk.kernels.triton_dequantise import dequantise_rows
 from mcsharp_sdk.kernels.triton_gemm import grouped_gemm
 from mcsharp_sdk.kernels.triton_halves import prepare_rows
@@ -22,6 +23,9 @@ from mcsharp_sdk.quantization.packing import BLOCK
 
 EMULATE = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, which knows neither assembly nor bfloat16."""
+
+OVERLAPPING = (9, 0)
+"""Compute capability from which on a kernel can begin before the one before it ends."""
 
 GEMM_ROWS = 64
 GEMM_TOKENS = (16, 32, 64, 128)
@@ -41,6 +45,7 @@ SORTED_TILES = 128
 """Slots, and tiles of an expert, that a program sorts at once."""
 
 DEQUANTISE_ROWS = 64
+COMBINE_COLUMNS = 512
 
 WIDTH_SETS = ((1, 2, 3), (1, 2, 3, 4), (1, 2, 3, 4, 8))
 """Mixed widths that kernels are compiled for, so that the layers of a model share a few of them."""
@@ -211,3 +216,31 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sums = torch.empty(columns // BLOCK, rows, device=x.device)
     prepare_rows[(rows,)](x, halves, factors, sums, columns, AT_ONCE=PREPARED_BLOCKS, num_warps=8)
     return halves, factors, sums
+
+
+def combine(y: Tensor, chosen: Tensor, routing: Tensor, experts: int) -> Tensor:
+    """Sum of a token's slots, weighed: y [T·k, H], chosen and routing [T, k] -> [T, H].
+
+    Slots that chose expert number ``experts`` count nothing.
+    """
+    tokens, slots = chosen.shape
+    out = torch.empty(tokens, y.shape[1], dtype=y.dtype, device=y.device)
+    combine_slots[(triton.cdiv(y.shape[1], COMBINE_COLUMNS), tokens)](
+        y,
+        chosen,
+        routing,
+        out,
+        y.shape[1],
+        experts,
+        slots,
+        BH=COMBINE_COLUMNS,
+        **overlap(y.device),
+    )
+    return out
+
+
+def overlap(device: torch.device) -> dict[str, Any]:
+    """Arguments of a launch that may begin before the kernel before it ends, where it can."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= OVERLAPPING:
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}

@@ -7,23 +7,17 @@ CUDA graph can record any of it.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from mcsharp_sdk.kernels.expert_layer import MatrixStack
-from mcsharp_sdk.kernels.triton_combine import combine_slots
 from mcsharp_sdk.kernels.triton_decode import grouped_gemv
-from mcsharp_sdk.kernels.triton_launch import EMULATE, compiled_widths, weight_tensors
+from mcsharp_sdk.kernels.triton_launch import EMULATE, compiled_widths, overlap, weight_tensors
 from mcsharp_sdk.kernels.triton_planes import round_activations
 from mcsharp_sdk.quantization.packing import BLOCK
-
-COMBINE_COLUMNS = 512
-
-OVERLAPPING = (9, 0)
-"""Compute capability from which on a kernel can begin before the one before it ends."""
 
 
 class GemvTile(NamedTuple):
@@ -35,11 +29,20 @@ class GemvTile(NamedTuple):
 
 
 TILE = GemvTile(16, 32, 4)
-NARROW_TILE = GemvTile(16, 16, 4)
-"""The latter for fewer than ``WIDE_COLUMNS``, of which fewer quads are left over, and for groups
-that are not whole blocks, whose scales take registers."""
+SMALL_TILE = GemvTile(16, 16, 4)
+"""The latter for fewer than ``MANY_COLUMNS``, so that less of the last step is wasted, and for
+groups that are not whole blocks, whose scales take registers."""
 
-WIDE_COLUMNS = 4096
+MANY_COLUMNS = 4096
+
+
+def tile_of(columns: int, group_size: int, rows: int | None = None) -> GemvTile:
+    """The tile for a matrix: other ``rows`` have so many quads that registers suffice."""
+    few = columns < MANY_COLUMNS or group_size % BLOCK
+    tile = SMALL_TILE if few else TILE
+    if rows is None:
+        return tile
+    return GemvTile(rows, tile.quads * tile.rows // rows, tile.warps)
 
 
 def gemv(
@@ -62,7 +65,7 @@ def gemv(
     chosen : int64 [slots], slots a multiple of T: the expert of each.
     gated : give SiLU of the first half of the rows times the second half.
     dp4a : round activations to 8 bits, 128 at a time; otherwise to 15.
-    step : rows of a program; by default those of ``TILE``.
+    step : rows of a program; by default what :func:`tile_of` gives.
     chained : an earlier call with the same ``chosen`` has made ``x``.
 
     Returns
@@ -72,12 +75,14 @@ def gemv(
     tokens, columns = x.shape
     height = stack.rows // 2 if gated else stack.rows
     out = torch.empty(len(chosen), height, dtype=x.dtype, device=x.device)
-    narrow = columns < WIDE_COLUMNS or stack.group_size % BLOCK
-    tile = NARROW_TILE if narrow else TILE
-    rows = step or tile.rows
+    tile = tile_of(columns, stack.group_size, step)
     planes = 1 if dp4a else 2
     widths, weights = compiled_widths(stack), weight_tensors(stack)
-    grid = (triton.cdiv(height, rows // 2 if gated else rows), len(chosen) // tokens, tokens)
+    grid = (
+        triton.cdiv(height, tile.rows // 2 if gated else tile.rows),
+        len(chosen) // tokens,
+        tokens,
+    )
     whole = columns % BLOCK == 0
     grouped_gemv[grid](
         *_rounded(x, planes, chained=chained),
@@ -92,12 +97,12 @@ def gemv(
         GATED=gated,
         PLANES=planes,
         EMULATE=EMULATE,
-        WIDE=whole and not EMULATE and all(codes.data_ptr() % 16 == 0 for codes, *_ in weights),
+        ALIGNED=whole and not EMULATE and all(codes.data_ptr() % 16 == 0 for codes, *_ in weights),
         TAIL=not whole,
-        BN=rows,
+        BN=tile.rows,
         QUADS=tile.quads,
         num_warps=tile.warps,
-        **_overlap(x.device),
+        **overlap(x.device),
     )
     return out
 
@@ -110,34 +115,6 @@ def _rounded(x: Tensor, planes: int, *, chained: bool) -> tuple[Tensor, Tensor, 
     integers = torch.empty(size, dtype=torch.int8, device=x.device)
     scales, sums = (torch.empty(tokens, blocks, device=x.device) for _ in range(2))
     round_activations[(blocks, tokens)](
-        x, integers, scales, sums, columns, PLANES=planes, CHAINED=chained, **_overlap(x.device)
+        x, integers, scales, sums, columns, PLANES=planes, CHAINED=chained, **overlap(x.device)
     )
     return integers, scales, sums
-
-
-def combine(y: Tensor, chosen: Tensor, routing: Tensor, experts: int) -> Tensor:
-    """Sum of a token's slots, weighed: y [T·k, H], chosen and routing [T, k] -> [T, H].
-
-    Slots that chose expert number ``experts`` count nothing.
-    """
-    tokens, slots = chosen.shape
-    out = torch.empty(tokens, y.shape[1], dtype=y.dtype, device=y.device)
-    combine_slots[(triton.cdiv(y.shape[1], COMBINE_COLUMNS), tokens)](
-        y,
-        chosen,
-        routing,
-        out,
-        y.shape[1],
-        experts,
-        slots,
-        BH=COMBINE_COLUMNS,
-        **_overlap(y.device),
-    )
-    return out
-
-
-def _overlap(device: torch.device) -> dict[str, Any]:
-    """Arguments of a launch that may begin before the kernel before it ends, where it can."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= OVERLAPPING:
-        return {"OVERLAP": True, "launch_pdl": True}
-    return {"OVERLAP": False}

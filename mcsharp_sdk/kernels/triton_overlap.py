@@ -1,8 +1,8 @@
 """Launches that overlap, inside Triton kernels: for compute capability 9 and more.
 
 A kernel that is launched for it may begin when every program of the kernel before it has called
-:func:`let_next_begin` or has ended, and has what that kernel and all before it wrote only after
-:func:`wait_for_last`. Both do nothing for kernels that are launched in the ordinary way.
+:func:`let_next_begin` or has ended. What that kernel and all before it wrote, it has only after
+:func:`wait_for_last`. Triton 3.4 has functions for this too, but cannot compile them.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

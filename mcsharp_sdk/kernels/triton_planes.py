@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from mcsharp_sdk.kernels.triton_codes import BLOCK
-from mcsharp_sdk.kernels.triton_halves import exponent_of, power_of_two
 from mcsharp_sdk.kernels.triton_overlap import let_next_begin, wait_for_last
+from mcsharp_sdk.kernels.triton_powers import exponent_of, power_of_two
 
 
 @triton.jit
@@ -25,14 +25,18 @@ def round_activations(
     """x [T, K] ≈ scale · v, v integers; grid (blocks, T).
 
     ``planes`` int8 [T, PLANES, 128 · blocks]: v, |v| ≤ 127, or with two PLANES first the high and
-    then the low bytes of v, |v| ≤ 2^14; behind K zeros. ``scales`` fp32 [T, blocks], and ``sums``
-    fp32 [T, blocks] those of scale · v. A block with a number that is not finite gives NaN.
+    then the low bytes of v, |v| ≤ 2^14; with zeros behind column K. ``scales`` fp32 [T, blocks],
+    and ``sums`` fp32 [T, blocks] those of scale · v. A block with a number that is not finite gives
+    NaN.
 
-    With OVERLAP it may be launched before ``x`` is there; with CHAINED, what follows may be too.
+    With OVERLAP it may be launched before ``x`` is there. The product behind it reads the chosen
+    experts before it waits. So it may not begin before whatever chose them has ended: this kernel
+    waits first, unless it is CHAINED to an earlier product of the same experts.
     """
-    if OVERLAP:
-        if CHAINED:
-            let_next_begin()
+    if OVERLAP and CHAINED:
+        let_next_begin()
+        wait_for_last()
+    elif OVERLAP:
         wait_for_last()
         let_next_begin()
     at = tl.arange(0, BLOCK)
@@ -44,7 +48,7 @@ def round_activations(
         scale = largest / 127.0
         v = tl.floor(value / tl.where(scale > 0, scale, 1.0) + 0.5).to(tl.int32)
     else:
-        exponent = exponent_of(largest)
+        exponent = exponent_of(largest, -112, 128)
         scale = power_of_two(exponent - 14)
         v = tl.floor(value * power_of_two(14 - exponent) + 0.5).to(tl.int32)
     to = (row * PLANES * tl.num_programs(0) + tl.program_id(0)) * BLOCK + at

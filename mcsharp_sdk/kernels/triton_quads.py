@@ -17,16 +17,16 @@ from mcsharp_sdk.kernels.triton_codes import scale_and_zero
 
 
 @triton.jit
-def load_quad(pointers, KEEP: tl.constexpr, WIDE: tl.constexpr):
+def load_quad(pointers, CACHED: tl.constexpr, ALIGNED: tl.constexpr):
     """Four int32 from each of ``pointers`` on, as a tuple.
 
-    With WIDE they begin at multiples of 16 bytes; without KEEP the first-level cache leaves them
-    out. What is loaded may come from the kernel before, so loads stay where they are.
+    With ALIGNED they begin at multiples of 16 bytes; without CACHED the first-level cache leaves
+    them out. What is loaded may come from the kernel before, so loads stay where they are.
     """
-    if WIDE:
+    if ALIGNED:
         return tl.inline_asm_elementwise(
             "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];"
-            if KEEP
+            if CACHED
             else "ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];",
             "=r,=r,=r,=r,l",
             [pointers.to(tl.int64)],
@@ -61,7 +61,7 @@ def dp4a(codes, x, total, EMULATE: tl.constexpr):
 
 @triton.jit
 def whole_codes(word, top, BITS: tl.constexpr):
-    """Words whose bytes hold whole codes: field t is in number t % 2 of the two.
+    """A word as words whose bytes hold whole codes, place by place: itself, or at 3 bits two.
 
     3 bits come as words of two bits and ``top``, the third bits at the places of the first ones;
     they become nibbles, the even fields in one word and the odd ones in another.
@@ -71,19 +71,19 @@ def whole_codes(word, top, BITS: tl.constexpr):
         odd = ((word >> 2) & 0x33333333) | (top & 0x44444444)
         return even, odd
     else:  # noqa: RET505
-        return word, word
+        return (word,)
 
 
 @triton.jit
-def quad_codes(words, block, quad, BITS: tl.constexpr, WIDE: tl.constexpr):
+def quad_codes(words, block, quad, BITS: tl.constexpr, ALIGNED: tl.constexpr):
     """The four words of ``quad`` of ``block``, each as :func:`whole_codes`; int32 [rows, quads].
 
     ``words`` are pointers to rows, [rows, 1]; ``block`` and ``quad`` [1, quads].
     """
-    w0, w1, w2, w3 = load_quad(words + (block * (4 * BITS) + quad * 4), False, WIDE)
+    w0, w1, w2, w3 = load_quad(words + (block * (4 * BITS) + quad * 4), False, ALIGNED)
     t0, t1, t2, t3 = w0, w1, w2, w3
     if BITS == 3:  # of both quads of a block, moved to where the first bits are
-        t0, t1, t2, t3 = load_quad(words + (block * (4 * BITS) + 8), True, WIDE)
+        t0, t1, t2, t3 = load_quad(words + (block * (4 * BITS) + 8), True, ALIGNED)
         t0, t1, t2, t3 = t0 >> quad, t1 >> quad, t2 >> quad, t3 >> quad
     return (
         whole_codes(w0, t0, BITS), whole_codes(w1, t1, BITS),
@@ -92,22 +92,17 @@ def quad_codes(words, block, quad, BITS: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def place_of(t: tl.constexpr, BITS: tl.constexpr):
-    """The lowest bit of field ``t`` in each byte of :func:`whole_codes`."""
-    PLACE: tl.constexpr = 4 * (t // 2) if BITS == 3 else BITS * t
-    return PLACE
-
-
-@triton.jit
-def field_product(
-    codes, x, total, t: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr
+def multiplied(
+    code, x, total, PLACE: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr
 ):  # fmt: skip
-    """``total`` plus field ``t`` of a word, at its place, times four activations of each word."""
-    PLACED: tl.constexpr = (2**BITS - 1) << (4 * (t // 2) if BITS == 3 else BITS * t)
+    """``total`` plus four codes of each word, from bit PLACE of its bytes on, times ``x``.
+
+    Products are 2^PLACE times too large.
+    """
+    CODE: tl.constexpr = (2**BITS - 1) << PLACE
     # An int32 of the same bits, in each byte.
-    MASK: tl.constexpr = PLACED * 0x01010101 - (2**32 if PLACED >= 128 else 0)
-    code = codes[t % 2] & MASK
-    return dp4a(code, tl.broadcast_to(x, code.shape), total, EMULATE)
+    MASK: tl.constexpr = CODE * 0x01010101 - (2**32 if CODE >= 128 else 0)
+    return dp4a(code & MASK, tl.broadcast_to(x, code.shape), total, EMULATE)
 
 
 @triton.jit
@@ -120,37 +115,47 @@ def quad_products(
     ``x`` int32 pointers [1, quads] to the first plane, the next one ``plane`` behind it.
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    PLACED: tl.constexpr = 4 if BITS == 3 else BITS  # bits from one place to the next
+    WORDS: tl.constexpr = PLACED // WIDTH
     total = tl.zeros(codes[0][0].shape, tl.int32)
-    for t in tl.static_range(8 // WIDTH):
+    for u in tl.static_range(8 // PLACED):
         part = tl.zeros(total.shape, tl.int32)
         for i in tl.static_range(PLANES):
             part = part << 8
-            xs = load_quad(x + i * plane + t * (4 * WIDTH), True, not EMULATE)
-            for j in tl.static_range(4):
-                part = field_product(codes[j], xs[j], part, t, BITS, EMULATE)
-        total += part >> place_of(t, BITS)
+            for w in tl.static_range(WORDS):
+                field = u * WORDS + w
+                xs = load_quad(x + (i * plane + field * (4 * WIDTH)), True, not EMULATE)
+                for j in tl.static_range(4):
+                    part = multiplied(codes[j][w], xs[j], part, u * PLACED, BITS, EMULATE)
+        total += part >> (u * PLACED)
     return total.to(tl.float32)
 
 
 @triton.jit
 def scaled_products(
-    codes, x, plane, matrix, n, block, quad, ok,
+    codes, x, plane, matrix, n, block, quad,
     BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`quad_products`, for groups that are not whole blocks: each field has scale and zero
-    point of its group, where ``ok`` [1, quads]; ``n`` [rows, 1]."""
+    """As :func:`quad_products`, for groups that are not whole blocks: four columns at a time, with
+    scale and zero point of their group; ``n`` [rows, 1]."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    PLACED: tl.constexpr = 4 if BITS == 3 else BITS
+    WORDS: tl.constexpr = PLACED // WIDTH
     total = tl.zeros(codes[0][0].shape, tl.float32)
-    for t in tl.static_range(8 // WIDTH):
-        for j in tl.static_range(4):
-            product = tl.zeros(total.shape, tl.int32)
-            ones = tl.zeros(quad.shape, tl.int32)
-            for i in tl.static_range(PLANES):
-                xs = tl.load(x + (i * plane + t * (4 * WIDTH) + j))
-                product = field_product(codes[j], xs, product << 8, t, BITS, EMULATE)
-                ones = dp4a(xs * 0 + 0x01010101, xs, ones << 8, EMULATE)
-            g = (block * 128 + (16 * WIDTH * t + 4 * j) + quad * 16) // GROUP
-            scale, zero = scale_and_zero(matrix, n, g, ok, GROUP, BITS)
-            product = (product >> place_of(t, BITS)).to(tl.float32)
-            total += scale * (product - zero * ones.to(tl.float32))
+    for u in tl.static_range(8 // PLACED):
+        for w in tl.static_range(WORDS):
+            for j in tl.static_range(4):
+                field = u * WORDS + w
+                product = tl.zeros(total.shape, tl.int32)
+                ones = tl.zeros(quad.shape, tl.int32)
+                for i in tl.static_range(PLANES):
+                    xs = tl.load(x + (i * plane + field * (4 * WIDTH) + j))
+                    one = tl.full(xs.shape, 0x01010101, tl.int32)
+                    product <<= 8
+                    product = multiplied(codes[j][w], xs, product, u * PLACED, BITS, EMULATE)
+                    ones = dp4a(one, xs, ones << 8, EMULATE)
+                g = (block * 128 + (16 * WIDTH * field + 4 * j) + quad * 16) // GROUP
+                scale, zero = scale_and_zero(matrix, n, g, None, GROUP, BITS)
+                product = (product >> (u * PLACED)).to(tl.float32)
+                total += scale * (product - zero * ones.to(tl.float32))
     return total

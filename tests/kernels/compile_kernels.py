@@ -9,6 +9,7 @@ instructions in the loop over blocks per code. Run by ``tests/kernels/test_trito
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import tempfile
@@ -31,7 +32,8 @@ from mcsharp_sdk.kernels import (
     triton_search,
     triton_sort,
 )
-from mcsharp_sdk.kernels.triton_launch_few import NARROW_TILE, OVERLAPPING, TILE, GemvTile
+from mcsharp_sdk.kernels.triton_launch import OVERLAPPING
+from mcsharp_sdk.kernels.triton_launch_few import TILE, GemvTile, tile_of
 
 WARPS = 4
 WEIGHT = ("*u8", "*fp16", "*u8")
@@ -65,13 +67,13 @@ def gemv(
         "GATED": gated,
         "PLANES": 1 if dp4a else 2,
         "EMULATE": False,
-        "WIDE": not tail,
+        "ALIGNED": not tail,
         "TAIL": tail,
         "BN": tile.rows,
         "QUADS": tile.quads,
         "num_warps": tile.warps,
     }
-    name = f"gemv {widths} {'8' if dp4a else '16'}-bit activations group {group}"
+    name = f"gemv {widths} {8 if dp4a else 16}-bit activations group {group} {tile.rows} rows"
     return name, triton_decode.grouped_gemv, types, constants
 
 
@@ -117,9 +119,9 @@ def dequantise(widths: tuple[int, ...], group: int) -> Case:
     return f"dequantise {widths} group {group}", triton_dequantise.dequantise_rows, types, constants
 
 
-def rounding(planes: int) -> Case:
+def rounding(planes: int, chained: bool = False) -> Case:
     types = {"x": "*bf16", "planes": "*i8", "scales": "*fp32", "sums": "*fp32", "columns": "i32"}
-    constants = {"PLANES": planes, "CHAINED": True}
+    constants = {"PLANES": planes, "CHAINED": chained}
     return f"round to {planes} bytes", triton_planes.round_activations, types, constants
 
 
@@ -131,8 +133,8 @@ def combining() -> Case:
 
 def helpers() -> Iterator[Case]:
     """The kernels around the products, and those of quantising."""
-    for planes in (1, 2):
-        yield rounding(planes)
+    for planes, chained in itertools.product((1, 2), (False, True)):
+        yield rounding(planes, chained)
     types = {"x": "*bf16", "halves": "*fp16", "factors": "*fp32", "sums": "*fp32", "columns": "i32"}
     yield "prepare rows", triton_halves.prepare_rows, types, {"AT_ONCE": 16}
     yield combining()
@@ -175,8 +177,11 @@ def cases(all_: bool) -> Iterator[Case]:
         for dp4a in (False, True):
             yield gemv(widths, dp4a, gated=True, group=128, tail=False)
         yield gemm(widths, gated=True, group=128, tail=False, tokens=64)
-    for dp4a in (False, True):
-        yield gemv((1, 2, 3), dp4a, gated=False, group=32, tail=True, tile=NARROW_TILE)
+    for dp4a, rows in itertools.product((False, True), (16, 32)):
+        tile = tile_of(4096, 128, rows)
+        yield gemv((1, 2, 3), dp4a, gated=True, group=128, tail=False, tile=tile)
+        tile = tile_of(4096, 32, rows)
+        yield gemv((1, 2, 3, 4, 8), dp4a, gated=False, group=32, tail=True, tile=tile)
     yield gemm((1, 2, 3), gated=False, group=100, tail=True, tokens=32)
 
 

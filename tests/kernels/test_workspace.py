@@ -33,8 +33,8 @@ def swiglu(rows: Tensor, expert: Tensor) -> Tensor:
 
 
 KERNELS = {
-    triton_launch: ("dequantise_rows", "grouped_gemm", "prepare_rows"),
-    triton_launch_few: ("combine_slots", "grouped_gemv", "round_activations"),
+    triton_launch: ("combine_slots", "dequantise_rows", "grouped_gemm", "prepare_rows"),
+    triton_launch_few: ("grouped_gemv", "round_activations"),
 }
 WIDTHS = (1, 2, 3)
 GROUP = 128
@@ -110,6 +110,21 @@ def test_few_tokens_take_a_row_of_each_slot_and_integers(shape: str, tokens: int
     found = taken(unset_layer(shape), shape, tokens, Tiling("gemv"))
     assert rows < found <= rows + integers + result_bytes(shape, tokens, tokens) + SMALL
     assert found <= 2**20
+
+
+@pytest.mark.parametrize("between", [None, swiglu], ids=["silu", "own code"])
+def test_the_second_product_alone_is_chained_to_another(
+    between: PerSlot | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chained: list[bool] = []
+
+    def noted(*arguments: Any, CHAINED: bool, **constants: Any) -> None:
+        chained.append(CHAINED)
+
+    monkeypatch.setattr(triton_launch_few, "round_activations", defaultdict(lambda: noted))
+    shape = "deepseek-v2-lite"
+    taken(unset_layer(shape, between), shape, 2, Tiling("gemv"))
+    assert chained == [False, True]
 
 
 @pytest.mark.parametrize("between", [None, swiglu], ids=["silu", "own code"])
