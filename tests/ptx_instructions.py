@@ -141,14 +141,22 @@ def _registers(operand: str) -> list[str]:
     return [register.strip() for register in operand.strip("{} ").split(",")]
 
 
+def _bfloat16(bits: Array) -> Array:
+    """Bits of fp32 rounded to those of bf16, the nearest one, of two the even one."""
+    wide = bits.astype(np.uint64)
+    return ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype(np.uint16)
+
+
 def _convert(program: Program, parts: Parts, operands: Parts, mask: Array) -> None:
     to, source = parts[-2:]
     if to == "bf16":
-        bits = program.read(operands[1], np.uint32).astype(np.uint64)
-        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        value = _bfloat16(program.read(operands[1], np.uint32))
+    elif to == "bf16x2":
+        high, low = (_bfloat16(program.read(operand, np.uint32)) for operand in operands[1:])
+        value = _parts_of(np.stack([low, high], 1), np.uint32, 1)[:, 0]
     elif source == "bf16":
-        high = program.read(operands[1], np.uint16).astype(np.uint32) << 16
-        value = high.view(np.float32)
+        bits = program.read(operands[1], np.uint16).astype(np.uint32) << 16
+        value = bits.view(np.float32)
     else:
         value = program.read(operands[1], _type(source))
         for name in set(parts) & set(ROUND):
@@ -179,9 +187,8 @@ def _load(program: Program, parts: Parts, operands: Parts, mask: Array) -> None:
         return program.write(operands[0], np.broadcast_to(value, mask.shape), mask)
     registers, size = _registers(operands[0]), np.dtype(dtype).itemsize
     whole = size * len(registers)
-    place = program.checked(operands[1], parts[1], whole, mask, store=False)
-    source = program.shared if parts[1] == "shared" else program.memory.values
-    loaded = source[np.where(mask, place, 0)[:, None] + np.arange(whole)]
+    source, place = program.place(operands[1], parts[1], whole, mask, store=False)
+    loaded = source[place[:, None] + np.arange(whole)]
     for i, register in enumerate(registers):
         value = _parts_of(loaded[:, i * size : (i + 1) * size], dtype, 1)[:, 0]
         program.write(register, value, mask)
@@ -192,8 +199,7 @@ def _store(program: Program, parts: Parts, operands: Parts, mask: Array) -> None
     dtype = _type(parts[-1])
     values = [program.read(register, dtype) for register in _registers(operands[1])]
     raw = _parts_of(np.stack(values, 1), np.uint8, len(values) * np.dtype(dtype).itemsize)
-    place = program.checked(operands[0], parts[1], raw.shape[1], mask, store=True)
-    target = program.shared if parts[1] == "shared" else program.memory.values
+    target, place = program.place(operands[0], parts[1], raw.shape[1], mask, store=True)
     target[place[mask, None] + np.arange(raw.shape[1])] = raw[mask]
 
 

@@ -8,7 +8,7 @@ kernel that may begin early reads what the one before it writes, or writes, befo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,6 @@ from ptx_code import Code, Instruction, parse
 from ptx_instructions import INSTRUCTIONS
 
 Array = NDArray[Any]
-
-BASE = 1 << 20
-"""The first address, in bytes."""
-
-BETWEEN = 256
-"""Bytes behind each array that belong to nothing."""
 
 UNSET = np.uint64(0x5A5A5A5A5A5A5A5A)
 """What a register holds that was not written: code may move it beside what it needs."""
@@ -39,29 +33,33 @@ TYPES: dict[str, Any] = {
 
 
 class Memory:
-    """The device's memory: ``values`` uint8, whether each ``exists``, and whether it comes
-    ``late``, from the kernel before."""
+    """The device's memory: that of the arrays which a kernel is given.
 
-    def __init__(self, size: int = 1 << 22) -> None:
-        self.values = np.zeros(size, np.uint8)
-        self.exists = np.zeros(size, np.bool_)
-        self.late = np.zeros(size, np.bool_)
-        self._end = BETWEEN
+    Attributes
+    ----------
+    late : first and last address of what the kernels before write that have not ended when this one
+        begins.
+    written : the same of what this one has written.
+    """
 
-    def put(self, array: Array, *, late: bool = False) -> int:
-        """The address of a copy, a multiple of 512."""
-        raw = np.ascontiguousarray(array).view(np.uint8).ravel()
-        start = -(-self._end // 512) * 512
-        self._end = start + len(raw) + BETWEEN
-        self.values[start : start + len(raw)] = raw
-        self.exists[start : start + len(raw)] = True
-        self.late[start : start + len(raw)] = late
-        return BASE + start
+    def __init__(self) -> None:
+        self.late: list[tuple[int, int]] = []
+        self.written: set[tuple[int, int]] = set()
+        self._arrays: list[tuple[int, Array]] = []
 
-    def get(self, address: int, like: Array) -> Array:
-        """What lies at an address, as an array of the type and shape of another."""
-        raw = self.values[address - BASE : address - BASE + like.nbytes]
-        return raw.view(like.dtype).reshape(like.shape).copy()
+    def hold(self, arrays: Iterable[Array]) -> None:
+        """Have these arrays of bytes, and no others, in memory."""
+        self._arrays = [(array.ctypes.data, array) for array in arrays]
+
+    def find(self, address: Array, size: int) -> tuple[int, Array]:
+        """Start and bytes of the array that holds ``size`` bytes at each address."""
+        for start, array in self._arrays:
+            if start <= address.min() and address.max() + size <= start + len(array):
+                return start, array
+        raise AssertionError("an address belongs to nothing")
+
+    def is_late(self, address: Array) -> bool:
+        return any(((first <= address) & (address <= last)).any() for first, last in self.late)
 
 
 class Program:
@@ -147,19 +145,27 @@ class Program:
         start = self.read(register.strip(), np.uint64).astype(np.int64)
         return start + int(offset.strip() or "0", 0)
 
-    def checked(self, operand: str, space: str, size: int, mask: Array, *, store: bool) -> Array:
-        """Where threads find ``size`` bytes in the memory of a space, int64 [threads]."""
+    def place(
+        self, operand: str, space: str, size: int, mask: Array, *, store: bool
+    ) -> tuple[Array, Array]:
+        """The bytes of a space, and where in them threads find ``size``; int64 [threads].
+
+        Where ``mask`` is not set, they find any.
+        """
         address = self.addresses(operand)
-        assert not (address[mask] % size).any(), f"{operand} is no multiple of {size} bytes"
+        used = address[mask]
+        assert not (used % size).any(), f"{operand} is no multiple of {size} bytes"
         if space == "shared":
-            return address
-        place = np.where(mask, address - BASE, 0)
-        used = (place[mask, None] + np.arange(size)).ravel()
-        assert self.memory.exists[used].all(), f"{operand} belongs to nothing"
-        if self.early:
-            assert not store, f"{operand} is written before the kernel before has ended"
-            assert not self.memory.late[used].any(), f"{operand} is read before it is written"
-        return place
+            return self.shared, np.where(mask, address, 0)
+        if not len(used):
+            return np.zeros(size, np.uint8), np.zeros_like(address)
+        start, array = self.memory.find(used, size)
+        if store:
+            assert not self.early, f"{operand} is written before the kernel before has ended"
+            self.memory.written.add((start, start + len(array) - 1))
+        elif self.early:
+            assert not self.memory.is_late(used), f"{operand} is read before it is written"
+        return array, np.where(mask, address - start, 0)
 
 
 def _known(instruction: Instruction) -> Any:
@@ -176,11 +182,12 @@ def launch(
     warps: int,
     *,
     early: bool = False,
-) -> bool:
+) -> None:
     """Run a kernel; with ``early`` it begins before the kernel before it has ended.
 
-    Scratch that triton asks for behind the arguments is none. Returns whether the kernel behind it
-    could begin before this one has waited.
+    What it writes is late for the next one, and with it all that was late for this one, if the next
+    one can begin before this one has waited. Scratch that triton asks for behind the arguments is
+    none.
     """
     code = parse(ptx)
     values = [*arguments, *[0] * (len(code.parameters) - len(arguments))]
@@ -189,6 +196,8 @@ def launch(
         Program(memory, parameters, (x, y, z), grid, 32 * warps, early)
         for z, y, x in np.ndindex(*reversed(grid))
     ]
+    memory.written = set()
     for program in programs:
         program.run(code)
-    return all(program.let_next_begin_early for program in programs)
+    passed_on = memory.late if all(p.let_next_begin_early for p in programs) else []
+    memory.late = [*passed_on, *memory.written]
