@@ -26,6 +26,7 @@ from mcsharp_sdk.kernels.triton_codes import (
     zero_point,
 )
 from mcsharp_sdk.kernels.triton_overlap import let_next_begin, wait_for_last
+from mcsharp_sdk.kernels.triton_planes import place_in_plane
 from mcsharp_sdk.kernels.triton_quads import quad_codes, quad_products, scaled_products
 
 
@@ -34,7 +35,7 @@ def block_offsets(
     x_sums, matrix, n, places, first,
     GROUP: tl.constexpr, BITS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """What zero points add to some blocks from ``first`` on, fp32 [blocks, rows]; for groups of
+    """What zero points take from some blocks from ``first`` on, fp32 [blocks, rows]; for groups of
     whole blocks. ``places`` are those of rows ``n`` [1, rows] among the codes of zero points."""
     _, _, z, rows, columns = matrix
     blocks = columns // BLOCK
@@ -62,7 +63,7 @@ def last_columns(
         scale, zero = scale_and_zero(matrix, n[:, None], (k // GROUP)[None, :], inside, GROUP, BITS)
         value = tl.zeros((32,), tl.float32)
         for i in tl.static_range(PLANES):
-            at = i * (tl.cdiv(columns, BLOCK) * BLOCK) + k
+            at = place_in_plane(k, columns) + i * (tl.cdiv(columns, BLOCK) * BLOCK)
             value = 256 * value + tl.load(planes + at, mask=k < columns, other=0).to(tl.float32)
         total += scale * (code.to(tl.float32) - zero) * value[None, :]
     return tl.sum(total, 1)
@@ -86,15 +87,15 @@ def block_products(
     factor = tl.load(x_scales + block, mask=block < blocks, other=0.0)
     block = tl.minimum(block, blocks - 1)
     codes = quad_codes(words, block, quad, BITS, ALIGNED)
-    x = planes.to(tl.pointer_type(tl.int32)) + block * (BLOCK // 4) + quad * 4
-    plane = tl.cdiv(columns, BLOCK) * (BLOCK // 4)
+    step = tl.cdiv(columns, BLOCK) * 4  # from one chunk of a block to the next, in int32
+    x = planes.to(tl.pointer_type(tl.int32)) + block * 4 + quad * step
     if GROUP % 128 == 0:
         scales = scale_pointers(matrix, n, block * BLOCK // GROUP, GROUP)
         factor = factor * tl.load(scales).to(tl.float32)
-        return factor * quad_products(codes, x, plane, BITS, PLANES, EMULATE)
+        return factor * quad_products(codes, x, step, BITS, PLANES, EMULATE)
     else:  # noqa: RET505 - both branches are compiled unless one is left out here
         return factor * scaled_products(
-            codes, x, plane, matrix, n, block, quad, BITS, GROUP, PLANES, EMULATE
+            codes, x, step, matrix, n, block, quad, BITS, GROUP, PLANES, EMULATE
         )
 
 

@@ -18,6 +18,14 @@ from mcsharp_sdk.kernels.triton_powers import exponent_of, power_of_two
 
 
 @triton.jit
+def place_in_plane(k, columns):
+    """Where a plane has column ``k``: 16 columns of a block are a chunk, and the same chunk of all
+    blocks lies side by side, as programs read it."""
+    blocks = tl.cdiv(columns, BLOCK)
+    return (k % BLOCK // 16 * blocks + k // BLOCK) * 16 + k % 16
+
+
+@triton.jit
 def round_activations(
     x, planes, scales, sums, columns,
     PLANES: tl.constexpr, OVERLAP: tl.constexpr, CHAINED: tl.constexpr,
@@ -25,9 +33,9 @@ def round_activations(
     """x [T, K] ≈ scale · v, v integers; grid (blocks, T).
 
     ``planes`` int8 [T, PLANES, 128 · blocks]: v, |v| ≤ 127, or with two PLANES first the high and
-    then the low bytes of v, |v| ≤ 2^14; with zeros behind column K. ``scales`` fp32 [T, blocks],
-    and ``sums`` fp32 [T, blocks] those of scale · v. A block with a number that is not finite gives
-    NaN.
+    then the low bytes of v, |v| ≤ 2^14, in the order of :func:`place_in_plane`, with zeros for the
+    columns behind K. ``scales`` fp32 [T, blocks], and ``sums`` fp32 [T, blocks] those of scale · v.
+    A block with a number that is not finite gives NaN.
 
     With OVERLAP it may be launched before ``x`` is there. The product behind it reads the chosen
     experts before it waits. So it may not begin before whatever chose them has ended: this kernel
@@ -39,8 +47,7 @@ def round_activations(
     elif OVERLAP:
         wait_for_last()
         let_next_begin()
-    at = tl.arange(0, BLOCK)
-    k = tl.program_id(0) * BLOCK + at
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     value = tl.load(x + row * columns + k, mask=k < columns, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(value), 0)
@@ -51,7 +58,7 @@ def round_activations(
         exponent = exponent_of(largest, -112, 128)
         scale = power_of_two(exponent - 14)
         v = tl.floor(value * power_of_two(14 - exponent) + 0.5).to(tl.int32)
-    to = (row * PLANES * tl.num_programs(0) + tl.program_id(0)) * BLOCK + at
+    to = row * PLANES * tl.num_programs(0) * BLOCK + place_in_plane(k, columns)
     if PLANES == 2:
         high = (v + 128) >> 8
         tl.store(planes + to, high.to(tl.int8))

@@ -80,7 +80,8 @@ def quad_codes(words, block, quad, BITS: tl.constexpr, ALIGNED: tl.constexpr):
 
     ``words`` are pointers to rows, [rows, 1]; ``block`` and ``quad`` [1, quads].
     """
-    w0, w1, w2, w3 = load_quad(words + (block * (4 * BITS) + quad * 4), False, ALIGNED)
+    # At 3 bits what is behind them in the same lines is read too.
+    w0, w1, w2, w3 = load_quad(words + (block * (4 * BITS) + quad * 4), BITS == 3, ALIGNED)
     t0, t1, t2, t3 = w0, w1, w2, w3
     if BITS == 3:  # of both quads of a block, moved to where the first bits are
         t0, t1, t2, t3 = load_quad(words + (block * (4 * BITS) + 8), True, ALIGNED)
@@ -107,12 +108,13 @@ def multiplied(
 
 @triton.jit
 def quad_products(
-    codes, x, plane,
+    codes, x, step,
     BITS: tl.constexpr, PLANES: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Sum of the products of each quad, fp32 [rows, quads], from :func:`quad_codes`.
 
-    ``x`` int32 pointers [1, quads] to the first plane, the next one ``plane`` behind it.
+    ``x`` int32 pointers [1, quads] to the first of a quad's chunks; ``step`` from one chunk of a
+    block to the next, and 8 times that from one plane to the next.
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     PLACED: tl.constexpr = 4 if BITS == 3 else BITS  # bits from one place to the next
@@ -124,7 +126,7 @@ def quad_products(
             part = part << 8
             for w in tl.static_range(WORDS):
                 field = u * WORDS + w
-                xs = load_quad(x + (i * plane + field * (4 * WIDTH)), True, not EMULATE)
+                xs = load_quad(x + (i * 8 + field * WIDTH) * step, True, not EMULATE)
                 for j in tl.static_range(4):
                     part = multiplied(codes[j][w], xs[j], part, u * PLACED, BITS, EMULATE)
         total += part >> (u * PLACED)
@@ -133,7 +135,7 @@ def quad_products(
 
 @triton.jit
 def scaled_products(
-    codes, x, plane, matrix, n, block, quad,
+    codes, x, step, matrix, n, block, quad,
     BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """As :func:`quad_products`, for groups that are not whole blocks: four columns at a time, with
@@ -149,7 +151,7 @@ def scaled_products(
                 product = tl.zeros(total.shape, tl.int32)
                 ones = tl.zeros(quad.shape, tl.int32)
                 for i in tl.static_range(PLANES):
-                    xs = tl.load(x + (i * plane + field * (4 * WIDTH) + j))
+                    xs = tl.load(x + (i * 8 + field * WIDTH) * step + j)
                     one = tl.full(xs.shape, 0x01010101, tl.int32)
                     product <<= 8
                     product = multiplied(codes[j][w], xs, product, u * PLACED, BITS, EMULATE)
