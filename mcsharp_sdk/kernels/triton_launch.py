@@ -7,6 +7,7 @@ sizes that are not given are what was fastest on an H100: see ``docs/gpu.md``.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -241,6 +242,9 @@ def combine(y: Tensor, chosen: Tensor, routing: Tensor, experts: int) -> Tensor:
 
 def overlap(device: torch.device) -> dict[str, Any]:
     """Arguments of a launch that may begin before the kernel before it ends, where it can."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= OVERLAPPING:
-        return {"OVERLAP": True, "launch_pdl": True}
-    return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True} if _overlaps(device) else {"OVERLAP": False}
+
+
+@lru_cache
+def _overlaps(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OVERLAPPING
