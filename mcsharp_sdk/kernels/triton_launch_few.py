@@ -21,15 +21,14 @@ from mcsharp_sdk.quantization.packing import BLOCK
 
 
 class GemvTile(NamedTuple):
-    """What a program of ``grouped_gemv`` does: rows, quads of each row at a time, and its warps."""
+    """What a program of ``grouped_gemv`` does: rows, and quads of each row at a time."""
 
     rows: int
     quads: int
-    warps: int
 
 
-TILE = GemvTile(16, 32, 4)
-SMALL_TILE = GemvTile(16, 16, 4)
+TILE = GemvTile(16, 32)
+SMALL_TILE = GemvTile(16, 16)
 """The latter for fewer than ``MANY_COLUMNS``, so that less of the last step is wasted, and for
 groups that are not whole blocks, whose scales take registers."""
 
@@ -42,7 +41,7 @@ def tile_of(columns: int, group_size: int, rows: int | None = None) -> GemvTile:
     tile = SMALL_TILE if few else TILE
     if rows is None:
         return tile
-    return GemvTile(rows, tile.quads * tile.rows // rows, tile.warps)
+    return GemvTile(rows, tile.quads * tile.rows // rows)
 
 
 def gemv(
@@ -101,7 +100,6 @@ def gemv(
         TAIL=not whole,
         BN=tile.rows,
         QUADS=tile.quads,
-        num_warps=tile.warps,
         **overlap(x.device),
     )
     return out

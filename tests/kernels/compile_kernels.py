@@ -71,7 +71,6 @@ def gemv(
         "TAIL": tail,
         "BN": tile.rows,
         "QUADS": tile.quads,
-        "num_warps": tile.warps,
     }
     name = f"gemv {widths} {8 if dp4a else 16}-bit activations group {group} {tile.rows} rows"
     return name, triton_decode.grouped_gemv, types, constants
@@ -246,7 +245,7 @@ def main() -> None:
         line = f"sm_{options.capability} {name}: {found[1]} registers, {found[2]} bytes spilled"
         if name.startswith("gemv") and len(constants["WIDTHS"]) == 1:
             width = 2 if constants["WIDTHS"] == (3,) else constants["WIDTHS"][0]
-            codes = TILE.rows * TILE.quads * (128 // width) / (32 * TILE.warps)
+            codes = TILE.rows * TILE.quads * (128 // width) / (32 * WARPS)
             per_code = instructions_in_longest_loop(result.asm["cubin"]) / codes
             line += f", {per_code:.1f} instructions per code"
         print(line)
