@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mcsharp_sdk.artifact_file import read_json_file, write_json
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
+from mcsharp_sdk.errors import InputError
 
 RECORD_FILE = "finished_stage.json"
 FILES_FOLDER = "files"
@@ -35,11 +36,16 @@ class StageStore:
         Returns
         -------
         Whether there is such a result.
+
+        Raises
+        ------
+        InputError
+            If the entry's record is damaged.
         """
         entry = self.path / key
         if not entry.is_dir():
             return False
-        stage = FinishedStage.from_json(read_json_file(entry / RECORD_FILE))
+        stage = _read_record(entry)
         _link_files(stage.files, entry / FILES_FOLDER, directory.path)
         directory.mark_finished(name, stage)
         return True
@@ -62,6 +68,16 @@ class StageStore:
         for entry in self.path.iterdir():
             if entry.name not in self.wanted:
                 shutil.rmtree(entry)
+
+
+def _read_record(entry: Path) -> FinishedStage:
+    try:
+        return FinishedStage.from_json(read_json_file(entry / RECORD_FILE))
+    except InputError as error:
+        wrong = str(error)
+    except (KeyError, TypeError, ValueError):
+        wrong = f"{entry / RECORD_FILE}: is no record of a stage"
+    raise InputError(f"{wrong}; delete {entry}, and the stage is done again")
 
 
 def _link_files(files: Iterable[str], source: Path, target: Path) -> None:

@@ -156,20 +156,20 @@ def _misfits(variant: Variant, plan: SweepPlan) -> list[Problem]:
 def _evaluation_problems(settings: EvaluationSettings, source: SourceModel) -> list[Problem]:
     config = source.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    checks: dict[str, Callable[[], Any]] = {
-        "window": lambda: choose_window(settings.window, positions),
-        "max_tokens": lambda: check_max_tokens(settings.max_tokens),
-    }
+    checks: list[Callable[[], Any]] = [
+        lambda: choose_window(settings.window, positions),
+        lambda: check_max_tokens(settings.max_tokens),
+    ]
     if settings.text is not None:
-        checks["text"] = lambda: read_tokens(
-            *named_pieces(settings.text), source.path, 2, config.vocab_size
+        checks.append(
+            lambda: read_tokens(*named_pieces(settings.text), source.path, 2, config.vocab_size)
         )
     problems = []
-    for name, check in checks.items():
+    for check in checks:
         try:
             check()
         except InputError as error:
-            problems.append(Problem(name, str(error)))
+            problems.append(Problem("evaluation", str(error)))
     return problems
 
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from mcsharp_exporters.graph_names import LONG_NAMES
+
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.perplexity import perplexity_of
 
 if TYPE_CHECKING:
     from mcsharp_exporters.onnx_manifest import ModelManifest
     from torch import Tensor
-
-DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 
 def exported_manifest(
@@ -35,9 +35,10 @@ def exported_manifest(
     manifest = read_manifest(directory)
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"an ONNX model runs on auto, cpu or cuda, not on {device!r}")
-    if dtype not in ("auto", DTYPES[manifest.precision]):
+    computes_in = LONG_NAMES[manifest.precision]
+    if dtype not in ("auto", computes_in):
         raise InputError(
-            f"{directory} computes in {DTYPES[manifest.precision]}: "
+            f"{directory} computes in {computes_in}: "
             "another precision is a setting of the export"
         )
     if pruning is not None and pruning != manifest.pruning:
@@ -89,5 +90,5 @@ def measure_exported(
         "activated_parameters_per_token": None,
         "seconds": seconds,
         "device": model.provider,
-        "dtype": DTYPES[manifest.precision],
+        "dtype": LONG_NAMES[manifest.precision],
     }

@@ -49,10 +49,12 @@ def allocate(
     Raises
     ------
     InputError
-        If the statistics do not hold what the allocator needs.
+        If the settings are no BitAllocation, or the statistics do not hold what the allocator
+        needs.
     InfeasibleBudget
         If the budget cannot be met.
     """
+    _check_settings(settings)
     if not isinstance(statistics, ExpertStatistics):
         statistics = ExpertStatistics.load(Path(statistics))
     layers = statistics.layers
@@ -61,6 +63,15 @@ def allocate(
     for program in track(programs, "allocating bits"):
         bits.update(_solve(program, settings))
     return BitMap(bits, _objective(layers, bits, settings), settings.allocator)
+
+
+def _check_settings(settings: object) -> None:
+    from mcsharp_sdk.modifiers.bit_allocation import BitAllocation  # which uses allocate itself
+
+    if not isinstance(settings, BitAllocation):
+        raise InputError(
+            f"settings are a BitAllocation, e.g. BitAllocation(target_bits=2.5), not {settings!r}"
+        )
 
 
 def _solve(layers: Layers, settings: BitAllocation) -> dict[int, tuple[int, ...]]:

@@ -11,7 +11,8 @@ import torch
 
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
-from mcsharp_sdk.engine.stage_store import StageStore
+from mcsharp_sdk.engine.stage_store import RECORD_FILE, StageStore
+from mcsharp_sdk.errors import InputError
 
 REPORT = RunReport({"Quantise": {"layers": 1}}, ["a warning"])
 
@@ -90,3 +91,17 @@ def test_only_wanted_stages_are_kept(tmp_path: Path) -> None:
     assert [entry.name for entry in (tmp_path / "store").iterdir()] == ["two"]
     StageStore(tmp_path / "store", set()).drop_unwanted()
     assert list((tmp_path / "store").iterdir()) == []
+
+
+@pytest.mark.parametrize("record", ["{", "{}", '{"stages": 1, "warnings": [], "files": []}'])
+def test_a_damaged_record_is_named_with_what_to_do(tmp_path: Path, record: str) -> None:
+    store = StageStore(tmp_path / "store")
+    with RunDirectory(tmp_path / "a", {}) as first:
+        store.keep("key", first, finish(first, "0 Quantise", "weights", 1.0))
+    file = tmp_path / "store" / "key" / RECORD_FILE
+    file.write_text(record)
+    with (
+        RunDirectory(tmp_path / "b", {}) as second,
+        pytest.raises(InputError, match=f"{file}: .*; delete {file.parent}, and the stage is done"),
+    ):
+        store.give("key", second, "0 Quantise")

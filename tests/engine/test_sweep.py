@@ -362,10 +362,14 @@ def test_everything_that_is_wrong_is_told_at_once_and_nothing_is_written(
         "--vary stages.GPTQQuantize.damping=2",
         f"--vary {BITS}=9",
         "calibration",
-        *("window", "max_tokens", "text"),
+        *["evaluation"] * 3,
     ]
     assert told[0][1] == "stages[2].damping: should be less than 1.0, not 2"
     assert "(with target_bits=2,sequences=4000,damping=0.01)" in told[2][1]
+    assert [message.partition(":")[0] for _, message in told[3:5]] == [
+        "a window of 4096 is longer than the model's 128 positions",
+        "max_tokens is 1",
+    ]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -374,7 +378,7 @@ def test_a_text_that_is_too_short_is_named(
 ) -> None:
     text = tmp_path / "short.txt"
     text.write_text("a")
-    with pytest.raises(InputProblems, match=f"text: {text} has fewer than 2 tokens: give a longer"):
+    with pytest.raises(InputProblems, match=f"evaluation: {text} has fewer than 2 tokens: give a longer"):
         sweep(recipe, model, tmp_path / "out", {BITS: [2]}, text=text)
 
 

@@ -59,6 +59,11 @@ def test_the_papers_exponent_gives_other_maps(shared_path: Callable[[str], Path]
     assert released != paper
 
 
+def test_settings_that_are_none_are_refused() -> None:
+    with pytest.raises(InputError, match=r"settings are a BitAllocation, e.g. .*, not \{'target"):
+        allocate(measured(4), {"target_bits": 2.0})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("mode", "expected"),
     [
