@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mcsharp_sdk.data.tokenise import tokenizer_files
+from mcsharp_sdk.engine.partial_folder import partial_folder, put_in_place
 from mcsharp_sdk.errors import InputError
 
 GENERATION_CONFIG = "generation_config.json"
@@ -47,22 +47,16 @@ def check_free(output: Path, overwrite: bool, is_ours: Callable[[str], bool], wh
 
 @contextmanager
 def folder_in_one_go(output: Path) -> Iterator[Path]:
-    """A new folder that takes ``output``'s place when the block ends well, else vanishes."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex[:8]
-    fresh = output.with_name(f".{output.name}.{token}.new")
-    fresh.mkdir()
-    try:
+    """A new folder that takes ``output``'s place when the block ends well, else vanishes.
+
+    Raises
+    ------
+    InputError
+        If another process is writing the same output.
+    """
+    with partial_folder(output) as fresh:
         yield fresh
-        if output.exists():
-            former = output.with_name(f".{output.name}.{token}.old")
-            output.rename(former)
-            fresh.rename(output)
-            shutil.rmtree(former)
-        else:
-            fresh.rename(output)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        put_in_place(fresh, output)
 
 
 def copy_files(source: Path, output: Path) -> None:

@@ -13,8 +13,9 @@ from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.engine.context import RunContext
 from mcsharp_sdk.engine.fingerprint import stage_keys
 from mcsharp_sdk.engine.obstacles import explained
+from mcsharp_sdk.engine.partial_folder import partial_folder
 from mcsharp_sdk.engine.progress import ProgressBars
-from mcsharp_sdk.engine.publication import is_published, partial_output, publish
+from mcsharp_sdk.engine.publication import is_published, publish
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.engine.stage_store import StageStore
@@ -143,7 +144,7 @@ def _run_stage(context: RunContext, stage: Modifier, name: str, watch: _Stopwatc
 
 def _export(context: RunContext, output: Path, overwrite: bool, watch: _Stopwatch) -> None:
     """Run all exporters into a hidden folder and rename it when everything is in it."""
-    with partial_output(output) as partial:
+    with partial_folder(output) as partial:
         for exporter in context.recipe.exports:
             with watch.measure(exporter.type):
                 try:

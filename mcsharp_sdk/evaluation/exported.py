@@ -38,8 +38,7 @@ def exported_manifest(
     computes_in = LONG_NAMES[manifest.precision]
     if dtype not in ("auto", computes_in):
         raise InputError(
-            f"{directory} computes in {computes_in}: "
-            "another precision is a setting of the export"
+            f"{directory} computes in {computes_in}: another precision is a setting of the export"
         )
     if pruning is not None and pruning != manifest.pruning:
         raise InputError(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mcsharp_sdk.errors import Problem
+from mcsharp_sdk.errors import Problem, some_of
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library; a longer header is damage or an attack."""
@@ -119,15 +119,21 @@ def read_header(path: Path) -> tuple[Header, list[Problem]]:
         metadata = {}
     tensors: dict[str, TensorInfo] = {}
     for name, entry in entries.items():
-        fault, info = _tensor_info(entry, path, data_start, data_bytes)
+        fault, info = _tensor_info(entry, path, data_start)
         if info is None:
             problems.append(Problem(f"{path.name}: {name}", fault))
         else:
             tensors[name] = info
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+    data_end = data_start + data_bytes
+    whole = {n: info for n, info in tensors.items() if info.offset + info.nbytes <= data_end}
+    if len(whole) < len(tensors):
+        cut = some_of([name for name in tensors if name not in whole])
+        told = f"truncated: ends at byte {data_end}, within or before {cut}; {_AGAIN}"
+        problems.append(Problem(path.name, told))
     if not problems:  # a bad entry would show up again as a hole
-        problems = _layout_problems(path, tensors, data_start, data_start + data_bytes)
-    return Header(tensors, metadata), problems
+        problems = _layout_problems(path, whole, data_start, data_end)
+    return Header(whole, metadata), problems
 
 
 def read_bytes(path: Path, offset: int, nbytes: int) -> torch.Tensor:
@@ -188,9 +194,7 @@ def _object_without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _tensor_info(
-    entry: Any, path: Path, data_start: int, data_bytes: int
-) -> tuple[str, TensorInfo | None]:
+def _tensor_info(entry: Any, path: Path, data_start: int) -> tuple[str, TensorInfo | None]:
     """What is wrong with one header entry ("" if nothing), and the tensor if nothing is."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         return "needs dtype, shape and data_offsets", None
@@ -203,9 +207,6 @@ def _tensor_info(
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return f"data_offsets {offsets!r} are not [begin, end]", None
     begin, end = offsets
-    if end > data_bytes:
-        told = f"truncated: ends at byte {end} of the data, the file has {data_bytes}; {_AGAIN}"
-        return told, None
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes != end - begin:
         return f"shape {shape} of {entry['dtype']} needs {nbytes} bytes, has {end - begin}", None

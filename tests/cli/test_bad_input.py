@@ -154,7 +154,7 @@ BEFORE_WORK: dict[str, tuple[Callable[[Given], Any], str]] = {
     ),
     "truncated shard": (
         truncated,
-        r"model-\d+-of-\d+\.safetensors: .*truncated: ends at byte .*; get the file again",
+        r"model-\d+-of-\d+\.safetensors: .*truncated: ends at byte .* before .*; get the file",
     ),
     "bit flipped in a header": (flipped_header, r"model-\d+-of-.*: .* needs \d+ bytes, has"),
     "missing shard": (missing_shard, r"model-\d+-of-\d+\.safetensors: missing"),

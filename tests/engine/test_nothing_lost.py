@@ -23,7 +23,7 @@ from tiny_tokenizer import save_tiny_tokenizer
 
 from mcsharp_sdk.checked_files import read_checked_json, write_checked_json
 from mcsharp_sdk.engine import fingerprint as fingerprint_module
-from mcsharp_sdk.engine.publication import partial_output
+from mcsharp_sdk.engine.partial_folder import partial_folder
 from mcsharp_sdk.errors import InputError, McSharpError, RunError
 from mcsharp_sdk.modifiers.layer_quantisation import LayerQuantiser
 
@@ -325,7 +325,7 @@ def test_two_runs_into_one_output_do_not_disturb_each_other(
     base: Path, finished: Path, tmp_path: Path
 ) -> None:
     wanted = command(base, tmp_path / "out", run_dir=finished / "run")
-    with partial_output(tmp_path / "out") as partial:
+    with partial_folder(tmp_path / "out") as partial:
         (partial / "mine").write_text("precious")
         with pytest.raises(InputError, match=r"/out is in use by another run"):
             wanted.run()

@@ -378,7 +378,9 @@ def test_a_text_that_is_too_short_is_named(
 ) -> None:
     text = tmp_path / "short.txt"
     text.write_text("a")
-    with pytest.raises(InputProblems, match=f"evaluation: {text} has fewer than 2 tokens: give a longer"):
+    with pytest.raises(
+        InputProblems, match=f"evaluation: {text} has fewer than 2 tokens: give a longer"
+    ):
         sweep(recipe, model, tmp_path / "out", {BITS: [2]}, text=text)
 
 

@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from router_cases import CASES, EXPERTS, HIDDEN, LAYER, TOP_K, hidden_states, router_case
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mcsharp_sdk.engine.partial_folder import partial_folder
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.router_settings import RouterSettings
 from mcsharp_sdk.models.routing import Router, Routing, read_router, route
@@ -208,6 +209,18 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 def _breaking_off(router: Router) -> Iterator[Router]:
     yield router
     raise OSError("the disk went away")
+
+
+def test_what_a_killed_export_left_goes_with_the_next_and_no_two_write_the_same(
+    tmp_path: Path,
+) -> None:
+    with partial_folder(tmp_path / "out"), pytest.raises(InputError, match="is in use by another"):
+        export_onnx_routers([router_case("olmoe")], tmp_path / "out")
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "router_000.onnx").write_text("half")
+    (tmp_path / ".out.lock").touch()
+    export_onnx_routers([router_case("olmoe")], tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 def test_nothing_is_left_behind_by_an_error(tmp_path: Path) -> None:

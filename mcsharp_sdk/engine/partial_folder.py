@@ -1,0 +1,46 @@
+"""Folders that come into being whole: written beside their place, and renamed to it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mcsharp_sdk.artifact_file import sync_folder
+from mcsharp_sdk.engine.file_lock import lock
+
+
+@contextmanager
+def partial_folder(output: Path) -> Iterator[Path]:
+    """An empty hidden folder beside ``output`` to write into; it is gone afterwards.
+
+    Its name is the same every time, so that what a killed process left is used up by the next one.
+
+    Raises
+    ------
+    InputError
+        If another process is writing the same output.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    lock_file = output.with_name(f".{output.name}.lock")
+    with lock(lock_file, output):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            lock_file.unlink(missing_ok=True)
+
+
+def put_in_place(partial: Path, output: Path) -> None:
+    """Rename a folder to ``output``; one that is there goes, and is there whole until then."""
+    old = output.with_name(f".{output.name}.old")
+    if output.exists():
+        shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed in here
+        output.rename(old)
+    partial.rename(output)
+    sync_folder(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
