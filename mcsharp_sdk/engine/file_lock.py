@@ -10,6 +10,10 @@ from typing import IO
 from mcsharp_sdk.errors import InputError
 
 
+class InUse(InputError):
+    """Another process, or another stream of this one, holds the lock."""
+
+
 def lock(file: Path, subject: Path | None = None) -> IO[str]:
     """Lock a file, made if need be, until the stream that is returned is closed.
 
@@ -19,7 +23,7 @@ def lock(file: Path, subject: Path | None = None) -> IO[str]:
 
     Raises
     ------
-    InputError
+    InUse
         If another process, or another stream of this one, holds it.
     """
     subject = subject or file.parent
@@ -29,10 +33,10 @@ def lock(file: Path, subject: Path | None = None) -> IO[str]:
         held = file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno()))
     except OSError as error:
         stream.close()
-        raise InputError(
+        raise InUse(
             f"{subject} is in use by another run: wait until it ends, or give another folder"
         ) from error
     if not held:  # the run that held it has just removed it
         stream.close()
-        raise InputError(f"{subject} was in use by another run: try again")
+        raise InUse(f"{subject} was in use by another run: try again")
     return stream

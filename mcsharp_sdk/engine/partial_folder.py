@@ -19,7 +19,7 @@ def partial_folder(output: Path) -> Iterator[Path]:
 
     Raises
     ------
-    InputError
+    InUse
         If another process is writing the same output.
     """
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -226,8 +226,8 @@ class RunDirectory:
     def files_written(self, artifact: str) -> tuple[str, ...]:
         """Files of the stage that has just run and writes ``artifact``, relative to the folder.
 
-        These are all that no finished stage left, and the artifact's own even where an earlier
-        stage had written it too.
+        These are all that no finished stage left, and the artifact's own: where a run was killed
+        while its folder was deleted, an earlier stage, done again, counts what was left among its.
         """
         known = {name for stage in self.finished().values() for name in stage.files}
         found = []

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from mcsharp_sdk.artifact_file import read_json_file, write_json
+from mcsharp_sdk.checked_files import file_hash
+from mcsharp_sdk.engine.file_lock import InUse
+from mcsharp_sdk.engine.partial_folder import partial_folder
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.errors import InputError
+
+logger = logging.getLogger("mcsharp_sdk")
 
 RECORD_FILE = "finished_stage.json"
 FILES_FOLDER = "files"
@@ -35,17 +41,16 @@ class StageStore:
 
         Returns
         -------
-        Whether there is such a result.
-
-        Raises
-        ------
-        InputError
-            If the entry's record is damaged.
+        Whether there is such a result. One that is damaged is deleted, and is none.
         """
         entry = self.path / key
         if not entry.is_dir():
             return False
-        stage = _read_record(entry)
+        stage = _kept_stage(entry)
+        if stage is None:
+            logger.warning("%s is damaged and deleted: the stage is done again", entry)
+            shutil.rmtree(entry)
+            return False
         _link_files(stage.files, entry / FILES_FOLDER, directory.path)
         directory.mark_finished(name, stage)
         return True
@@ -55,29 +60,35 @@ class StageStore:
         entry = self.path / key
         if entry.is_dir() or (self.wanted is not None and key not in self.wanted):
             return
-        partial = self.path / f".{key}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        _link_files(stage.files, directory.path, partial / FILES_FOLDER)
-        write_json(partial / RECORD_FILE, stage.to_json())
-        partial.rename(entry)
+        try:
+            with partial_folder(entry) as partial:
+                _link_files(stage.files, directory.path, partial / FILES_FOLDER)
+                write_json(partial / RECORD_FILE, stage.to_json())
+                if not entry.is_dir():
+                    partial.rename(entry)
+        except InUse:
+            logger.info("another sweep is keeping %s", entry)
 
     def drop_unwanted(self) -> None:
-        """Delete the entries that are not wanted."""
+        """Delete the entries that are not wanted, and what a killed sweep had begun."""
         if self.wanted is None or not self.path.is_dir():
             return
         for entry in self.path.iterdir():
-            if entry.name not in self.wanted:
+            if entry.is_dir() and entry.name not in self.wanted:
                 shutil.rmtree(entry)
 
 
-def _read_record(entry: Path) -> FinishedStage:
+def _kept_stage(entry: Path) -> FinishedStage | None:
+    """What an entry holds; None if it is damaged, as far as it has checksums."""
+    files = entry / FILES_FOLDER
     try:
-        return FinishedStage.from_json(read_json_file(entry / RECORD_FILE))
-    except InputError as error:
-        wrong = str(error)
-    except (KeyError, TypeError, ValueError):
-        wrong = f"{entry / RECORD_FILE}: is no record of a stage"
-    raise InputError(f"{wrong}; delete {entry}, and the stage is done again")
+        stage = FinishedStage.from_json(read_json_file(entry / RECORD_FILE))
+        whole = all((files / name).is_file() for name in stage.files) and all(
+            file_hash(files / name) == digest for name, digest in stage.checksums.items()
+        )
+    except (InputError, OSError, KeyError, TypeError, ValueError):
+        return None
+    return stage if whole else None
 
 
 def _link_files(files: Iterable[str], source: Path, target: Path) -> None:

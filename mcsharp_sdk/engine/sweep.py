@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from mcsharp_sdk.arguments import whole_number
 from mcsharp_sdk.artifact_file import read_json_file, write_json
 from mcsharp_sdk.engine.default_dtype import float32_by_default
 from mcsharp_sdk.engine.disk_space import check_disk_space
+from mcsharp_sdk.engine.obstacles import explained
 from mcsharp_sdk.engine.output_folder import check_writable
 from mcsharp_sdk.engine.plan import make_plan
 from mcsharp_sdk.engine.ranks import started_together
@@ -25,6 +27,8 @@ from mcsharp_sdk.errors import InputError, McSharpError
 from mcsharp_sdk.evaluation.evaluate import evaluate
 from mcsharp_sdk.models.weight_checks import check_outer_weights
 from mcsharp_sdk.recipe.library import RecipeLike
+
+logger = logging.getLogger("mcsharp_sdk")
 
 OnVariant = Callable[[str, int, int], None]
 
@@ -169,9 +173,14 @@ class _Runner:
 
     def _attempt(self, variant: PlannedVariant, store: StageStore) -> Result:
         try:
-            return self._compress_and_evaluate(variant, store)
+            with explained(self.work):
+                return self._compress_and_evaluate(variant, store)
         except McSharpError as error:
-            return Result(variant.name, variant.settings, error=str(error))
+            told = str(error)
+        except Exception as error:  # of a stage of another package, or a fault: the others go on
+            logger.exception("variant %s failed", variant.name)
+            told = f"{type(error).__name__}: {error}"
+        return Result(variant.name, variant.settings, error=told)
 
     def _compress_and_evaluate(self, variant: PlannedVariant, store: StageStore) -> Result:
         model = self.work / "models" / variant.identity

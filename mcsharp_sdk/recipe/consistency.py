@@ -40,7 +40,7 @@ def misfits(
             findings += [Finding(location, chain.lacks(stage, a)) for a in chain.missing(stage)]
             if stage.needs_calibration() and not calibrated:
                 findings.append(Finding(location, _uncalibrated(stage)))
-            if stage.uses_calibration and stage.writes in chain.made:
+            if stage.writes in chain.made:
                 findings.append(Finding(location, _made_twice(stage)))
             findings += [
                 Finding(location, _too_early(stage, later))
@@ -101,7 +101,7 @@ def _uncalibrated(stage: Modifier) -> str:
 
 
 def _made_twice(stage: Modifier) -> str:
-    # It would find the layers of the first one in the run directory, and take them for its own.
+    # It would overwrite what belongs to the first one, or take its layers for its own.
     what = stage.writes.replace("_", " ")
     return f"an earlier stage makes the {what} already: leave one of them out"
 

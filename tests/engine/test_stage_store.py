@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,7 @@ import torch
 
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
-from mcsharp_sdk.engine.stage_store import RECORD_FILE, StageStore
-from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.engine.stage_store import FILES_FOLDER, RECORD_FILE, StageStore
 
 REPORT = RunReport({"Quantise": {"layers": 1}}, ["a warning"])
 
@@ -61,13 +62,11 @@ def test_a_stage_keeps_its_own_files_and_no_other_stage_s(tmp_path: Path) -> Non
         (directory.path / "curve.json").write_text("{}")
         (directory.path / ".curve.json.tmp").write_text("half")
         second = finish(directory, "1 Prune", "pruning", 2.0)
-        again = finish(directory, "2 Quantise", "weights", 3.0)
     weights = {f"weights/{n}" for n in ("layer_00000.json", "layer_00000.safetensors")}
     assert set(first.files) == {*weights, "weights/summary.json"}
     assert set(second.files) == {f.replace("weights", "pruning") for f in first.files} | {
         "curve.json"
     }
-    assert again.files == first.files
 
 
 def test_reports_are_put_together_and_warnings_stand_once(tmp_path: Path) -> None:
@@ -93,15 +92,58 @@ def test_only_wanted_stages_are_kept(tmp_path: Path) -> None:
     assert list((tmp_path / "store").iterdir()) == []
 
 
-@pytest.mark.parametrize("record", ["{", "{}", '{"stages": 1, "warnings": [], "files": []}'])
-def test_a_damaged_record_is_named_with_what_to_do(tmp_path: Path, record: str) -> None:
+def broken_record(entry: Path) -> None:
+    (entry / RECORD_FILE).write_text("{")
+
+
+def strange_record(entry: Path) -> None:
+    (entry / RECORD_FILE).write_text('{"stages": 1, "warnings": [], "files": []}')
+
+
+def changed_file(entry: Path) -> None:
+    (entry / FILES_FOLDER / "curve.json").write_text("{ }")
+
+
+def missing_file(entry: Path) -> None:
+    (entry / FILES_FOLDER / "curve.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [broken_record, strange_record, changed_file, missing_file])
+def test_a_damaged_entry_is_none_and_goes(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     store = StageStore(tmp_path / "store")
     with RunDirectory(tmp_path / "a", {}) as first:
-        store.keep("key", first, finish(first, "0 Quantise", "weights", 1.0))
-    file = tmp_path / "store" / "key" / RECORD_FILE
-    file.write_text(record)
-    with (
-        RunDirectory(tmp_path / "b", {}) as second,
-        pytest.raises(InputError, match=f"{file}: .*; delete {file.parent}, and the stage is done"),
-    ):
-        store.give("key", second, "0 Quantise")
+        (first.path / "curve.json").write_text("{}")
+        files = first.files_written("curve")
+        store.keep("key", first, FinishedStage(files, REPORT, first.checksums(files)))
+    with RunDirectory(tmp_path / "b", {}) as second:
+        assert store.give("key", second, "0 Curve")
+    entry = tmp_path / "store" / "key"
+    (entry / FILES_FOLDER / "curve.json").unlink()  # the link to the file of a run
+    (entry / FILES_FOLDER / "curve.json").write_text("{}")
+    damage(entry)
+    with RunDirectory(tmp_path / "c", {}) as third:
+        assert not store.give("key", third, "0 Curve")
+        assert third.finished() == {}
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def keep_all(root: Path, name: str) -> None:
+    """The work of one process in the next test."""
+    with RunDirectory(root / name, {}) as directory:
+        stage = finish(directory, "0 Quantise", "weights", 1.0)
+        for number in range(40):
+            StageStore(root / "store").keep(f"key{number}", directory, stage)
+
+
+def test_sweeps_that_keep_the_same_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=keep_all, args=(tmp_path, name)) for name in "ab"]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    for number in range(40):
+        with RunDirectory(tmp_path / f"run{number}", {}) as directory:
+            assert StageStore(tmp_path / "store").give(f"key{number}", directory, "0 Quantise")
+            assert directory.layers("weights").tensors(0)["x"].tolist() == [1, 1]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
+import torch
 from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 
@@ -237,7 +238,7 @@ def undisturbed(
     return outcomes(sweep(recipe_data(model), model, output, {BITS: [2, 2.5]}))
 
 
-class _CutOff(Exception):
+class _CutOff(BaseException):
     """Stands for the end of the process."""
 
 
@@ -319,22 +320,37 @@ def test_models_asked_for_later_are_made_again(
     assert (done.output / done.results[0].model / "config.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RunError("no solution"), "no solution"),
+        (torch.OutOfMemoryError("out of memory"), "out of memory: too little memory"),
+        (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero"),
+    ],
+    ids=["of ours", "memory", "of others"],
+)
 def test_a_variant_that_fails_does_not_stop_the_others_and_is_tried_again(
-    model: Path, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    told: str,
 ) -> None:
     run = BitAllocation.run
 
     def fail(self: BitAllocation, context: Any) -> None:
         if self.target_bits == 2:
-            raise RunError("no solution")
+            raise error
         run(self, context)
 
     with monkeypatch.context() as patch:
         patch.setattr(BitAllocation, "run", fail)
         broken = sweep(recipe, model, tmp_path / "out", {BITS: [2, 2.5]})
-    assert [r.error for r in broken.results] == ["no solution", ""]
+    assert broken.results[0].error.startswith(told)
+    assert broken.results[1].error == ""
     assert [r.name for r in broken.failures] == ["target_bits=2"]
-    assert "no solution" in (tmp_path / "out" / "sweep.csv").read_text()
+    assert told in (tmp_path / "out" / "sweep.csv").read_text()
     mended = sweep(recipe, model, tmp_path / "out", {BITS: [2, 2.5]})
     assert not mended.failures
     assert "ExpertStats" not in mended.results[0].seconds, "was finished before the failure"

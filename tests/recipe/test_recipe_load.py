@@ -189,15 +189,9 @@ def test_aliases_that_explode_are_refused_before_they_are_written_out() -> None:
 
 
 def test_anchors_and_merge_keys_may_share_settings() -> None:
-    text = """\
-version: 1
-stages:
-  - &first {type: Decide, target: 2, given: 3, rule: lowest}
-  - {<<: *first, target: 3}
-exports: []
-"""
-    first, second = decisions(Recipe.from_text(text))
-    assert (first.target, second.target, second.rule) == (2, 3, "lowest")
+    shared = "[&first {source: embedded, sequences: 4, length: 64}, {<<: *first, sequences: 2}]"
+    recipe = Recipe.from_text(VALID.replace("{source: embedded, sequences: 4, length: 64}", shared))
+    assert [(part.sequences, part.length) for part in recipe.sources] == [(4, 64), (2, 64)]
 
 
 def test_a_stage_says_which_stage_makes_what_it_needs() -> None:
@@ -220,6 +214,11 @@ def test_a_stage_that_would_find_the_layers_of_another_is_refused() -> None:
     text = VALID.replace("stages:\n", "stages:\n  - {type: Measure}\n", 1)
     (line,) = problems(text)
     assert "stages[1]: an earlier stage makes the measurement already" in line
+
+
+def test_a_stage_that_would_overwrite_what_another_made_is_refused() -> None:
+    (line,) = problems(VALID.replace("exports:", "  - {type: Decide, target: 1}\nexports:"))
+    assert "an earlier stage makes the decision already: leave one of them out" in line
 
 
 def test_an_exporter_needs_its_artifact() -> None:

@@ -98,8 +98,9 @@ def test_an_override_that_is_wrong_is_told_as_itself(override: str, expected: st
 
 def test_a_type_that_two_stages_have_needs_an_index() -> None:
     text = TEXT.replace("exports:", "  - {type: Decide, target: 1}\nexports:")
-    (line,) = problems(["stages.Decide.target=2"], text)
-    assert "stages has 2 of type 'Decide': write stages[1] or stages[2]" in line
+    twice, ambiguous = problems(["stages.Decide.target=2"], text)
+    assert "an earlier stage makes the decision already" in twice
+    assert "stages has 2 of type 'Decide': write stages[1] or stages[2]" in ambiguous
 
 
 def test_an_override_mends_what_is_wrong_in_the_file() -> None:
