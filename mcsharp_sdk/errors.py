@@ -56,6 +56,9 @@ class InputProblems(InputError):
 MOST_NAMED = 3
 """Most names in one message, where nothing hangs on the others."""
 
+MOST_MISFITS = 12
+"""Most tensors that an error names: a wrong width is wrong in every layer."""
+
 
 def some_of(names: Sequence[str], separator: str = ", ") -> str:
     """The first names, and how many more there are."""
@@ -63,10 +66,17 @@ def some_of(names: Sequence[str], separator: str = ", ") -> str:
     return separator.join(names[:MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def raise_problems(subject: str, problems: Sequence[Problem]) -> None:
-    """Raise the problems of a subject as one ``InputProblems``, if there are any."""
-    if problems:
-        raise InputProblems(subject, problems)
+def raise_problems(subject: str, problems: Sequence[Problem], most: int | None = None) -> None:
+    """Raise the problems of a subject as one ``InputProblems``, if there are any.
+
+    Parameters
+    ----------
+    most : how many are told; behind them stands how many more there are. None for all.
+    """
+    if not problems:
+        return
+    shown, rest = problems[:most], len(problems[most:]) if most else 0
+    raise InputProblems(subject, [*shown, Problem("", f"and {rest} more")] if rest else shown)
 
 
 @dataclass

@@ -33,6 +33,11 @@ def run_folder_of(output: Path) -> Path:
     return output.with_name(f".{output.name}.run")
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder and the folders in it."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def check_model_folder(path: Path) -> None:
     """Check that a path is a folder with a ``config.json``.
 

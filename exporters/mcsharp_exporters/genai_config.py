@@ -51,12 +51,11 @@ def genai_config(config: Any, folder: Path, graph_file: str) -> dict[str, Any]:
     tokens = {name: _token(name, generation, config) for name in ("bos", "eos", "pad")}
     ending = tokens["eos"]
     first_end = ending[0] if isinstance(ending, list) else ending
-    filled = {"bos": first_end, "eos": first_end, "pad": first_end}
     return {
         "model": {
             "type": MODEL_TYPE,
             **{
-                f"{name}_token_id": filled[name] or 0 if value is None else value
+                f"{name}_token_id": first_end or 0 if value is None else value
                 for name, value in tokens.items()
             },
             "context_length": config.max_position_embeddings,

@@ -45,13 +45,18 @@ def choose_pruning(choice: GraphPruning, model: ModelPruning | None) -> RouterPr
     return replace(chosen, protects=False)
 
 
+def rules_of(stages: Sequence[Any]) -> list[RulePruning]:
+    """The rules that stages will make, as far as they are known before."""
+    return [rule for s in stages if isinstance(rule := getattr(s, "rule", None), RulePruning)]
+
+
 def pruning_problems(choice: GraphPruning, stages: Sequence[Any]) -> list[Problem]:
     """What a graph cannot do of the rule that these stages will make."""
-    rules = [s for s in stages if hasattr(s, "metric") and hasattr(s, "protect_ratio")]
+    rules = rules_of(stages)
     networks = any(s.writes == TOP_ANY_ROUTER for s in stages)
     if not rules or choice in ("off", "learned"):
         return []
-    rule = RulePruning(rules[-1].metric, rules[-1].protect_ratio, rules[-1].drop_ratio, {})
+    rule = rules[-1]
     if rule.metric == DROP_INSIGNIFICANT:
         by_rule = choice in ("weights", "rule", "both") or not networks
         return [Problem("pruning", DROPS_TOKENS)] if by_rule else []

@@ -17,7 +17,7 @@ from torch import Tensor
 from mcsharp_exporters.packed_product import stack
 from mcsharp_exporters.router_pruning import (
     ModelPruning,
-    pruning_of_directory,
+    pruning_of_folder,
     pruning_of_run,
 )
 from mcsharp_exporters.run_tensors import (
@@ -91,7 +91,7 @@ class ModelTensors:
             empty_model(folder.config, torch.float32),
             folder.topology,
             PackedLayout.from_dict(folder.config.quantization_config),
-            pruning_of_directory(path),
+            pruning_of_folder(folder),
             lambda: read(lambda name: not topology.in_layers(name)),
             lambda index: read(lambda name: name.startswith(f"{topology.layer_path(index)}.")),
         )

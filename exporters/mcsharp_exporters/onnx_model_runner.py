@@ -74,7 +74,7 @@ class OnnxModel:
     Raises
     ------
     InputError
-        If the manifest is bad, a file is missing, cut short or changed, or ``threads`` is negative.
+        If the manifest is bad, a file is missing, cut short or changed, or ``threads`` is below 1.
     RunError
         If onnxruntime is not installed or cannot open the model.
     """
@@ -88,7 +88,7 @@ class OnnxModel:
         hashes: bool = True,
     ) -> None:
         check_provider(provider)
-        if threads is not None and whole_number(threads, "threads") < 0:
+        if threads is not None and whole_number(threads, "threads") < 1:
             raise InputError(f"threads is {threads}: give 1 or more, or None for the default")
         folder = Path(folder)
         self.manifest = read_manifest(folder)

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field
 from mcsharp_exporters.base import Exporter, FolderName, off
 from mcsharp_exporters.graph_names import INDICES, KEEP, WEIGHTS, DtypeName, PruningChoice
 from mcsharp_exporters.graph_nodes import IR_VERSION, OPSET
+from mcsharp_exporters.model_pruning import rules_of
 from mcsharp_exporters.output_folder import check_free, folder_in_one_go, write_file
 from mcsharp_exporters.pruning_graph import LayerPruning
 from mcsharp_exporters.router_graph import inputs_of, router_graph
@@ -64,7 +65,7 @@ class OnnxRoutersExporter(Exporter):
         by_rule = self.pruning in ("rule", "both") or (
             self.pruning == "default" and not any(s.writes == TOP_ANY_ROUTER for s in stages)
         )
-        drops_tokens = any(getattr(s, "metric", None) == DROP_INSIGNIFICANT for s in stages)
+        drops_tokens = any(rule.metric == DROP_INSIGNIFICANT for rule in rules_of(stages))
         return [Problem("pruning", NOT_IN_A_ROUTER)] if by_rule and drops_tokens else []
 
     def run(self, context: RunContext, output: Path) -> None:

@@ -109,8 +109,11 @@ class RouterPruning:
 def pruning_of_directory(path: Path) -> ModelPruning | None:
     """What a model folder has to prune with; None if it has nothing."""
     folder = CompressedFolder.open(path)
-    if folder is None:
-        return None
+    return None if folder is None else pruning_of_folder(folder)
+
+
+def pruning_of_folder(folder: CompressedFolder) -> ModelPruning | None:
+    """The same of a folder that is open."""
     layout = PackedLayout.from_dict(folder.config.quantization_config).pruning
 
     def network(layer: int) -> Mapping[str, Tensor]:

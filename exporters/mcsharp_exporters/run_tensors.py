@@ -71,9 +71,10 @@ def _as_stored(model: SourceModel, prefix: str) -> Iterator[tuple[str, StoredTen
     """Tensors that can be copied from the original model as they are, in its stored dtype."""
     tree = model.model.state_dict()
     for name, disk in model.names.verbatim.items():
+        if not name.startswith(prefix):
+            continue
         stored = model.checkpoint.slice(disk)
-        usual = stored.dtype == model.stored_dtype and tree[name].dtype == model.dtype
-        if usual and name.startswith(prefix):
+        if stored.dtype == model.stored_dtype and tree[name].dtype == model.dtype:
             yield name, stored
 
 

@@ -63,7 +63,8 @@ def solve_bit_allocation(
     _check_shape(cost, widths)
     budget = _whole(budget)
     check_budget(len(cost), widths, budget, budget_rule=budget_rule, at_least=at_least)
-    program = Program(tuple(widths), budget, budget_rule == "exact", dict(at_least))
+    required = {width: count for width, count in at_least.items() if count}
+    program = Program(tuple(widths), budget, budget_rule == "exact", required)
     chosen = solve_exactly(cost, program)
     return np.asarray(widths, dtype=np.int64)[chosen]
 

@@ -7,9 +7,12 @@ import shutil
 from collections import defaultdict
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from mcsharp_sdk.data.tokenise import tokenizer_files
 from mcsharp_sdk.engine.plan import Plan
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.folders import folder_bytes
 from mcsharp_sdk.models.source import SourceModel
 
 
@@ -24,7 +27,7 @@ def check_disk_space(plan: Plan, source: SourceModel, run_directory: Path, outpu
     InputError
         If a file system has too little room; the message says what needs how much.
     """
-    kept = min(_size_of(run_directory), plan.run_bytes)
+    kept = min(folder_bytes(run_directory), plan.run_bytes)
     needs = {
         "the run directory": (run_directory, plan.run_bytes - kept),
         "the result": (output, plan.output_bytes + _copied_bytes(source.path)),
@@ -38,10 +41,10 @@ def check_disk_space(plan: Plan, source: SourceModel, run_directory: Path, outpu
     for parts in shared.values():
         free, needed = shutil.disk_usage(parts[0][1]).free, sum(size for *_, size in parts)
         if needed > free:
-            listed = " and ".join(f"{_decimal(size)} for {what}" for what, _, size in parts)
+            listed = " and ".join(f"{decimal(size)} for {what}" for what, _, size in parts)
             raise InputError(
                 f"too little disk space: the run needs {listed} on the file system of "
-                f"{parts[0][1]}, where {_decimal(free)} are free; make room, or give another "
+                f"{parts[0][1]}, where {decimal(free)} are free; make room, or give another "
                 "--output or --run-dir"
             )
 
@@ -50,21 +53,7 @@ def _copied_bytes(model: Path) -> int:
     return sum(file.stat().st_size for file in tokenizer_files(model))
 
 
-def _size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
 def _existing(folder: Path) -> Path:
     """The folder itself, or the nearest one above it that is there."""
     absolute = Path(os.path.abspath(folder))
     return next(place for place in (absolute, *absolute.parents) if place.is_dir())
-
-
-def _decimal(size: int) -> str:
-    """A size as people read it, e.g. ``1.5 GB``."""
-    number, unit = float(size), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if number < 1000:
-            break
-        number, unit = number / 1000, larger
-    return f"{number:.3g} {unit}"

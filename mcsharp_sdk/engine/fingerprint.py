@@ -36,7 +36,7 @@ def fingerprint(recipe: Recipe, source: SourceModel) -> dict[str, str]:
         parts[TOKENIZER] = hash_of(_tokenizer_hashes(source.path))
     for position, stage in enumerate(recipe.stages):
         for setting, path in stage.files().items():
-            parts[_file_part(position, setting)] = hash_of(path.read_bytes().hex())
+            parts[_file_part(position, setting)] = file_hash(path)
         code = _own_code(type(stage))
         if code is not None:
             parts[_code_part(position)] = hash_of(code)

@@ -20,12 +20,12 @@ from mcsharp_sdk.engine.quantising_memory import (
 from mcsharp_sdk.engine.sizes import LayerSizes, ModelSizes, packed_bytes_of
 from mcsharp_sdk.models.embedding import TOKENS_PER_BATCH
 from mcsharp_sdk.models.expert_runs import KEPT_BYTES, PIECE_TOKENS
+from mcsharp_sdk.models.logits import LOGITS_AT_ONCE
 from mcsharp_sdk.models.memory import resident_bytes
 from mcsharp_sdk.modifiers.base import Modifier
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
 from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
-from mcsharp_sdk.modifiers.loss_gradients import LOGITS_AT_ONCE
 from mcsharp_sdk.modifiers.router_calibration import RouterCalibration
 from mcsharp_sdk.modifiers.token_protection import TokenProtection
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter

@@ -41,6 +41,11 @@ def put_in_place(partial: Path, output: Path) -> None:
     if output.exists():
         shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed in here
         output.rename(old)
-    partial.rename(output)
+    try:
+        partial.rename(output)
+    except OSError:
+        if old.exists():
+            old.rename(output)
+        raise
     sync_folder(output.parent)
     shutil.rmtree(old, ignore_errors=True)

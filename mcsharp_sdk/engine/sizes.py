@@ -180,9 +180,7 @@ def _embedding_bytes(source: SourceModel) -> int:
 
 
 def _largest_outer_tensor(source: SourceModel) -> int:
-    placed = source.names.memory.items()
-    names = (disk for disk, name in placed if not source.topology.in_layers(name))
-    return max((source.checkpoint.info(name).nbytes for name in names), default=0)
+    return max((source.checkpoint.info(n).nbytes for n in source.outer_disk_names()), default=0)
 
 
 def network_bytes(sizes: ModelSizes, layer: LayerSizes, units: int) -> int:

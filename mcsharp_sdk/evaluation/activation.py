@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mcsharp_sdk.evaluation.stored import layer_of
-from mcsharp_sdk.models.experts import is_experts
+from mcsharp_sdk.models.experts import call_arguments, is_experts
 from mcsharp_sdk.models.topology import stays_as_it_is
 
 
@@ -87,9 +87,7 @@ def watch_experts(model: nn.Module) -> Iterator[ExpertActivity]:
 
 def _counter(layer: LayerActivity) -> Callable[..., None]:
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False))
-        given |= kwargs
-        index, weights = given["top_k_index"], given["top_k_weights"]
+        _, index, weights = call_arguments(args, kwargs)
         experts = layer.activated.numel()
         kept = index[(index < experts) & (weights != 0)]
         if layer.activated.device != kept.device:

@@ -17,7 +17,7 @@ from mcsharp_sdk.evaluation.stored import (
     read_config_json,
     read_layout,
 )
-from mcsharp_sdk.folders import CONFIG_FILE
+from mcsharp_sdk.folders import CONFIG_FILE, folder_bytes
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.topology import NUM_EXPERTS_SETTING, TOP_K_SETTINGS
 
@@ -155,7 +155,7 @@ def model_cost(directory: str | Path) -> ModelCost:
     return ModelCost(
         compressed=layout is not None and layout.packs,
         weight_bytes=sum(file.stat().st_size for file in checkpoint.files),
-        directory_bytes=sum(f.stat().st_size for f in directory.rglob("*") if f.is_file()),
+        directory_bytes=folder_bytes(directory),
         roles=_shares(tensors),
         bits=_bits(quantised, gone),
         expert_bits=_bits((t for t in quantised if t.role == "experts"), gone) if experts else None,

@@ -11,6 +11,7 @@ from mcsharp_exporters.graph_names import LONG_NAMES
 
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.perplexity import perplexity_of
+from mcsharp_sdk.folders import folder_bytes
 
 if TYPE_CHECKING:
     from mcsharp_exporters.onnx_manifest import ModelManifest
@@ -80,7 +81,7 @@ def measure_exported(
         "expert_nominal_bits": None,
         "expert_stored_bits": None,
         "bytes": sum(size for file, size in sizes.items() if file.startswith("model.onnx")),
-        "directory_bytes": sum(f.stat().st_size for f in directory.rglob("*") if f.is_file()),
+        "directory_bytes": folder_bytes(directory),
         "parameters": manifest.parameters,
         "pruning": manifest.pruning,
         "activated_expert_ratio": None,

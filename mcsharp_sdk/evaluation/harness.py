@@ -22,6 +22,7 @@ def import_harness() -> Any:
             f"tasks need EleutherAI's lm-eval, which cannot be imported ({error}): "
             "pip install 'mcsharp_sdk[eval]'"
         ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return lm_eval
 
 
@@ -86,7 +87,6 @@ def network(allowed: bool) -> Iterator[None]:
     import datasets
     import huggingface_hub.constants
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     switches = [(huggingface_hub.constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")]
     before = [(module, name, getattr(module, name)) for module, name in switches]
     try:

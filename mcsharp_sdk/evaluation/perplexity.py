@@ -16,9 +16,7 @@ from torch.nn import functional as F
 
 from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.models.bfloat16 import fast_linears
-
-LOGITS_AT_ONCE = 2**24
-"""Logits held at once, in elements: 64 MiB of float32."""
+from mcsharp_sdk.models.logits import positions_at_once
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """Gets the index of a batch of windows, positions (p,) and the logits (b, p, vocabulary) there."""
@@ -170,8 +168,7 @@ def _logits(model: Any, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield positions, model(input_ids=ids, use_cache=False).logits[:, :-1]
         return
     output = model.base_model(input_ids=ids, use_cache=False)
-    vocabulary = model.config.get_text_config().vocab_size
-    for chunk in positions.split(max(1, LOGITS_AT_ONCE // (vocabulary * len(ids)))):
+    for chunk in positions.split(positions_at_once(model.config, len(ids))):
         yield chunk, head_logits(model, ids, output, chunk)
 
 

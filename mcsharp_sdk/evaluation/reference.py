@@ -61,6 +61,7 @@ class Reference:
         self._check_room(conditions)
         self._output: Any = None
         self._kept = 0
+        self._at_hand: tuple[int, dict[str, Tensor]] = (-1, {})
         if self._separate:
             hook = self._model.base_model.register_forward_hook(self._keep_hidden)
             self.evaluation: Evaluation = measure(conditions, self._model, track=track)
@@ -75,7 +76,7 @@ class Reference:
     @torch.inference_mode()
     def logits(self, batch: int, positions: Tensor) -> Tensor:
         """Logits (b, p, vocabulary) at positions (p,) of a batch of windows."""
-        kept = load_file(self._file(batch))
+        kept = self._read(batch)
         if not self._separate:
             return kept[LOGITS][:, positions.cpu()]
         device = self._model.get_input_embeddings().weight.device
@@ -83,6 +84,12 @@ class Reference:
         output[HIDDEN] = kept[HIDDEN].to(device)
         ids = self._batches[batch].to(device)
         return head_logits(self._model, ids, output, positions.to(device))
+
+    def _read(self, batch: int) -> dict[str, Tensor]:
+        """What is kept of a batch, which is asked for many times before the next one."""
+        if self._at_hand[0] != batch:
+            self._at_hand = batch, load_file(self._file(batch))
+        return self._at_hand[1]
 
     def _keep_hidden(self, _body: Any, _arguments: Any, output: Any) -> None:
         """Keep a batch's output of the body. The head's own calls give the same object again."""

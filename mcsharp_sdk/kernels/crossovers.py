@@ -20,12 +20,7 @@ from typing import Any
 import torch
 
 from mcsharp_sdk._version import __version__
-from mcsharp_sdk.artifact_file import (
-    check_version,
-    read_json_object,
-    readable_json,
-    write_text_atomically,
-)
+from mcsharp_sdk.artifact_file import VERSION, check_version, read_json_object, write_json
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.kernels.case import Case, LayerCase
 
@@ -34,7 +29,6 @@ VARIABLE = "MCSHARP_CROSSOVERS"
 
 OFF = "off"
 FILE = "kernel_crossovers.json"
-FORMAT = 1
 
 Steps = tuple[tuple[int, str], ...]
 """Tokens from which on a kernel is fastest, and its name; ascending, the first from 1."""
@@ -145,9 +139,7 @@ def save(device: str, found: Mapping[str, Steps]) -> Path:
     table = {name: dict(known) for name, known in read(file).items()}
     table.setdefault(device_name(device), {}).update(found)
     try:
-        write_text_atomically(
-            file, readable_json({"version": FORMAT, "devices": _plain(table)}) + "\n"
-        )
+        write_json(file, {"version": VERSION, "devices": _plain(table)})
     except OSError as error:
         raise InputError(
             f"{file} cannot be written ({error.strerror}): give another file in {VARIABLE}"

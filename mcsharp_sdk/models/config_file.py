@@ -53,10 +53,21 @@ def _settings(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, 
             yield f"{path}{name}", value
 
 
-def check_layer_count(config: Any, tensors: int, path: Path) -> None:
-    """InputError if a config asks for more decoder layers than there are tensors."""
+def check_layer_count(config: Any, path: Path, tensors: int | None = None) -> None:
+    """InputError if a config asks for more decoder layers than can be, or than there are tensors.
+
+    Parameters
+    ----------
+    path : the model's folder, for the message.
+    tensors : how many are stored; None if that is not known.
+    """
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > tensors:
+    if not isinstance(layers, int):
+        return
+    if layers > MOST_LAYERS:
+        too_many = f"num_hidden_layers is {layers}: more than {MOST_LAYERS} cannot be"
+        raise InputError(f"{path / CONFIG_FILE}: {too_many}")
+    if tensors is not None and layers > tensors:
         raise InputError(
             f"{path / CONFIG_FILE} says {layers} layers, but {tensors} tensors are stored"
         )

@@ -8,7 +8,7 @@ otherwise are brought to this form by :mod:`mcsharp_sdk.models.normal_form`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -80,8 +80,12 @@ def weigh(experts: Any, hidden: Tensor, routing: Tensor) -> tuple[Tensor, Tensor
     return (hidden * routing.unsqueeze(-1)).to(hidden.dtype), torch.ones_like(routing)
 
 
+ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
+"""Of an experts module, in order, as transformers calls them."""
+
+
 def call_arguments(
-    args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]
+    args: Sequence[Tensor], kwargs: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What an experts module is called with, by position or by name.
 
@@ -89,7 +93,8 @@ def call_arguments(
     -------
     Hidden states, (..., hidden); the chosen experts, int64 (T, k); their routing weights, (T, k).
     """
-    hidden, top_k_index, top_k_weights = (*args, *kwargs.values())
+    given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
+    hidden, top_k_index, top_k_weights = (given[name] for name in ARGUMENTS)
     return hidden, top_k_index, top_k_weights
 
 

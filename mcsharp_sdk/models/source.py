@@ -75,7 +75,7 @@ class SourceModel:
             )
         self.checkpoint = Checkpoint.open(path)
         check_unquantised(self.checkpoint)
-        check_layer_count(self.config, len(self.checkpoint.tensors), path)
+        check_layer_count(self.config, path, len(self.checkpoint.tensors))
         self.stored_dtype = stored_dtype(self.config, path)
         self.dtype = dtype or compute_dtype(self.stored_dtype, device)
         self.model = empty_model(self.config, self.dtype)
@@ -96,6 +96,11 @@ class SourceModel:
         """Names in the module tree of all tensors outside of the decoder layers, tied ones too."""
         names = {*self.names.memory.values(), *self.names.tied}
         return sorted(name for name in names if not self.topology.in_layers(name))
+
+    def outer_disk_names(self) -> list[str]:
+        """Names in the checkpoint of what is outside of the decoder layers."""
+        placed = self.names.memory.items()
+        return [disk for disk, name in placed if not self.topology.in_layers(name)]
 
     def fused_weights(self, layer: int) -> list[str]:
         """Full names of the fused expert weights of a MoE layer."""

@@ -17,16 +17,13 @@ from torch import Tensor, nn
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from mcsharp_sdk.errors import InputError, InputProblems, Problem, RunError
+from mcsharp_sdk.errors import MOST_MISFITS, InputError, Problem, RunError, raise_problems
 from mcsharp_sdk.models.normal_form import weight_conversions
 from mcsharp_sdk.models.safetensors_file import DTYPE_NAMES, TensorInfo
 from mcsharp_sdk.models.shards import Checkpoint
 
 if TYPE_CHECKING:
     from mcsharp_sdk.models.source import SourceModel
-
-MOST_SHOWN = 12
-"""Most misfits that an error names: a wrong width is wrong in every layer."""
 
 QUANTISED_TENSORS = re.compile(r"\.(qweight|qzeros|weight_packed|weight_scale(_inv)?|absmax|SCB)$")
 """Names of tensors that GPTQ, AWQ, compressed-tensors, fp8 and bitsandbytes store."""
@@ -93,11 +90,9 @@ def check_outer_weights(source: SourceModel) -> None:
     InputProblems
         With each tensor that has numbers that are NaN or infinite.
     """
-    placed = source.names.memory.items()
-    names = [disk for disk, name in placed if not source.topology.in_layers(name)]
+    names = source.outer_disk_names()
     problems = [problem for name in names for problem in numbers_of(source.checkpoint, name)]
-    if problems:
-        raise InputProblems(str(source.path), problems)
+    raise_problems(str(source.path), problems)
 
 
 def check_fit(source: SourceModel) -> None:
@@ -108,12 +103,7 @@ def check_fit(source: SourceModel) -> None:
     InputProblems
         With the tensors that have other shapes, are missing, or belong to further layers.
     """
-    problems = list(_misfits(source))
-    if len(problems) > MOST_SHOWN:
-        rest = len(problems) - MOST_SHOWN
-        problems = [*problems[:MOST_SHOWN], Problem("", f"and {rest} more")]
-    if problems:
-        raise InputProblems(f"{source.path}", problems)
+    raise_problems(str(source.path), list(_misfits(source)), MOST_MISFITS)
 
 
 @dataclass(frozen=True)

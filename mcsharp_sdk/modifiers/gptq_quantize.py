@@ -205,9 +205,10 @@ class GPTQQuantize(Modifier):
         InputError
             If the file does not fit the model, or a width cannot be stored.
         """
-        if not isinstance(self.bits, Path):
-            return BitMap({layer: (int(self.bits or 0),) * n for layer, n in experts.items()})
-        return _storable(BitMap.load(self.bits).for_model(experts))
+        if isinstance(self.bits, Path):
+            return _storable(BitMap.load(self.bits).for_model(experts))
+        assert self.bits is not None, "only stages with bits are asked for their map"
+        return BitMap({layer: (self.bits,) * n for layer, n in experts.items()})
 
     def quantiser(self) -> LayerQuantiser:
         """What quantises layers with these settings."""

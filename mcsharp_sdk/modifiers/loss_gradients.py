@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.embedding import TOKENS_PER_BATCH, embed, layers_answered, model_inputs
+from mcsharp_sdk.models.logits import positions_at_once
 from mcsharp_sdk.models.streamed_layer import LayerInputs
 
 if TYPE_CHECKING:
@@ -31,9 +32,6 @@ LOSS_GRADIENTS = "loss_gradients"
 GRADIENT = "gradient"
 SEED = 0
 """Of the tokens that are drawn."""
-
-LOGITS_AT_ONCE = 2**24
-"""Logits held at once, in elements: 64 MiB of float32, and as much again for each gradient."""
 
 
 def measure_loss_gradients(context: RunContext, tokens: int) -> None:
@@ -119,7 +117,7 @@ def _logits(model: Any, given: dict[str, Tensor]) -> Iterator[Tensor]:
         yield model(**given, use_cache=False).logits.float().flatten(0, 1)
         return
     sequences, length = given["input_ids"].shape
-    at_once = max(1, LOGITS_AT_ONCE // (model.config.get_text_config().vocab_size * sequences))
+    at_once = positions_at_once(model.config, sequences)
     for positions in torch.arange(length, device=given["input_ids"].device).split(at_once):
         answer = model(**given, use_cache=False, logits_to_keep=positions)
         yield answer.logits.float().flatten(0, 1)

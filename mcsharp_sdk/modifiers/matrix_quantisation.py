@@ -97,7 +97,7 @@ def quantise_matrices(
     hessians = moments.hessians
     weights, batch = _quantised(settings, weights, moments, bits, names, notes, matrix_of_row)
     for position, name in enumerate(names):
-        rows = _some_rows(weights.shape[1])
+        rows = evenly_spaced(weights.shape[1], ERROR_ROWS)
         changed = dequantise(_at_rows(batch.expert(position), rows), torch.float32)
         found = squared_output_error(weights[position, rows], changed, hessians[position])
         of = weights.shape[1] / len(rows)
@@ -165,11 +165,6 @@ def _refine(
     for index, weight in enumerate(weights):
         better = refine(weight, batch.expert(index), damped(hessians, factor, index), rounds)
         batch.codes[index], batch.scales[index] = better.codes, better.scales
-
-
-def _some_rows(rows: int) -> Tensor:
-    """At most ``ERROR_ROWS`` numbers of rows, evenly spaced."""
-    return evenly_spaced(rows, ERROR_ROWS)
 
 
 def _at_rows(whole: QuantizedWeight, rows: Tensor) -> QuantizedWeight:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mcsharp_sdk.errors import RunError
 from mcsharp_sdk.models.capture import routed_inputs
+from mcsharp_sdk.models.evenly_spaced import evenly_spaced
 from mcsharp_sdk.models.expert_runs import ExpertRuns
 from mcsharp_sdk.models.routed_inputs import RoutedInputs
 from mcsharp_sdk.models.routing import Router, Routing, route, router_logits
@@ -136,8 +137,7 @@ def _target(layer: StreamedLayer, routed: RoutedInputs) -> Target:
 
 def _split(count: int, most: int) -> tuple[Tensor, Tensor]:
     """Tokens to fit on and tokens to judge on, ``most`` in all, evenly spaced."""
-    step = max(1.0, count / most)
-    chosen = (torch.arange(min(count, most), dtype=torch.float64) * step).long()
+    chosen = evenly_spaced(count, most)
     place = torch.arange(len(chosen))
     held = place % HELD_OUT == HELD_OUT - 1
     if not held.any():  # fewer tokens than one in so many: nothing to hold out

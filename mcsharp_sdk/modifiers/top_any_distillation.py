@@ -32,11 +32,10 @@ from mcsharp_sdk.modifiers.top_any_training import (
     StepLosses,
     Training,
     new_network,
-    noise_like,
     renormalised,
 )
 from mcsharp_sdk.pruning.rule import ranked
-from mcsharp_sdk.pruning.top_any import TopAnyNetwork, soft_keep
+from mcsharp_sdk.pruning.top_any import TopAnyNetwork, gumbel_noise, soft_keep
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
@@ -129,7 +128,7 @@ class ModelTask:
         top_k = {layer: n.second.out_features for layer, n in self.pruning.networks.items()}
         count, length = group.tokens.numel(), group.tokens.shape[1]
         # Drawn beforehand, so that layers that are computed again for gradients draw the same.
-        noise = {k: noise_like(torch.empty(count, n), generator) for k, n in top_k.items()}
+        noise = {k: gumbel_noise(torch.empty(count, n), generator) for k, n in top_k.items()}
         sequences = len(group.tokens)
         first = sequences * self.ranks.rank // self.ranks.count
         last = sequences * (self.ranks.rank + 1) // self.ranks.count

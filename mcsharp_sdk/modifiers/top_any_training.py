@@ -22,7 +22,7 @@ from mcsharp_sdk.checked_files import DamagedFile, hash_of
 from mcsharp_sdk.errors import RunError
 from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.shards import write_safetensors
-from mcsharp_sdk.pruning.top_any import TopAnyNetwork, gumbel_noise
+from mcsharp_sdk.pruning.top_any import TopAnyNetwork
 
 if TYPE_CHECKING:
     from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
@@ -79,11 +79,6 @@ def new_network(
     with torch.no_grad():
         network.first.weight[:, hidden_size:] *= WEIGHT_GAIN * hidden_size**0.5
     return network.to(device)
-
-
-def noise_like(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Gumbel noise for logits on any device, the same on all of them."""
-    return gumbel_noise(torch.empty(logits.shape), generator).to(logits.device)
 
 
 class Training:

@@ -16,7 +16,7 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mcsharp_sdk.models.config_file import MOST_LAYERS, check_layer_count
+from mcsharp_sdk.models.config_file import check_layer_count
 from mcsharp_sdk.runtime.layout import INDEX_FILE, METHOD, PackedLayout, check_layout_fields
 
 
@@ -39,7 +39,7 @@ class McSharpQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         """Called before weight files are looked for: name ours."""
         config.transformers_weights = INDEX_FILE
-        check_layer_count(config, MOST_LAYERS, Path(str(config.name_or_path)))
+        check_layer_count(config, Path(str(config.name_or_path)))
         return config
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:

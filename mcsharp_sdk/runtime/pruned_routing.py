@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.models.experts import fused_weight
+from mcsharp_sdk.models.experts import ARGUMENTS, call_arguments, fused_weight
 from mcsharp_sdk.models.topology import Topology, why_not_prunable
 from mcsharp_sdk.pruning.importance import ATTENTION
 from mcsharp_sdk.runtime.expert_pruner import ExpertPruner, PruningState
@@ -137,12 +137,9 @@ def _prune(experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     pruner: ExpertPruner = experts.pruner
     if not pruner.active:
         return None
-    given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False))
-    given |= kwargs
-    hidden, index, weights = (
-        given.pop(name) for name in ("hidden_states", "top_k_index", "top_k_weights")
-    )
-    return (hidden, *pruner(hidden, index, weights)), given
+    hidden, index, weights = call_arguments(args, kwargs)
+    others = {name: value for name, value in kwargs.items() if name not in ARGUMENTS}
+    return (hidden, *pruner(hidden, index, weights)), others
 
 
 def _note_batch(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ def check_compressed(directory: Path) -> None:
         raise InputError(f"{directory} is no compressed model: see its config.json")
     layout = PackedLayout.from_dict(settings)
     checkpoint = Checkpoint.open(directory)
-    check_layer_count(config, len(checkpoint.tensors), directory)
+    check_layer_count(config, directory, len(checkpoint.tensors))
     model = empty_model(config, stored_dtype(config, directory))
     with torch.device("meta"):
         pack_modules(model, layout)

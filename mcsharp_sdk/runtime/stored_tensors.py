@@ -14,12 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.errors import InputProblems, Problem
+from mcsharp_sdk.errors import MOST_MISFITS, Problem, raise_problems
 from mcsharp_sdk.models.safetensors_file import TensorInfo, read_header
 from mcsharp_sdk.runtime.layout import TENSORS
-
-MOST_SHOWN = 12
-"""Most misfits that an error names."""
 
 PACKED_DTYPES = (torch.uint8, torch.float16)
 """Dtypes that are never converted when a model is loaded: those of codes and of scales."""
@@ -46,8 +43,7 @@ def check_files(model: Any, files: Sequence[str | Path]) -> None:
         header, faults = read_header(path)
         tensors.update(header.tensors)
         problems += faults
-    if problems:
-        raise InputProblems(str(home), problems)
+    raise_problems(str(home), problems)
     check_tensors(model, tensors, str(home))
 
 
@@ -58,12 +54,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 def check_tensors(model: Any, tensors: Mapping[str, TensorInfo], subject: str) -> None:
     """Check that headers fit a packed model on the meta device; InputProblems if they do not."""
-    problems = list(_misfits(model, tensors))
-    if len(problems) > MOST_SHOWN:
-        rest = len(problems) - MOST_SHOWN
-        problems = [*problems[:MOST_SHOWN], Problem("", f"and {rest} more")]
-    if problems:
-        raise InputProblems(subject, problems)
+    raise_problems(subject, list(_misfits(model, tensors)), MOST_MISFITS)
 
 
 def _misfits(model: Any, tensors: Mapping[str, TensorInfo]) -> Iterator[Problem]:

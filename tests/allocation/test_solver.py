@@ -53,7 +53,8 @@ def programs(draw: st.DrawFn) -> tuple[np.ndarray, list[int], int, dict[int, int
     values = draw(st.sampled_from([WIDE, TIED, ANY_FLOAT, st.just(0.0)]))
     cell = st.lists(values, min_size=len(widths), max_size=len(widths))
     cost = np.array(draw(st.lists(cell, min_size=experts, max_size=experts)))
-    at_least = draw(st.dictionaries(st.sampled_from(widths), st.integers(0, 2), max_size=2))
+    required = st.sampled_from([*widths, 5])  # none has 5: only 0 experts can
+    at_least = draw(st.dictionaries(required, st.integers(0, 2), max_size=2))
     budget = draw(st.integers(widths[0] * experts - 1, widths[-1] * experts + 1))
     return cost, widths, budget, at_least
 

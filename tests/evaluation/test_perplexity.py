@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GraniteMoeConfig, GraniteMoeForCausalLM, MixtralConfig, MixtralForCausalLM
 
-import mcsharp_sdk.evaluation.perplexity as module
+import mcsharp_sdk.models.logits as module
 from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.evaluation.perplexity import perplexity
 

@@ -410,8 +410,8 @@ def test_what_a_runner_cannot_take_is_said(tmp_path: Path) -> None:
     mcsharp_sdk.export("onnx_model", compressed(tmp_path / "model", "mixtral"), tmp_path / "onnx")
     with pytest.raises(InputError, match="is not ONNX routers: open it with OnnxModel of"):
         OnnxRouters(tmp_path / "onnx")
-    with pytest.raises(InputError, match="threads is -1: give 1 or more"):
-        OnnxModel(tmp_path / "onnx", "cpu", threads=-1)
+    with pytest.raises(InputError, match="threads is 0: give 1 or more"):
+        OnnxModel(tmp_path / "onnx", "cpu", threads=0)
     model: Any = OnnxModel(tmp_path / "onnx", "cpu", threads=1)
     ids = np.array([[1, 2]])
     with pytest.raises(InputError, match="tokens: a numpy array is needed, not list"):

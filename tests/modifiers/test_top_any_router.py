@@ -39,7 +39,6 @@ from mcsharp_sdk.modifiers.top_any_training import (
     StepLosses,
     Training,
     new_network,
-    noise_like,
     renormalised,
     seeded,
     temperature_at,
@@ -386,7 +385,7 @@ def test_the_whole_models_loss_is_the_divergence_of_its_predictions(
     generator = torch.Generator().manual_seed(seeded(stage.seed, "model", 0))
     tokens = calibration_tokens(text)
     rows = torch.randint(len(tokens), (3,), generator=generator)
-    noise = {i: noise_like(torch.empty(3 * 32, 2), generator) for i in range(3)}
+    noise = {i: gumbel_noise(torch.empty(3 * 32, 2), generator) for i in range(3)}
     model = load(models["mixtral"])
     with torch.no_grad():
         expected = model(tokens[rows], use_cache=False).logits.double().log_softmax(-1)

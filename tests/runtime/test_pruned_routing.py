@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import mcsharp_sdk.runtime.hf_quantizer  # noqa: F401  (lets transformers load the models)
 from mcsharp_sdk.errors import InputError, RunError
+from mcsharp_sdk.models.experts import call_arguments
 from mcsharp_sdk.models.topology import Topology
 from mcsharp_sdk.pruning import METRICS, TopAnyNetwork
 from mcsharp_sdk.runtime import modules
@@ -570,3 +571,14 @@ def test_layers_may_be_pruned_in_part(tmp_path: Path) -> None:
         model.set_expert_pruning(mode)
         logits(model, padded("left")[0])
         assert {layer for layer, calls in seen.items() if (calls[-1] == 4).any()} == pruned
+
+
+def test_experts_called_by_name_in_any_order_are_understood() -> None:
+    hidden, index, weights = (
+        torch.ones(3, 4),
+        torch.zeros(3, 2, dtype=torch.int64),
+        torch.rand(3, 2),
+    )
+    by_name = {"top_k_weights": weights, "top_k_index": index}
+    for found in (call_arguments((hidden, index, weights), {}), call_arguments((hidden,), by_name)):
+        assert [a is b for a, b in zip(found, (hidden, index, weights), strict=True)] == [True] * 3

@@ -178,6 +178,17 @@ def test_what_a_config_says_is_compared_with_the_files(
         load_model(folder, "cpu", torch.float32)
 
 
+def test_a_config_with_too_many_layers_is_refused_when_transformers_loads_it(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5000}))
+    with pytest.raises(
+        InputError, match=r"config\.json: num_hidden_layers is 5000: more than 4096"
+    ):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_an_index_that_points_outside_its_folder_is_refused_by_transformers_too(
     folder: Path,
 ) -> None:

@@ -135,12 +135,11 @@ def _projector_layers(config: Any, inputs: int) -> nn.Module:
         return nn.Identity()
     if config.projector_type == "linear":
         return nn.Linear(inputs, config.n_embed)
-    inner = config.n_embed * (config.mlp_ratio if config.projector_type[0] == "d" else 1)
-    widths = [inputs, *[inner] * max(1, config.depth - 1), config.n_embed]
-    if config.projector_type == "mlp_gelu":
-        widths = [inputs, *[config.n_embed] * config.depth]
+    widths = [config.n_embed] * config.depth
+    if config.projector_type == "downsample_mlp_gelu":
+        widths = [config.n_embed * config.mlp_ratio] * max(1, config.depth - 1) + [config.n_embed]
     layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
+    for before, after in pairwise([inputs, *widths]):
         layers += [nn.GELU(), nn.Linear(before, after)]
     return nn.Sequential(*layers[1:])
 
