@@ -19,8 +19,8 @@ from mcsharp_sdk.data.calibration import RANDOM_SCOPE, Calibration
 from mcsharp_sdk.data.corpora import calibration_name, calibration_pieces
 from mcsharp_sdk.errors import InputError
 
-BLOCK = 1 << 18
-"""Characters that are tokenised at once; a text up to this long is tokenised in one go."""
+BLOCK = 2**15
+"""Characters that are tokenised at once, for which tokenizers take some 500 times as many bytes."""
 
 OVERLAP = 2048
 """Characters that consecutive blocks share, so that the seam can be put where both agree."""

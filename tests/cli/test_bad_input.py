@@ -331,7 +331,7 @@ def test_too_little_disk_space_is_found_before_work(
     assert given.compress() == 2
     told = capsys.readouterr().err
     needed = re.search(
-        r"needs ([\d.]+) kB for the run directory and ([\d.]+) kB for the result .* 100 kB are",
+        r"needs ([\d.]+) kB for the run directory and ([\d.]+) kB for the result .* 100.0 kB are",
         told,
     )
     assert needed, told
