@@ -21,6 +21,8 @@ MANIFEST_FILE = "manifest.json"
 
 SWEEP_FILE = "sweep.json"
 
+NOT_GGUF = "which is not read: give the model that it was made of, in safetensors"
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """``owner/name``, as hubs call their models."""
 
@@ -48,6 +50,8 @@ def check_model_folder(path: Path) -> None:
     """
     if (path / CONFIG_FILE).is_file():
         return
+    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+        raise InputError(f"{path} is GGUF, {NOT_GGUF}")
     if path.is_file():
         raise InputError(f"{path} is a file: give the folder of the model")
     if not path.is_dir():

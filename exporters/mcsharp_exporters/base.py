@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
+
+from mcsharp_sdk.recipe.settings import Settings
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
@@ -43,7 +45,7 @@ FolderName = Annotated[
 ]
 
 
-class Exporter(BaseModel, ABC):
+class Exporter(Settings, ABC):
     """A way to write a finished run down; its fields are the settings.
 
     Class attributes
@@ -53,8 +55,6 @@ class Exporter(BaseModel, ABC):
     reads_routing : the exporter needs to know how the model's routers choose.
     writes_weights : the exporter writes all weights of the model down.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: str
 

@@ -7,9 +7,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from mcsharp_sdk.recipe.paths import BASE, RecipePath
+from mcsharp_sdk.recipe.settings import refuse_truth_for_number
 
 RANDOM_SCOPE = 64
 """Random windows are drawn from the first ``RANDOM_SCOPE * sequences * length`` tokens."""
@@ -46,6 +47,10 @@ class _Source(BaseModel):
         ),
     ] = "random"
     seed: Annotated[int, Field(ge=0, description="Seed of the random choice of windows.")] = 0
+
+    _numbers = field_validator("sequences", "weight", "length", "seed", mode="before")(
+        refuse_truth_for_number  # not "*": pydantic refuses validators of what it goes by, 'source'
+    )
 
 
 class TextSource(_Source):

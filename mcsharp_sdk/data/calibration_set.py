@@ -10,6 +10,11 @@ from torch import Tensor
 
 from mcsharp_sdk.errors import InputError
 
+FEWER = (
+    "{sequences} sequences cannot be divided among {processes} processes: give more sequences, or "
+    "start fewer processes"
+)
+
 
 @dataclass(frozen=True)
 class SampleGroup:
@@ -125,10 +130,7 @@ class CalibrationSet:
             return self
         count = self.num_sequences
         if count < parts:
-            raise InputError(
-                f"calibration: {count} sequences cannot be divided among {parts} processes: give "
-                "more sequences, or start fewer processes"
-            )
+            raise InputError(f"calibration: {FEWER.format(sequences=count, processes=parts)}")
         start, stop, done = count * part // parts, count * (part + 1) // parts, 0
         chosen: list[SampleGroup] = []
         for group in self.groups:

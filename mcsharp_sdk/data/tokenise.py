@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mcsharp_sdk.artifact_file import read_json_file
 from mcsharp_sdk.data.calibration import RANDOM_SCOPE, Calibration
 from mcsharp_sdk.data.corpora import calibration_name, calibration_pieces
 from mcsharp_sdk.errors import InputError
@@ -50,6 +51,13 @@ def tokenizer_files(model_dir: Path) -> list[Path]:
     """The files of a model folder that are of :data:`TOKENIZER_FILES`, by name."""
     found = {file for pattern in TOKENIZER_FILES for file in model_dir.glob(pattern)}
     return sorted(file for file in found if file.is_file())
+
+
+def check_tokenizer_files(model_dir: Path) -> None:
+    """InputError if a tokenizer's file that is named as JSON is none: a result takes it over."""
+    for file in tokenizer_files(model_dir):
+        if file.suffix == ".json":
+            read_json_file(file)
 
 
 def load_tokenizer(model_dir: Path) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mcsharp_sdk.data.calibration import ImageTextSource
+from mcsharp_sdk.data.calibration_set import FEWER
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.architecture import reads_images
 from mcsharp_sdk.models.routing import router_settings
@@ -108,12 +109,16 @@ def _attention_misfits(recipe: Recipe) -> Iterator[Misfit]:
             )
 
 
-def check_shared(recipe: Recipe) -> None:
-    """InputProblems if several processes cannot share the stages of a recipe."""
-    misfits = [
+def check_shared(recipe: Recipe, processes: int) -> None:
+    """InputProblems if so many processes cannot share the stages of a recipe."""
+    misfits: list[Misfit] = [
         (("stages", position), reason)
         for position, stage in enumerate(recipe.stages)
         if (reason := stage.why_not_shared()) is not None
     ]
+    sequences = sum(source.sequences for source in recipe.sources)
+    if recipe.sources and sequences < processes:
+        fewer = FEWER.format(sequences=sequences, processes=processes)
+        misfits.append((("calibration",), fewer))
     if misfits:
         raise recipe.error(misfits)

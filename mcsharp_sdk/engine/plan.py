@@ -125,7 +125,7 @@ def make_plan(
     """
     check_model(recipe, source)
     if processes > 1:
-        check_shared(recipe)
+        check_shared(recipe, processes)
     sizes = model_sizes(source)
     bits = _intended_bits(recipe, source)
     blocks = list(source.topology.moe.values())

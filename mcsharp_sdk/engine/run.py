@@ -10,6 +10,7 @@ from typing import Any
 
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.data.gathering import gather
+from mcsharp_sdk.data.tokenise import check_tokenizer_files
 from mcsharp_sdk.engine.budget import read_bytes_of
 from mcsharp_sdk.engine.default_dtype import float32_by_default
 from mcsharp_sdk.engine.disk_space import check_disk_space
@@ -143,6 +144,8 @@ def _compress(
     if plan is not None and not published:
         checks.result(lambda: check_disk_space(plan, source, directory, output))
     checks.result(lambda: check_outer_weights(source))
+    if recipe.exports and not recipe.sources:  # else the tokenizer is loaded
+        checks.result(lambda: check_tokenizer_files(model))
     calibration = checks.result(lambda: _shared_calibration(recipe, source, ranks))
     checks.raise_together("the run")
     assert plan is not None

@@ -129,7 +129,10 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
                 .eval()
             )
         except Exception as error:  # each architecture raises what it likes
-            raise InputError(f"{config.model_type} cannot be built: {error}") from error
+            raise InputError(
+                f"{config.model_type} cannot be built as config.json says "
+                f"({type(error).__name__}: {error}); compare it with that of the original"
+            ) from error
     normalise(model)
     tables = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
     if tables > MOST_TABLE_BYTES:

@@ -167,7 +167,10 @@ def _parse(path: Path) -> tuple[dict[str, Any], int, int]:
     if size < 8:
         raise _Damaged(f"only {size} bytes: not a safetensors file")
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        if start == b"version ":
+            raise _Damaged("only a pointer of git-lfs: run `git lfs pull` in its folder")
+        length = int.from_bytes(start, "little")
         if length > MAX_HEADER_BYTES:
             raise _Damaged(
                 "this is no safetensors file, or its start is damaged: get it again (its header "

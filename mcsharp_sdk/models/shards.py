@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mcsharp_sdk.errors import InputError, InputProblems, Problem
+from mcsharp_sdk.folders import NOT_GGUF
 from mcsharp_sdk.models.safetensors_file import (
     DTYPE_NAMES,
     TensorInfo,
@@ -233,7 +234,16 @@ def _find_source(directory: Path) -> Path:
             f"{directory}: has only pickled weights ({', '.join(pickles[:3])}), which can run code "
             f"when opened; save the model as safetensors first (model.save_pretrained(folder))"
         )
+    gguf = next(directory.glob("*.gguf"), None)
+    if gguf is not None:
+        raise InputError(f"{directory}: {gguf.name} is GGUF, {NOT_GGUF}")
     raise InputError(f"{directory}: no safetensors weights in this folder")
+
+
+def _why_no_file(file: Path) -> str:
+    if file.is_symlink():
+        return f"is a link to {file.readlink()}, which is not there"
+    return "is no file" if file.exists() else "missing, but the index names it"
 
 
 def _read_headers(
@@ -247,7 +257,7 @@ def _read_headers(
     for file in files:
         if not file.is_file():
             damaged.add(file.name)
-            problems.append(Problem(file.name, "missing, but the index names it"))
+            problems.append(Problem(file.name, _why_no_file(file)))
             continue
         header, faults = read_header(file)
         if faults:

@@ -210,12 +210,18 @@ def _moe_block(index: int, layer: nn.Module, config: Any, *, attends: bool) -> M
             f"decoder layer {index}: no router beside the experts; "
             f"looked for {', '.join(ROUTER_NAMES)}"
         )
+    count, top_k = int(experts.num_experts), _top_k(block, router, config)
+    if not 1 <= top_k <= count:
+        raise InputError(
+            f"decoder layer {index}: a token cannot use {top_k} of {count} experts; see "
+            f"{_top_k_setting(config)} in config.json"
+        )
     return MoeBlock(
         layer=index,
         experts=path,
         router=f"{parent}.{router}" if parent else router,
-        num_experts=int(experts.num_experts),
-        top_k=_top_k(block, router, config),
+        num_experts=count,
+        top_k=top_k,
         weighs_input=getattr(experts, "weighs_input", False),
         attends=attends,
     )
@@ -243,6 +249,12 @@ def _top_k(block: nn.Module, router: str, config: Any) -> int:
         f"config.json of {config.model_type} does not say how many experts a token uses; "
         f"looked for {', '.join(TOP_K_SETTINGS)}"
     )
+
+
+def _top_k_setting(config: Any) -> str:
+    """What a config calls the number of experts that a token uses."""
+    text = config.get_text_config()
+    return next((name for name in TOP_K_SETTINGS if hasattr(text, name)), TOP_K_SETTINGS[0])
 
 
 def _other_linears(layer: nn.Module) -> tuple[str, ...]:

@@ -127,6 +127,7 @@ class _EmptySlice:
 
 
 def _misfits(source: SourceModel) -> Iterator[Problem]:
+    yield from _whole_numbers(source)
     repeated = _repeated_layers(source)
     info = _dry_load(source, repeated)
     places = _Places(source)
@@ -147,6 +148,17 @@ def _misfits(source: SourceModel) -> Iterator[Problem]:
         yield Problem("", f"{name}: there is no such tensor, but config.json asks for it")
     extra = _not_ignored(info.unexpected_keys, _patterns(source.model, "unexpected"))
     yield from _further_layers(source, extra, places)
+
+
+def _whole_numbers(source: SourceModel) -> Iterator[Problem]:
+    """Tensors of whole numbers where the architecture has others: codes of some quantisation."""
+    tree = source.model.state_dict()
+    for disk, (memory, _) in source.names.renamed.items():
+        info, wanted = source.checkpoint.info(disk), tree.get(memory)
+        if wanted is not None and wanted.is_floating_point() and not info.dtype.is_floating_point:
+            kind = DTYPE_NAMES[info.dtype]
+            told = f"{disk} is {kind}, whole numbers: give the model before it was quantised"
+            yield Problem(info.file.name, told)
 
 
 def _layer_of(source: SourceModel, name: str) -> int | None:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from mcsharp_sdk.errors import Problem
+from mcsharp_sdk.recipe.settings import Settings
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from mcsharp_sdk.models.topology import MoeBlock
 
 
-class Modifier(BaseModel, ABC):
+class Modifier(Settings, ABC):
     """A stage: its fields are the settings, ``run`` is the work, its artifact is the result.
 
     Class attributes
@@ -30,8 +31,6 @@ class Modifier(BaseModel, ABC):
     reads_routing : the stage needs to know how the model's routers choose.
     PRESETS : mode -> default settings of that mode; what the user wrote wins over them.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: str
 

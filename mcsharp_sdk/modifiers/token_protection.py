@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mcsharp_sdk.artifacts import (
     CALIBRATED_ROUTERS,
@@ -16,6 +16,7 @@ from mcsharp_sdk.artifacts import (
 )
 from mcsharp_sdk.errors import Problem
 from mcsharp_sdk.modifiers.base import Modifier
+from mcsharp_sdk.recipe.settings import Settings
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
@@ -25,10 +26,8 @@ if TYPE_CHECKING:
 Metric = Literal["attention", "kurtosis", "variance", "mean", "none", "drop_insignificant"]
 
 
-class CheapestLayers(BaseModel):
+class CheapestLayers(Settings):
     """Only some layers prune."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     cheapest: Annotated[int, Field(ge=1, description="How many layers prune.")]
 

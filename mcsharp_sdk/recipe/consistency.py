@@ -71,14 +71,19 @@ def misfits(
 
 
 def _shared_folders(exports: Sequence[Exporter | type[Exporter] | None]) -> list[Finding]:
-    """Exporters that write into the folder of an earlier one."""
+    """Exporters that write into the folder of an earlier one, or the model itself again."""
     takers: dict[str, str] = {}
     findings = []
     for index, exporter in enumerate(exports):
-        folder = getattr(exporter, "folder", None)
-        if not isinstance(exporter, Exporter) or not isinstance(folder, str):
+        if not isinstance(exporter, Exporter):
             continue
-        if folder in takers:
+        folder = getattr(exporter, "folder", "" if exporter.writes_weights else None)
+        if folder is None:
+            continue
+        if folder == "" and folder in takers:
+            again = f"{takers[folder]} before it writes the model already: leave one of them out"
+            findings.append(Finding(("exports", index), again))
+        elif folder in takers:
             message = (
                 f"{takers[folder]} before it writes into '{folder}' too: give each a "
                 "'folder: NAME' of its own"

@@ -71,11 +71,26 @@ def explain(error: ValidationError, data: Any, root: type[BaseModel]) -> list[Fi
             findings.append(Finding(details["loc"], details["msg"]))
         else:
             grouped.setdefault(_locate(details, data), []).append(details)
-    findings += [_finding(place, tried, data, root) for place, tried in grouped.items()]
+    findings += [
+        _finding(place, tried, data, root)
+        for place, tried in grouped.items()
+        if not (all(map(_of_another_kind, tried)) and _has_error_inside(place, grouped))
+    ]
     misspelt = {
         (*f.location[:-1], near[1]) for f in findings if (near := _MISSPELT.match(f.message))
     }
     return [f for f in findings if f.location not in misspelt or f.message != _MISSING]
+
+
+def _of_another_kind(details: ErrorDetails) -> bool:
+    """Whether the value is not even of the kind that was tried."""
+    chosen = details["type"] == "literal_error" and isinstance(details["input"], (Mapping, list))
+    return chosen or details["type"] in _MISMATCH
+
+
+def _has_error_inside(place: Location, others: Iterable[Location]) -> bool:
+    """Whether there is an error further inside: the value was of the right kind for that."""
+    return any(len(other) > len(place) and other[: len(place)] == place for other in others)
 
 
 _MISSING = "required, but not given"
@@ -86,7 +101,7 @@ _MISSPELT = re.compile(rf"{_NO_SUCH}; did you mean '(.+)'\?")
 def _finding(
     location: Location, tried: list[ErrorDetails], data: Any, root: type[BaseModel]
 ) -> Finding:
-    closer = [details for details in tried if details["type"] not in _MISMATCH] or tried
+    closer = [details for details in tried if not _of_another_kind(details)] or tried
     messages = dict.fromkeys(_message(location, details, data, root) for details in closer)
     wrong = ", or ".join(messages)
     if closer[0]["type"] in (*_MISMATCH, *_RANGE) and _is_short(closer[0]["input"]):

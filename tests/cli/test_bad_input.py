@@ -115,6 +115,23 @@ def missing_shard(given: Given) -> None:
     given.shard_of(ATTENTION).unlink()
 
 
+def link_to_nowhere(given: Given) -> None:
+    file = given.shard_of(ATTENTION)
+    file.unlink()
+    file.symlink_to("/nowhere/blob")
+
+
+def pointer_of_git_lfs(given: Given) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n"
+    given.shard_of(ATTENTION).write_text(pointer)
+
+
+def only_gguf(given: Given) -> None:
+    for file in given.model.glob("*.safetensors*"):
+        file.unlink()
+    (given.model / "model.gguf").write_bytes(b"GGUF")
+
+
 def outside(given: Given) -> None:
     file = given.model / "model.safetensors.index.json"
     index = json.loads(file.read_text())
@@ -158,6 +175,22 @@ BEFORE_WORK: dict[str, tuple[Callable[[Given], Any], str]] = {
     ),
     "bit flipped in a header": (flipped_header, r"model-\d+-of-.*: .* needs \d+ bytes, has"),
     "missing shard": (missing_shard, r"model-\d+-of-\d+\.safetensors: missing"),
+    "link to nowhere": (link_to_nowhere, r"model-.*: is a link to /nowhere/blob, which is not"),
+    "pointer of git-lfs": (pointer_of_git_lfs, r"model-.*: only a pointer of git-lfs: run `git"),
+    "only GGUF": (only_gguf, r"model\.gguf is GGUF, which is not read: give the model"),
+    "an expert in whole numbers": (
+        lambda g: g.set_tensor(EXPERT, lambda t: t.to(torch.int8)),
+        rf"model\.safetensors: {EXPERT} is I8, whole numbers: give the model before",
+    ),
+    "more experts per token than there are": (
+        lambda g: g.set_config(num_experts_per_tok=5),
+        r"layer 0: a token cannot use 5 of 4 experts; see num_experts_per_tok in config\.json",
+    ),
+    "no experts per token": (lambda g: g.set_config(num_experts_per_tok=0), "cannot use 0 of 4"),
+    "no such activation": (
+        lambda g: g.set_config(hidden_act="foo"),
+        r"mixtral cannot be built as config\.json says \(KeyError: 'foo'\)",
+    ),
     "index points outside": (outside, r"index\.json: '\.\./text\.safetensors' is not the name"),
     "a tensor is missing": (
         lambda g: g.set_tensor(ATTENTION, lambda _: None),
@@ -256,6 +289,19 @@ def test_what_is_wrong_before_work_is_named_and_nothing_is_written(
     assert re.search(message, told), told
     left = {f.name for f in given.folder.iterdir()} - {"model", "text.txt", "recipe.yaml"}
     assert left <= ({"out"} if case == "output is a file" else set())
+
+
+def test_a_tokenizer_that_would_only_be_copied_is_looked_at_too(
+    given: Given, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (given.model / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    recipe = given.folder / "uncalibrated.yaml"
+    recipe.write_text("version: 1\nstages: [{type: GPTQQuantize, bits: 2, quantizer: rtn}]\n")
+    arguments = [recipe, "--model", given.model, "--output", given.output]
+    with pytest.raises(SystemExit, match="2"):
+        main.run(["compress", *map(str, arguments), "--set", "stages.GPTQQuantize.group_size=32"])
+    assert "tokenizer.json: is not JSON" in capsys.readouterr().err
+    assert not given.output.exists()
 
 
 def with_nan(tensor: torch.Tensor) -> torch.Tensor:

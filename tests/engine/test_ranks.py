@@ -206,6 +206,15 @@ def test_what_several_processes_cannot_share_is_refused_before_work(
     assert mcsharp_sdk.plan(recipe, work / "model").stages
 
 
+def test_more_processes_than_sequences_are_refused_before_work(work: Path) -> None:
+    calibration = {"source": "embedded", "sequences": 4, "length": 8}
+    stages = [{"type": "GPTQQuantize", "bits": 2}]
+    recipe = Recipe.from_dict({"version": 1, "calibration": calibration, "stages": stages})
+    assert mcsharp_sdk.plan(recipe, work / "model", processes=4).stages
+    with pytest.raises(InputProblems, match="calibration: 4 sequences cannot be divided among 5"):
+        mcsharp_sdk.plan(recipe, work / "model", processes=5)
+
+
 def test_without_a_launcher_there_is_one_process() -> None:
     with joined() as ranks:
         assert ranks.alone

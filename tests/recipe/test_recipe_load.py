@@ -136,6 +136,9 @@ def test_keys_may_be_numbers(tmp_path: Path) -> None:
         ("version: 1\n", "version: 1\nversion: 1\n", ":2: version: given twice"),
         ("target: 2.5", "target: much", ":6: stages[1].target: should be a number, not 'much'"),
         ("target: 2.5", "target: -1", ":6: stages[1].target: should be greater than 0"),
+        ("target: 2.5", "target: yes", ":6: stages[1].target: should be a number, not true"),
+        ("[1, 2]", "[1, on]", ":4: stages[0].widths: should be a whole number"),
+        ("sequences: 4", "sequences: yes", "sequences: should be a whole number, not true"),
         ("target: 2.5", "target: .nan", ":6: stages[1].target: '.nan' is no number"),
         ("target: 2.5", "target: 9" + 30 * "9", ":6: stages[1].target: '999"),
         ("    target: 2.5\n", "", ":5: stages[1].target: required, but not given"),
@@ -241,6 +244,9 @@ def test_two_exporters_do_not_share_a_folder() -> None:
     Recipe.from_text(text.replace("fp16", "fp16, folder: half"))
     (line,) = problems(text.replace("fp16", "fp16, folder: onnx_routers") + ROUTERS)
     assert line.startswith("recipe.yaml:8: exports[2].folder: onnx_model before it writes into")
+    model = "exports:\n  - {type: safetensors}\n  - {type: safetensors, max_shard_size: 1}\n"
+    (line,) = problems(text.replace(exports, model))
+    assert line.startswith("recipe.yaml:7: exports[1]: safetensors before it writes the model")
 
 
 ROUTERS = "  - {type: onnx_routers}\n"
