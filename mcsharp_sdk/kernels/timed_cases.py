@@ -16,6 +16,7 @@ from mcsharp_sdk.kernels.gpu_experts import run_experts, tilings_of
 from mcsharp_sdk.kernels.linear import KERNELS, candidates
 from mcsharp_sdk.kernels.matrix import PackedStack
 from mcsharp_sdk.kernels.measuring import LAYER_TOKENS, TOKENS, Run, find_steps
+from mcsharp_sdk.kernels.soundness import exact_layer, exact_product, sound
 from mcsharp_sdk.kernels.tilings import Tiling
 from mcsharp_sdk.quantization.grid import PackedWeight, group_count
 from mcsharp_sdk.quantization.packing import packed_bytes
@@ -30,7 +31,15 @@ ROUTINGS = 8
 
 @torch.inference_mode()
 def time_product(case: Case, tokens: tuple[int, ...] = TOKENS) -> Steps:
-    """From how many tokens on each kernel is fastest for a product; its own number is ignored."""
+    """From how many tokens on each kernel is fastest for a product; its own number is ignored.
+
+    Kernels that do not run here, or whose products are wrong, are left out with a warning.
+
+    Raises
+    ------
+    RunError
+        If none is left.
+    """
     size = case.rows * packed_bytes(case.columns, case.bits)
     copies = max(2, min(MOST_COPIES, -(-COLD_BYTES // size)))
     weight = random_packed(copies, case.rows, case.columns, case.bits, case.group_size, case.device)
@@ -38,10 +47,16 @@ def time_product(case: Case, tokens: tuple[int, ...] = TOKENS) -> Steps:
     x = torch.randn(max(tokens), case.columns, device=case.device).to(case.dtype)
     turn = cycle(range(copies))
 
-    def run(name: str, number: int) -> Tensor:
-        return KERNELS[name].run(x[:number], stack, [next(turn)], [number])
+    def run(name: str, number: int, slot: int | None = None) -> Tensor:
+        return KERNELS[name].run(
+            x[:number], stack, [next(turn) if slot is None else slot], [number]
+        )
 
-    runs: dict[str, Run] = {name: partial(run, name) for name in candidates(case)}
+    right = sound(
+        {name: partial(run, name, slot=0) for name in candidates(case)},
+        exact_product(stack, 0, x),
+    )
+    runs: dict[str, Run] = {name: partial(run, name) for name in right}
     return find_steps(runs, case.device, tokens)
 
 
@@ -49,7 +64,8 @@ def time_product(case: Case, tokens: tuple[int, ...] = TOKENS) -> Steps:
 def time_layer(case: LayerCase, tokens: tuple[int, ...] = LAYER_TOKENS) -> Steps:
     """From how many tokens on each tiling is fastest for a layer.
 
-    Between the matrices there is SiLU, or nothing where ``gate_up`` is not twice as high: what a
+    Tilings are left out, and an error is raised, as for :func:`time_product`. Between the matrices
+    there is SiLU, or nothing where ``gate_up`` is not twice as high: what a
     family has there is the same for all tilings.
     """
     layer = random_layer(case)
@@ -58,11 +74,18 @@ def time_layer(case: LayerCase, tokens: tuple[int, ...] = LAYER_TOKENS) -> Steps
     turn = cycle(order[..., : case.slots].contiguous())
     routing = torch.full((max(tokens), case.slots), 1 / case.slots, device=case.device)
 
-    def run(tiling: Tiling, number: int) -> Tensor:
-        chosen = next(turn)[:number]
+    first = next(turn)
+
+    def run(tiling: Tiling, number: int, chosen: Tensor | None = None) -> Tensor:
+        chosen = (next(turn) if chosen is None else chosen)[:number]
         return run_experts(layer, x[:number], chosen, routing[:number], tiling=tiling)
 
-    runs: dict[str, Run] = {n: partial(run, tiling) for n, tiling in tilings_of(case).items()}
+    tilings = tilings_of(case)
+    right = sound(
+        {name: partial(run, tiling, chosen=first) for name, tiling in tilings.items()},
+        exact_layer(layer, x, first, routing),
+    )
+    runs: dict[str, Run] = {name: partial(run, tilings[name]) for name in right}
     return find_steps(runs, case.device, tokens)
 
 

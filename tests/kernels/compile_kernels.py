@@ -2,8 +2,9 @@
 
     python tests/kernels/compile_kernels.py CAPABILITY [--all]
 
-Prints registers and spilled bytes of each, and of the matrix-vector kernels for one width the
-instructions in the loop over blocks per code. Run by ``tests/kernels/test_triton.py``.
+Fails where a kernel takes more shared memory than such a GPU has. Prints registers and spilled
+bytes of each, and of the matrix-vector kernels for one width the instructions in the loop over
+blocks per code. Run by ``tests/kernels/test_triton.py``.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ from mcsharp_sdk.kernels import (
     triton_search,
     triton_sort,
 )
-from mcsharp_sdk.kernels.triton_launch import OVERLAPPING
+from mcsharp_sdk.kernels.triton_launch import CODE_TOKENS, OVERLAPPING
 from mcsharp_sdk.kernels.triton_launch_few import TILE, GemvTile, tile_of
 
 WARPS = 4
 WEIGHT = ("*u8", "*fp16", "*u8")
+SHARED_BYTES = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Compute capability -> shared memory that a program can have."""
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 Case = tuple[str, Any, Mapping[str, Any], Mapping[str, Any]]
@@ -100,8 +104,8 @@ def gemm(widths: tuple[int, ...], gated: bool, group: int, tail: bool, tokens: i
         "TAIL": tail,
         "BM": tokens,
         "BN": 64,
-        "STAGES": 2,
-        "CODES": group % 128 == 0 and tokens <= 32,
+        "STAGES": 3 if tokens <= CODE_TOKENS else 2,
+        "CODES": group % 128 == 0 and tokens <= CODE_TOKENS,
     }
     return f"gemm {widths} group {group} x {tokens}", triton_gemm.grouped_gemm, types, constants
 
@@ -176,6 +180,7 @@ def cases(all_: bool) -> Iterator[Case]:
         for dp4a in (False, True):
             yield gemv(widths, dp4a, gated=True, group=128, tail=False)
         yield gemm(widths, gated=True, group=128, tail=False, tokens=64)
+        yield gemm(widths, gated=True, group=128, tail=False, tokens=128)
     for dp4a, rows in itertools.product((False, True), (16, 32)):
         tile = tile_of(4096, 128, rows)
         yield gemv((1, 2, 3), dp4a, gated=True, group=128, tail=False, tile=tile)
@@ -233,7 +238,7 @@ def instructions_in_longest_loop(code: bytes) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("capability", type=int)
+    parser.add_argument("capability", type=int, choices=sorted(SHARED_BYTES))
     parser.add_argument("--all", action="store_true")
     options = parser.parse_args()
     for name, kernel, types, constants in cases(options.all):
@@ -242,6 +247,8 @@ def main() -> None:
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         if found is None:
             raise SystemExit(f"{name}: no machine code came out")
+        if result.metadata.shared > SHARED_BYTES[options.capability]:
+            raise SystemExit(f"{name}: {result.metadata.shared} bytes of shared memory")
         line = f"sm_{options.capability} {name}: {found[1]} registers, {found[2]} bytes spilled"
         if name.startswith("gemv") and len(constants["WIDTHS"]) == 1:
             width = 2 if constants["WIDTHS"] == (3,) else constants["WIDTHS"][0]

@@ -6,17 +6,20 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from expert_stacks import random_layer, relative_error, silu_layer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.kernels import Case, choose_kernel, crossovers, measuring
+from mcsharp_sdk.errors import InputError, RunError
+from mcsharp_sdk.kernels import Case, Kernel, choose_kernel, crossovers, measuring, timed_cases
 from mcsharp_sdk.kernels.case import LayerCase
 from mcsharp_sdk.kernels.gpu_experts import choose_tiling
-from mcsharp_sdk.kernels.linear import candidates, explain_choice
+from mcsharp_sdk.kernels.linear import KERNELS, candidates, explain_choice
+from mcsharp_sdk.kernels.soundness import exact_layer
 from mcsharp_sdk.kernels.timed_cases import time_product
 
 CASE = Case(512, 256, 2, 128, 1, torch.bfloat16, "cpu")
@@ -214,3 +217,51 @@ def test_no_file_can_choose_a_tiling_that_a_layer_cannot_take(file: Path) -> Non
     assert choose_tiling(odd, 2) == "gemm_16"
     with pytest.warns(RuntimeWarning, match="'gemv_32' cannot be used"):
         assert choose_tiling(odd, 1) == ""
+
+
+# Kernels that are wrong
+
+
+def off_in_one_number(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    out = KERNELS["chunked"].run(x, *rest)
+    out[-1, -1] += out.square().mean().sqrt()
+    return out
+
+
+def no_number(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return KERNELS["chunked"].run(x, *rest) * torch.nan
+
+
+def without_a_compiler(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    if len(x) > 1:
+        raise OSError("out of resource: shared memory\nand more")
+    return KERNELS["chunked"].run(x, *rest)
+
+
+@pytest.mark.parametrize(
+    ("run", "told"),
+    [
+        (off_in_one_number, "with 1 tokens a number is off by (1|0\\.9)"),
+        (no_number, "with 1 tokens a number is off by nan"),
+        (without_a_compiler, r"with 3 tokens \(OSError: out of resource: shared memory\)$"),
+    ],
+)
+def test_a_kernel_that_is_wrong_or_does_not_run_is_left_out(
+    run: Callable[..., torch.Tensor], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KERNELS, "broken", Kernel(refuses=lambda _: "", run=run))
+    monkeypatch.setattr(timed_cases, "candidates", lambda _: ("broken", "chunked"))
+    monkeypatch.setattr(measuring, "ROUNDS", 1)
+    with pytest.warns(RuntimeWarning, match=f"broken is left out: .*{told}"):
+        assert time_product(CASE, (1, 4)) == ((1, "chunked"),)
+    monkeypatch.setattr(timed_cases, "candidates", lambda _: ("broken",))
+    with pytest.warns(RuntimeWarning), pytest.raises(RunError, match="no kernel is right"):
+        time_product(CASE, (1, 4))
+
+
+def test_what_layers_are_compared_with_is_the_layer_in_float64() -> None:
+    layer, gate_up, down = random_layer((1, 3, 2, 2), 128, 32, 32)
+    hidden, routing = torch.randn(9, 128), torch.rand(9, 2)
+    chosen = torch.randint(0, 5, (9, 2))  # 4 is a dropped slot
+    expected = silu_layer(hidden, chosen, routing, gate_up, down)
+    assert relative_error(exact_layer(layer, hidden, chosen, routing), expected) < 1e-5
