@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
 
-from mcsharp_sdk.recipe.settings import Settings
+from mcsharp_sdk.settings import Settings
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext

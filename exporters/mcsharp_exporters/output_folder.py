@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mcsharp_sdk.data.tokenise import tokenizer_files
-from mcsharp_sdk.engine.partial_folder import partial_folder, put_in_place
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.partial_folder import partial_folder, put_in_place
 
 GENERATION_CONFIG = "generation_config.json"
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from mcsharp_sdk.recipe.paths import BASE, RecipePath
-from mcsharp_sdk.recipe.settings import refuse_truth_for_number
+from mcsharp_sdk.settings import refuse_truth_for_number
 
 RANDOM_SCOPE = 64
 """Random windows are drawn from the first ``RANDOM_SCOPE * sequences * length`` tokens."""

@@ -13,9 +13,9 @@ from mcsharp_sdk.checked_files import (
     write_checksums,
 )
 from mcsharp_sdk.engine.output_folder import check_replaceable
-from mcsharp_sdk.engine.partial_folder import put_in_place
 from mcsharp_sdk.engine.run_directory import PUBLISHED_FILE, RunDirectory
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.partial_folder import put_in_place
 from mcsharp_sdk.recipe.schema import Recipe
 
 

@@ -16,10 +16,10 @@ from mcsharp_sdk.checked_files import (
     synced_hash,
     write_checked_json,
 )
-from mcsharp_sdk.engine.file_lock import lock
 from mcsharp_sdk.engine.layer_store import FINISHED_FILE, LayerStore
 from mcsharp_sdk.engine.report import RunReport
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.file_lock import lock
 
 FINGERPRINT_FILE = "fingerprint.json"
 LOCK_FILE = "run.lock"

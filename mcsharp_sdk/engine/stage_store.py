@@ -10,10 +10,10 @@ from pathlib import Path
 
 from mcsharp_sdk.artifact_file import read_json_file, write_json
 from mcsharp_sdk.checked_files import file_hash
-from mcsharp_sdk.engine.file_lock import InUse
-from mcsharp_sdk.engine.partial_folder import partial_folder
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.file_lock import InUse
+from mcsharp_sdk.partial_folder import partial_folder
 
 logger = logging.getLogger("mcsharp_sdk")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mcsharp_sdk.artifact_file import read_json_file, write_json, write_text_atomically
-from mcsharp_sdk.engine.file_lock import lock
 from mcsharp_sdk.engine.output_folder import check_writable
 from mcsharp_sdk.engine.sweep_plan import PlannedVariant, SweepPlan
 from mcsharp_sdk.errors import InputError, Problem, raise_problems
+from mcsharp_sdk.file_lock import lock
 from mcsharp_sdk.folders import SWEEP_FILE
 from mcsharp_sdk.report.sweep import Row, csv_table, sweep_plot
 

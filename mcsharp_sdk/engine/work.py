@@ -13,7 +13,6 @@ from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.engine.context import RunContext
 from mcsharp_sdk.engine.fingerprint import stage_keys
 from mcsharp_sdk.engine.obstacles import explained
-from mcsharp_sdk.engine.partial_folder import partial_folder
 from mcsharp_sdk.engine.progress import ProgressBars
 from mcsharp_sdk.engine.publication import is_published, publish
 from mcsharp_sdk.engine.report import RunReport
@@ -23,6 +22,7 @@ from mcsharp_sdk.errors import InputError, RunError, some_of
 from mcsharp_sdk.models.ranks import ALONE, Ranks
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.modifiers.base import Modifier
+from mcsharp_sdk.partial_folder import partial_folder
 from mcsharp_sdk.recipe.schema import Recipe
 
 logger = logging.getLogger("mcsharp_sdk")

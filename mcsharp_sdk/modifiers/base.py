@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import model_validator
 
 from mcsharp_sdk.errors import Problem
-from mcsharp_sdk.recipe.settings import Settings
+from mcsharp_sdk.settings import Settings
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext

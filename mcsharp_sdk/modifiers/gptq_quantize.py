@@ -48,7 +48,10 @@ class GPTQQuantize(Modifier):
     ] = 128
     other_bits: Annotated[
         int | None,
-        Field(description="Width of attention, shared experts and dense MLPs; null keeps them."),
+        Field(
+            description="Width of attention, shared experts and dense MLPs (1, 2, 3, 4 or 8); null "
+            "keeps them."
+        ),
     ] = 4
     router_bits: Annotated[
         Literal[4, 8] | None,
@@ -56,7 +59,10 @@ class GPTQQuantize(Modifier):
     ] = None
     bits: Annotated[
         RecipePath | int | None,
-        Field(description="A bit map file, or one width for all experts, in place of a stage's."),
+        Field(
+            description="A bit map file, or one width (1, 2, 3, 4 or 8) for all experts, in place "
+            "of a stage's."
+        ),
     ] = None
     damping: Annotated[
         float, Field(gt=0, lt=1, description="Share of the Hessian's mean diagonal added to it.")
@@ -66,7 +72,7 @@ class GPTQQuantize(Modifier):
         Field(
             ge=0,
             description="Further damping, this times columns by tokens that a Hessian is of: "
-            "what few tokens say is trusted less (gptq only).",
+            "what few tokens say is trusted less (gptq; others ignore it).",
         ),
     ] = 0.0
     hessian_weighting: Annotated[
@@ -89,8 +95,8 @@ class GPTQQuantize(Modifier):
         Field(
             ge=0,
             le=1,
-            description="Share of the errors of its inputs that a matrix makes up for (gptq only); "
-            "above 0 the original model is run beside the quantised one.",
+            description="Share of the errors of its inputs that a matrix makes up for (gptq; "
+            "others ignore it); above 0 the original model is run beside the quantised one.",
         ),
     ] = 0.0
     rotation: Annotated[
@@ -104,8 +110,8 @@ class GPTQQuantize(Modifier):
         int | None,
         Field(
             ge=0,
-            description="Rounds of choosing codes and scales once more, given all others (gptq "
-            "only); 0 is scales alone, null nothing.",
+            description="Rounds of choosing codes and scales once more, given all others (gptq; "
+            "others ignore it); 0 is scales alone, null nothing.",
         ),
     ] = None
 

@@ -16,7 +16,7 @@ from mcsharp_sdk.artifacts import (
 )
 from mcsharp_sdk.errors import Problem
 from mcsharp_sdk.modifiers.base import Modifier
-from mcsharp_sdk.recipe.settings import Settings
+from mcsharp_sdk.settings import Settings
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext

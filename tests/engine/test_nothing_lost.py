@@ -23,9 +23,9 @@ from tiny_tokenizer import save_tiny_tokenizer
 
 from mcsharp_sdk.checked_files import read_checked_json, write_checked_json
 from mcsharp_sdk.engine import fingerprint as fingerprint_module
-from mcsharp_sdk.engine.partial_folder import partial_folder
 from mcsharp_sdk.errors import InputError, McSharpError, RunError
 from mcsharp_sdk.modifiers.layer_quantisation import LayerQuantiser
+from mcsharp_sdk.partial_folder import partial_folder
 
 STAGES: list[dict[str, Any]] = [
     {"type": "ExpertStats", "group_size": 16},

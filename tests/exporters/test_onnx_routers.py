@@ -26,10 +26,10 @@ from pydantic import ValidationError
 from router_cases import CASES, EXPERTS, HIDDEN, LAYER, TOP_K, hidden_states, router_case
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mcsharp_sdk.engine.partial_folder import partial_folder
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.router_settings import RouterSettings
 from mcsharp_sdk.models.routing import Router, Routing, read_router, route
+from mcsharp_sdk.partial_folder import partial_folder
 
 SharedPath = Callable[[str], Path]
 

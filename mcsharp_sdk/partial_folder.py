@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mcsharp_sdk.artifact_file import sync_folder
-from mcsharp_sdk.engine.file_lock import lock
+from mcsharp_sdk.file_lock import lock
 
 
 @contextmanager
