@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mcsharp_exporters.graph_names import LONG_NAMES
-
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.perplexity import perplexity_of
 from mcsharp_sdk.folders import folder_bytes
@@ -29,6 +27,7 @@ def exported_manifest(
         If something is asked for that was settled when the model was exported, or a file is
         missing, cut short or changed.
     """
+    from mcsharp_exporters.graph_names import LONG_NAMES
     from mcsharp_exporters.onnx_manifest import check_files, is_exported_model, read_manifest
 
     if not is_exported_model(directory):
@@ -62,6 +61,7 @@ def measure_exported(
 
     The files have been checked.
     """
+    from mcsharp_exporters.graph_names import LONG_NAMES
     from mcsharp_exporters.onnx_model_runner import OnnxModel
 
     model = OnnxModel(directory, cast(Any, device), hashes=False)
