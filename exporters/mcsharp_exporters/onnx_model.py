@@ -43,6 +43,7 @@ from mcsharp_exporters.output_folder import (
 from mcsharp_exporters.packed_product import BLOCK_SIZES
 from mcsharp_exporters.router_pruning import NEEDED_ARTIFACTS
 from mcsharp_sdk._version import __version__
+from mcsharp_sdk.arguments import short_dtype
 from mcsharp_sdk.artifacts import QUANTIZED_WEIGHTS
 from mcsharp_sdk.errors import InputError, Problem
 from mcsharp_sdk.folders import MANIFEST_FILE
@@ -61,7 +62,9 @@ class OnnxModelExporter(Exporter):
 
     type: Literal["onnx_model"] = "onnx_model"
     precision: Annotated[
-        Precision, Field(description="Activations, scales, cache and logits; routers are fp32.")
+        Precision,
+        BeforeValidator(short_dtype),
+        Field(description="Activations, scales, cache and logits; routers are fp32."),
     ] = "fp32"
     accuracy_level: Annotated[
         AccuracyLevel,

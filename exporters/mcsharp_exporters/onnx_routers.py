@@ -27,6 +27,7 @@ from mcsharp_exporters.router_pruning import (
     pruning_of_run,
 )
 from mcsharp_sdk._version import __version__
+from mcsharp_sdk.arguments import short_dtype
 from mcsharp_sdk.artifacts import TOP_ANY_ROUTER
 from mcsharp_sdk.errors import InputError, Problem
 from mcsharp_sdk.folders import MANIFEST_FILE
@@ -43,7 +44,9 @@ class OnnxRoutersExporter(Exporter):
 
     type: Literal["onnx_routers"] = "onnx_routers"
     dtype: Annotated[
-        DtypeName, Field(description="Input and stored weights; the rest is computed in fp32.")
+        DtypeName,
+        BeforeValidator(short_dtype),
+        Field(description="Input and stored weights; the rest is computed in fp32."),
     ] = "fp32"
     folder: FolderName = "onnx_routers"
     pruning: Annotated[

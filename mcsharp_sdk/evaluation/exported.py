@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mcsharp_exporters.graph_names import LONG_NAMES
-
+from mcsharp_sdk.arguments import LONG_DTYPES
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.perplexity import perplexity_of
 from mcsharp_sdk.folders import folder_bytes
@@ -36,7 +35,7 @@ def exported_manifest(
     manifest = read_manifest(directory)
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"an ONNX model runs on auto, cpu or cuda, not on {device!r}")
-    computes_in = LONG_NAMES[manifest.precision]
+    computes_in = LONG_DTYPES[manifest.precision]
     if dtype not in ("auto", computes_in):
         raise InputError(
             f"{directory} computes in {computes_in}: another precision is a setting of the export"
@@ -90,5 +89,5 @@ def measure_exported(
         "activated_parameters_per_token": None,
         "seconds": seconds,
         "device": model.provider,
-        "dtype": LONG_NAMES[manifest.precision],
+        "dtype": LONG_DTYPES[manifest.precision],
     }

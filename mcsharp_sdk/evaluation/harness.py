@@ -26,7 +26,7 @@ def import_harness() -> Any:
     return lm_eval
 
 
-def load_tasks(harness: Any, include: str | Path | None, wanted: Iterable[str]) -> Any:
+def load_tasks(harness: Any, include: Path | None, wanted: Iterable[str]) -> Any:
     """lm-eval's index of tasks, with all that are wanted loaded once, so that data is at hand.
 
     Parameters
@@ -39,7 +39,7 @@ def load_tasks(harness: Any, include: str | Path | None, wanted: Iterable[str]) 
     InputError
         If there is no such folder, or with every task that is not known or has no data.
     """
-    if include is not None and not Path(include).is_dir():
+    if include is not None and not include.is_dir():
         raise InputError(f"{include} is no folder: give that of your task files as --include")
     names = dict.fromkeys(wanted)
     manager = _index(harness, include, names)
@@ -54,7 +54,7 @@ def load_tasks(harness: Any, include: str | Path | None, wanted: Iterable[str]) 
     return manager
 
 
-def _index(harness: Any, include: str | Path | None, names: Iterable[str]) -> Any:
+def _index(harness: Any, include: Path | None, names: Iterable[str]) -> Any:
     """The user's own tasks if they have all the names, since lm-eval's thousands take long to read;
     else all that there are."""
     if include is None:
