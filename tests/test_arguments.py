@@ -20,6 +20,7 @@ from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.kernel_choice import kernel_choices
 from mcsharp_sdk.models.device import device_name
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
+from mcsharp_sdk.recipe import json_schema
 
 MODEL = model_directory()
 ROUNDED: dict[str, Any] = {
@@ -132,6 +133,19 @@ def test_evaluation_takes_short_names_of_dtypes(given: Any, computed_in: str) ->
 @pytest.mark.parametrize("given", ["fp16", "float16", torch.float16])
 def test_an_export_takes_names_of_dtypes_and_those_of_torch(given: Any) -> None:
     assert export("onnx_routers", MODEL, "routers", dtype=given)["dtype"] == "fp16"
+
+
+def test_a_recipe_may_name_dtypes_of_exports_by_either_name() -> None:
+    exports = [
+        {"type": "onnx_routers", "dtype": "bfloat16"},
+        {"type": "onnx_model", "precision": "float16"},
+    ]
+    data = {**ROUNDED, "exports": exports}
+    routers, whole = Recipe.from_dict(data).settings()["exports"]
+    assert (routers["dtype"], whole["precision"]) == ("bf16", "fp16")
+    kinds = json_schema()["$defs"]
+    assert "bfloat16" in kinds["OnnxRoutersExporter"]["properties"]["dtype"]["enum"]
+    assert "bfloat16" not in kinds["OnnxModelExporter"]["properties"]["precision"]["enum"]
 
 
 def test_a_dtype_that_cannot_be_exported_is_shown() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import onnx
 from pydantic import BeforeValidator, Field
 
-from mcsharp_exporters.base import Exporter, FolderName, off
+from mcsharp_exporters.base import Exporter, FolderName, off, with_long_names
 from mcsharp_exporters.external_data import ExternalData
 from mcsharp_exporters.genai_config import GENAI_CONFIG, adapt_tokenizer, genai_config
 from mcsharp_exporters.graph_names import AccuracyLevel, GraphPruning, Precision
@@ -64,7 +64,10 @@ class OnnxModelExporter(Exporter):
     precision: Annotated[
         Precision,
         BeforeValidator(short_dtype),
-        Field(description="Activations, scales, cache and logits; routers are fp32."),
+        Field(
+            description="Activations, scales, cache and logits; routers are fp32.",
+            json_schema_extra=with_long_names(Precision),
+        ),
     ] = "fp32"
     accuracy_level: Annotated[
         AccuracyLevel,

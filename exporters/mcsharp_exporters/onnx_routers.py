@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import onnx
 from pydantic import BeforeValidator, Field
 
-from mcsharp_exporters.base import Exporter, FolderName, off
+from mcsharp_exporters.base import Exporter, FolderName, off, with_long_names
 from mcsharp_exporters.graph_names import INDICES, KEEP, WEIGHTS, DtypeName, PruningChoice
 from mcsharp_exporters.graph_nodes import IR_VERSION, OPSET
 from mcsharp_exporters.model_pruning import rules_of
@@ -46,7 +46,10 @@ class OnnxRoutersExporter(Exporter):
     dtype: Annotated[
         DtypeName,
         BeforeValidator(short_dtype),
-        Field(description="Input and stored weights; the rest is computed in fp32."),
+        Field(
+            description="Input and stored weights; the rest is computed in fp32.",
+            json_schema_extra=with_long_names(DtypeName),
+        ),
     ] = "fp32"
     folder: FolderName = "onnx_routers"
     pruning: Annotated[
