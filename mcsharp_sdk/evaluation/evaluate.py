@@ -189,8 +189,8 @@ def prepare(
     device, dtype = device_name(device), dtype_name(dtype)
     if exported_manifest(directory, device, dtype, pruning) is not None:
         raise InputError(
-            f"{directory} is a model as ONNX, which is evaluated by itself: leave out --compare, "
-            "--reference and --save"
+            f"{directory} is a model as ONNX, which is evaluated by itself: with no other model, "
+            "no reference and nothing saved"
         )
     config = read_config(directory)
     cost = model_cost(directory)

@@ -190,7 +190,7 @@ def _runs(tasks: Sequence[str], suite: str | None, num_fewshot: int | None) -> l
     own = [TaskRun(tuple(dict.fromkeys(tasks)), num_fewshot)] if tasks else []
     runs = [*own, *(SUITES[suite] if suite else ())]
     if not runs:
-        raise InputError("no task is named: give --tasks NAME,NAME or --suite papers")
+        raise InputError("no task is named: give names of tasks, or the suite papers")
     return runs
 
 
