@@ -102,7 +102,7 @@ def check_truth(**values: object) -> None:
 
 
 def dtype_name(dtype: object) -> str:
-    """The long name of a dtype that is given as torch or numpy has it, or by either name."""
+    """The long name of a dtype that is given as torch has it, or by either name."""
     name = str(dtype).removeprefix("torch.")
     return LONG_DTYPES.get(name, name)
 

@@ -21,6 +21,7 @@ from mcsharp_sdk.evaluation.kernel_choice import kernel_choices
 from mcsharp_sdk.models.device import device_name
 from mcsharp_sdk.modifiers.bit_allocation import BitAllocation
 from mcsharp_sdk.recipe import json_schema
+from mcsharp_sdk.recipe.overrides import override_texts, parse_override
 
 MODEL = model_directory()
 ROUNDED: dict[str, Any] = {
@@ -264,8 +265,6 @@ def test_overrides_may_be_a_mapping() -> None:
 
 @pytest.mark.parametrize("name", ["Ä 😀", "off", "1e3", Path("a b.json"), None, 1e-05, [1, "x"]])
 def test_a_value_of_a_mapping_reaches_the_recipe_as_it_is(name: Any) -> None:
-    from mcsharp_sdk.recipe.overrides import override_texts, parse_override
-
     wanted = str(name) if isinstance(name, Path) else name
     (text,) = override_texts({"a.b": name})
     assert parse_override(text).value == wanted
