@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from mcsharp_sdk.arguments import AnyPath, path_argument
 from mcsharp_sdk.errors import InputError
 
 FloatArray = NDArray[np.float64]
@@ -32,12 +33,21 @@ class Artifact(ABC):
     NAME: ClassVar[str]
     FILE: ClassVar[str]
 
-    def save(self, path: Path | str) -> None:
-        """Write the artifact to ``path`` as JSON: to a temporary file first, then renamed."""
-        write_json(Path(path), self.to_json())
+    def save(self, path: AnyPath) -> None:
+        """Write the artifact to ``path`` as JSON: to a temporary file first, then renamed.
+
+        Raises
+        ------
+        InputError
+            If ``path`` is none, or a folder.
+        """
+        file = path_argument(path, "path", "the file to write")
+        if file.is_dir():
+            raise InputError(f"{file} is a folder: give the file to write, e.g. {file / self.FILE}")
+        write_json(file, self.to_json())
 
     @classmethod
-    def load(cls, path: Path | str) -> Self:
+    def load(cls, path: AnyPath) -> Self:
         """Read the artifact from ``path``.
 
         Raises
@@ -45,8 +55,9 @@ class Artifact(ABC):
         InputError
             If the file cannot be read or what it says is not valid; the message names the file.
         """
+        file = path_argument(path, "path", "the file to read")
         try:
-            return cls.from_json(read_json_object(Path(path)))
+            return cls.from_json(read_json_object(file))
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 

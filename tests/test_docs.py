@@ -309,6 +309,15 @@ def test_the_picture_can_be_drawn_again() -> None:
 # Import order
 
 
+def test_building_blocks_are_public_names_of_their_packages() -> None:
+    page = (ROOT / "docs/python_api.md").read_text()
+    rows = re.findall(r"^\| `(mcsharp_sdk\.\w+)` \| (`.*?`) \|", page, re.MULTILINE)
+    assert rows
+    for package, names in rows:
+        public = importlib.import_module(package).__all__
+        assert set(re.findall(r"`(\w+)`", names)) <= set(public)
+
+
 def test_packages_import_only_what_stands_below_them() -> None:
     order = re.findall(r"^\| `(\w+)` \|", section("Packages"), re.MULTILINE)
     height = {name: -index for index, name in enumerate(order)}

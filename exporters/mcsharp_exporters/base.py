@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
 
 from pydantic import AfterValidator, Field
 
+from mcsharp_sdk.arguments import LONG_DTYPES
 from mcsharp_sdk.settings import Settings
 
 if TYPE_CHECKING:
@@ -27,6 +28,12 @@ FILE_SUFFIXES = (
 def off(value: Any) -> Any:
     """YAML reads a plain ``off`` as false."""
     return "off" if value is False else value
+
+
+def with_long_names(choice: Any) -> dict[str, Any]:
+    """What a JSON schema says of a setting that ``short_dtype`` reads."""
+    short = get_args(choice)
+    return {"enum": [*short, *(LONG_DTYPES[name] for name in short)]}
 
 
 def _not_a_file(folder: str) -> str:

@@ -5,7 +5,6 @@ Runners read it where neither torch nor onnx need be installed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 DtypeName = Literal["fp32", "fp16", "bf16"]
@@ -13,9 +12,6 @@ Precision = Literal["fp32", "fp16"]
 AccuracyLevel = Literal[0, 4]
 PruningChoice = Literal["default", "off", "rule", "learned", "both"]
 GraphPruning = Literal["default", "off", "weights", "rule", "learned", "both"]
-
-LONG_NAMES: Mapping[DtypeName, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""As torch and numpy call the dtypes."""
 
 HIDDEN_STATES, PROTECTED = "hidden_states", "protected"
 INDICES, WEIGHTS, KEEP = "topk_indices", "topk_weights", "keep_mask"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import onnx
 from pydantic import BeforeValidator, Field
 
-from mcsharp_exporters.base import Exporter, FolderName, off
+from mcsharp_exporters.base import Exporter, FolderName, off, with_long_names
 from mcsharp_exporters.external_data import ExternalData
 from mcsharp_exporters.genai_config import GENAI_CONFIG, adapt_tokenizer, genai_config
 from mcsharp_exporters.graph_names import AccuracyLevel, GraphPruning, Precision
@@ -43,6 +43,7 @@ from mcsharp_exporters.output_folder import (
 from mcsharp_exporters.packed_product import BLOCK_SIZES
 from mcsharp_exporters.router_pruning import NEEDED_ARTIFACTS
 from mcsharp_sdk._version import __version__
+from mcsharp_sdk.arguments import short_dtype
 from mcsharp_sdk.artifacts import QUANTIZED_WEIGHTS
 from mcsharp_sdk.errors import InputError, Problem
 from mcsharp_sdk.folders import MANIFEST_FILE
@@ -61,7 +62,12 @@ class OnnxModelExporter(Exporter):
 
     type: Literal["onnx_model"] = "onnx_model"
     precision: Annotated[
-        Precision, Field(description="Activations, scales, cache and logits; routers are fp32.")
+        Precision,
+        BeforeValidator(short_dtype),
+        Field(
+            description="Activations, scales, cache and logits; routers are fp32.",
+            json_schema_extra=with_long_names(Precision),
+        ),
     ] = "fp32"
     accuracy_level: Annotated[
         AccuracyLevel,

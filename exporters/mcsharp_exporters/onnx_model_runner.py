@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +17,6 @@ from mcsharp_exporters.graph_names import (
     CACHED,
     INPUT_IDS,
     LOGITS,
-    LONG_NAMES,
     PAST,
     PRESENT,
 )
@@ -31,7 +29,7 @@ from mcsharp_exporters.onnxruntime_session import (
     import_onnxruntime,
     open_session,
 )
-from mcsharp_sdk.arguments import whole_number
+from mcsharp_sdk.arguments import LONG_DTYPES, AnyPath, path_argument, whole_number
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.models.memory import keep_large_blocks_out_of_the_heap, release_free_memory
 
@@ -81,7 +79,7 @@ class OnnxModel:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: AnyPath,
         provider: ProviderChoice = "auto",
         *,
         threads: int | None = None,
@@ -90,7 +88,7 @@ class OnnxModel:
         check_provider(provider)
         if threads is not None and whole_number(threads, "threads") < 1:
             raise InputError(f"threads is {threads}: give 1 or more, or None for the default")
-        folder = Path(folder)
+        folder = path_argument(folder, "folder", "the folder of the exported model")
         self.manifest = read_manifest(folder)
         self.manifest.entry(GRAPH)
         check_files(folder, self.manifest, hashes=hashes)
@@ -102,7 +100,7 @@ class OnnxModel:
         self.provider: str = self._session.get_providers()[0]
         if provider == "cuda" and self.provider != CUDA:
             warnings.warn(f"CUDA is not there: the model runs on {self.provider}", stacklevel=2)
-        self._dtype = np.dtype(LONG_NAMES[self.manifest.precision])
+        self._dtype = np.dtype(LONG_DTYPES[self.manifest.precision])
 
     def __call__(
         self, ids: np.ndarray, cache: Cache | None = None, mask: np.ndarray | None = None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import onnx
 from pydantic import BeforeValidator, Field
 
-from mcsharp_exporters.base import Exporter, FolderName, off
+from mcsharp_exporters.base import Exporter, FolderName, off, with_long_names
 from mcsharp_exporters.graph_names import INDICES, KEEP, WEIGHTS, DtypeName, PruningChoice
 from mcsharp_exporters.graph_nodes import IR_VERSION, OPSET
 from mcsharp_exporters.model_pruning import rules_of
@@ -27,6 +27,7 @@ from mcsharp_exporters.router_pruning import (
     pruning_of_run,
 )
 from mcsharp_sdk._version import __version__
+from mcsharp_sdk.arguments import short_dtype
 from mcsharp_sdk.artifacts import TOP_ANY_ROUTER
 from mcsharp_sdk.errors import InputError, Problem
 from mcsharp_sdk.folders import MANIFEST_FILE
@@ -43,7 +44,12 @@ class OnnxRoutersExporter(Exporter):
 
     type: Literal["onnx_routers"] = "onnx_routers"
     dtype: Annotated[
-        DtypeName, Field(description="Input and stored weights; the rest is computed in fp32.")
+        DtypeName,
+        BeforeValidator(short_dtype),
+        Field(
+            description="Input and stored weights; the rest is computed in fp32.",
+            json_schema_extra=with_long_names(DtypeName),
+        ),
     ] = "fp32"
     folder: FolderName = "onnx_routers"
     pruning: Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
-from mcsharp_exporters.graph_names import HIDDEN_STATES, LONG_NAMES, PROTECTED, ROUTER_OUTPUTS
+from mcsharp_exporters.graph_names import HIDDEN_STATES, PROTECTED, ROUTER_OUTPUTS
 from mcsharp_exporters.onnxruntime_session import (
     CPU,
     CUDA,
@@ -21,6 +21,7 @@ from mcsharp_exporters.onnxruntime_session import (
     open_session,
 )
 from mcsharp_exporters.router_manifest import RouterFile, RouterManifest, read_manifest
+from mcsharp_sdk.arguments import LONG_DTYPES
 from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.folders import MANIFEST_FILE
 from mcsharp_sdk.runtime.pruning_modes import PruningMode
@@ -69,7 +70,7 @@ class OnnxRouters:
         check_provider(provider)
         folder = Path(folder)
         manifest = read_manifest(folder)
-        self._dtype = LONG_NAMES[manifest.dtype]
+        self._dtype = LONG_DTYPES[manifest.dtype]
         self.pruning: PruningMode = manifest.pruning
         self._entries = {entry.layer: entry for entry in manifest.layers}
         models = {entry.layer: _checked_bytes(folder, entry) for entry in manifest.layers}
@@ -179,7 +180,7 @@ class OnnxRouters:
     def _ort_value(self, hidden: torch.Tensor | np.ndarray) -> Any:
         """The values as onnxruntime takes them; bf16 goes as uint16."""
         make, values = self._ort.OrtValue, _array(hidden)
-        if self._dtype != LONG_NAMES["bf16"]:
+        if self._dtype != LONG_DTYPES["bf16"]:
             return make.ortvalue_from_numpy(values)
         return make.ortvalue_from_numpy_with_onnx_type(values.view(np.uint16), BFLOAT16)
 

@@ -54,7 +54,7 @@ def must_spill(allowed: int | None, needed: int, least: int) -> bool:
         raise InputError(
             f"{_shown(allowed)} of memory are not enough: this recipe on this model takes about "
             f"{_shown(least)} with activations on disk, and {_shown(needed)} with all in memory. "
-            f"Give --max-memory {_rounded_up(least)} or more"
+            f"Give max_memory {_rounded_up(least)} or more"
         )
     return True
 

@@ -45,7 +45,7 @@ def check_disk_space(plan: Plan, source: SourceModel, run_directory: Path, outpu
             raise InputError(
                 f"too little disk space: the run needs {listed} on the file system of "
                 f"{parts[0][1]}, where {decimal(free)} are free; make room, or give another "
-                "--output or --run-dir"
+                "output or run directory"
             )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mcsharp_sdk.arguments import AnyPath, check_truth, model_path, optional_path
 from mcsharp_sdk.checked_files import renew_checksums
 from mcsharp_sdk.errors import InputError
 
@@ -24,8 +24,8 @@ _ELSEWHERE = {
 
 def export(
     kind: str,
-    model: str | os.PathLike[str],
-    output: str | os.PathLike[str] | None = None,
+    model: AnyPath,
+    output: AnyPath | None = None,
     *,
     overwrite: bool = False,
     **settings: Any,
@@ -50,12 +50,13 @@ def export(
         If the exporter is unknown or works only at the end of a run, a setting is wrong, or the
         model cannot be read or lacks what is to be exported.
     """
-    if kind not in FOLDER_EXPORTS:
+    check_truth(overwrite=overwrite)
+    if kind not in tuple(FOLDER_EXPORTS):
         raise InputError(
-            f"'{kind}' cannot be exported from a model folder; {', '.join(FOLDER_EXPORTS)} can"
+            f"{kind!r} cannot be exported from a model folder; {', '.join(FOLDER_EXPORTS)} can"
         )
-    folder = Path(model)
-    target = folder / kind if output is None else Path(output)
+    folder = model_path(model)
+    target = optional_path(output, "output", "the folder to make") or folder / kind
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise InputError(
             f"{target} exists already; give --overwrite to replace what an earlier export wrote "

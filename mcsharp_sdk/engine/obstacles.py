@@ -17,7 +17,7 @@ DISK_ERRORS = {
     errno.EFBIG: "a file would be larger than allowed (see `ulimit -f`): raise the limit",
     errno.EROFS: "the file system is read-only: make it writable",
     errno.EIO: "the disk cannot be read or written: check it",
-    errno.ENAMETOOLONG: "a file name would be too long: give a shorter --output or --run-dir",
+    errno.ENAMETOOLONG: "a file name would be too long: give a shorter output or run directory",
 }
 """Error number -> what it means, and what to do."""
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.arguments import AnyPath, model_path, whole_number
 from mcsharp_sdk.engine.budget import must_spill, read_bytes_of
 from mcsharp_sdk.engine.default_dtype import float32_by_default
 from mcsharp_sdk.engine.durations import stage_seconds
@@ -21,7 +20,11 @@ from mcsharp_sdk.modifiers.expert_stats import ExpertStats
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
 from mcsharp_sdk.modifiers.top_any_router import TopAnyRouter
 from mcsharp_sdk.recipe.library import RecipeLike, as_recipe
+from mcsharp_sdk.recipe.overrides import Overrides
 from mcsharp_sdk.recipe.schema import Recipe
+
+MOST_PROCESSES = 2**16
+"""Far more than share a run: each has some of its sequences."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,8 @@ class Plan:
 @float32_by_default()
 def plan(
     recipe: Recipe | RecipeLike,
-    model: str | os.PathLike[str],
-    overrides: Sequence[str] = (),
+    model: AnyPath,
+    overrides: Overrides = (),
     *,
     max_memory: str | int | None = None,
     processes: int = 1,
@@ -101,9 +104,17 @@ def plan(
         run would take more memory; the message says the least that would do.
     """
     allowed = read_bytes_of(max_memory)
-    if processes < 1:
-        raise InputError(f"{processes} processes cannot do anything: give 1 or more")
-    return make_plan(as_recipe(recipe, overrides), SourceModel(Path(model)), allowed, processes)
+    count = _process_count(processes)
+    source = SourceModel(model_path(model))
+    return make_plan(as_recipe(recipe, overrides), source, allowed, count)
+
+
+def _process_count(processes: int) -> int:
+    """How many processes are asked for; InputError if no machines could run them."""
+    count = whole_number(processes, "processes")
+    if not 1 <= count <= MOST_PROCESSES:
+        raise InputError(f"processes is {count}: give a number from 1 to {MOST_PROCESSES}")
+    return count
 
 
 def make_plan(

@@ -15,7 +15,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mcsharp_sdk.arguments import shown
+from mcsharp_sdk.errors import InputError
+
 Item = TypeVar("Item")
+
+
+def check_progress(progress: object) -> None:
+    """InputError unless ``progress`` is True, False, or None for where there is a terminal."""
+    if progress is not None and not isinstance(progress, bool):
+        raise InputError(
+            f"progress is True, False or None, not {shown(progress)}: it shows bars, or does not"
+        )
 
 
 class ProgressBars:

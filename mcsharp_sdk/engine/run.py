@@ -8,6 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.arguments import (
+    AnyPath,
+    check_truth,
+    model_path,
+    optional_path,
+    path_argument,
+)
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.data.gathering import gather
 from mcsharp_sdk.data.tokenise import check_tokenizer_files
@@ -17,17 +24,19 @@ from mcsharp_sdk.engine.disk_space import check_disk_space
 from mcsharp_sdk.engine.fingerprint import fingerprint
 from mcsharp_sdk.engine.output_folder import check_output, default_run_directory
 from mcsharp_sdk.engine.plan import Plan, make_plan
+from mcsharp_sdk.engine.progress import check_progress
 from mcsharp_sdk.engine.publication import is_published
 from mcsharp_sdk.engine.ranks import SharedRunDirectory, joined, own_device
 from mcsharp_sdk.engine.run_directory import RunDirectory
 from mcsharp_sdk.engine.work import Work
 from mcsharp_sdk.errors import Checks, InputError
-from mcsharp_sdk.models.device import is_cpu
+from mcsharp_sdk.models.device import AnyDevice, device_name, is_cpu
 from mcsharp_sdk.models.memory import peak_resident_bytes
 from mcsharp_sdk.models.ranks import Ranks
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.models.weight_checks import check_outer_weights
 from mcsharp_sdk.recipe.library import RecipeLike, as_recipe
+from mcsharp_sdk.recipe.overrides import Overrides
 from mcsharp_sdk.recipe.schema import Recipe
 
 
@@ -64,13 +73,13 @@ class Compression:
 @float32_by_default()
 def compress(
     recipe: Recipe | RecipeLike,
-    model: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    model: AnyPath,
+    output: AnyPath,
     *,
-    run_dir: str | os.PathLike[str] | None = None,
-    overrides: Sequence[str] = (),
+    run_dir: AnyPath | None = None,
+    overrides: Overrides = (),
     overwrite: bool = False,
-    device: str = "cpu",
+    device: AnyDevice = "cpu",
     max_memory: str | int | None = None,
     progress: bool | None = None,
     on_plan: Callable[[Plan], None] | None = None,
@@ -89,7 +98,8 @@ def compress(
     output : folder to make.
     run_dir : where intermediate results are kept. By default beside the output, and removed when
         the run is finished.
-    overrides : e.g. ``stages.BitAllocation.target_bits=2.0``; not with a ``Recipe``.
+    overrides : texts such as ``stages.BitAllocation.target_bits=2.0``, or a mapping from settings
+        to values; not with a ``Recipe``.
     overwrite : replace an output folder that is there.
     device : where to compute, e.g. ``cpu`` or ``cuda:0``.
     max_memory : bytes of memory that the run keeps to, or a text such as ``8GB``; for device
@@ -102,15 +112,20 @@ def compress(
     InputError
         If something given is wrong, or ``max_memory`` is too little; nothing was written then.
     """
-    recipe = as_recipe(recipe, overrides)
+    checked = as_recipe(recipe, overrides)
+    source, target = model_path(model), path_argument(output, "output", "the folder to make")
+    directory = optional_path(run_dir, "run_dir", "a folder for intermediate results")
+    place = own_device(device_name(device))
+    check_truth(overwrite=overwrite)
+    check_progress(progress)
     with joined() as ranks:
         return _compress(
-            recipe,
-            Path(model),
-            Path(output),
-            Path(run_dir) if run_dir is not None else None,
+            checked,
+            source,
+            target,
+            directory,
             overwrite=overwrite,
-            device=own_device(device),
+            device=place,
             max_memory=max_memory,
             progress=progress if ranks.first else False,
             on_plan=on_plan if ranks.first else None,

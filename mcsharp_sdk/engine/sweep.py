@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mcsharp_sdk.arguments import whole_number
+from mcsharp_sdk.arguments import (
+    AnyPath,
+    check_truth,
+    model_path,
+    optional_path,
+    path_argument,
+    whole_number,
+)
 from mcsharp_sdk.artifact_file import read_json_file, write_json
 from mcsharp_sdk.engine.default_dtype import float32_by_default
 from mcsharp_sdk.engine.disk_space import check_disk_space
 from mcsharp_sdk.engine.obstacles import explained
 from mcsharp_sdk.engine.output_folder import check_writable
 from mcsharp_sdk.engine.plan import make_plan
+from mcsharp_sdk.engine.progress import check_progress
 from mcsharp_sdk.engine.ranks import started_together
 from mcsharp_sdk.engine.run_directory import RunDirectory
 from mcsharp_sdk.engine.stage_store import StageStore
@@ -25,8 +32,10 @@ from mcsharp_sdk.engine.sweep_plan import EvaluationSettings, PlannedVariant, Sw
 from mcsharp_sdk.engine.work import Work
 from mcsharp_sdk.errors import InputError, McSharpError
 from mcsharp_sdk.evaluation.evaluate import evaluate
+from mcsharp_sdk.models.device import AnyDevice, device_name
 from mcsharp_sdk.models.weight_checks import check_outer_weights
 from mcsharp_sdk.recipe.library import RecipeLike
+from mcsharp_sdk.recipe.overrides import Overrides
 
 logger = logging.getLogger("mcsharp_sdk")
 
@@ -62,18 +71,18 @@ class Sweep:
 @float32_by_default()
 def sweep(
     recipe: RecipeLike,
-    model: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    model: AnyPath,
+    output: AnyPath,
     vary: Mapping[str, Sequence[Any]] | Sequence[str],
     *,
-    text: str | os.PathLike[str] | None = None,
+    text: AnyPath | None = None,
     window: int | None = None,
     max_tokens: int | None = None,
-    overrides: Sequence[str] = (),
-    run_dir: str | os.PathLike[str] | None = None,
+    overrides: Overrides = (),
+    run_dir: AnyPath | None = None,
     keep_models: bool = False,
     overwrite: bool = False,
-    device: str = "cpu",
+    device: AnyDevice = "cpu",
     progress: bool | None = None,
     on_variant: OnVariant | None = None,
 ) -> Sweep:
@@ -114,16 +123,21 @@ def sweep(
         window = whole_number(window, "window")
     if max_tokens is not None:
         max_tokens = whole_number(max_tokens, "max_tokens")
-    settings = EvaluationSettings(None if text is None else Path(text), window, max_tokens)
-    plan = plan_sweep(recipe, Path(model), vary, overrides, settings, device)
+    check_truth(keep_models=keep_models, overwrite=overwrite)
+    check_progress(progress)
+    place, target = device_name(device), path_argument(output, "output", "the folder to make")
+    kept = optional_path(run_dir, "run_dir", "a folder for finished stages")
+    text_file = optional_path(text, "text", "the file of the text")
+    settings = EvaluationSettings(text_file, window, max_tokens)
+    plan = plan_sweep(recipe, model_path(model), vary, overrides, settings, place)
     check_outer_weights(plan.source)
-    folder = SweepFolder(Path(output), plan, keep_models)
+    folder = SweepFolder(target, plan, keep_models)
     folder.check(overwrite)
-    work = Path(run_dir) if run_dir is not None else folder.path / WORK_FOLDER
+    work = kept if kept is not None else folder.path / WORK_FOLDER
     check_writable(work)
     _check_disk_space(plan, folder, work, overwrite)
     with folder.opened(overwrite):
-        runner = _Runner(plan, folder, work, run_dir is not None, device, progress)
+        runner = _Runner(plan, folder, work, kept is not None, place, progress)
         results = runner.run(on_variant)
         if run_dir is None and not any(result.error for result in results):
             shutil.rmtree(work, ignore_errors=True)

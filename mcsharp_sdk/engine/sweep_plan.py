@@ -26,6 +26,7 @@ from mcsharp_sdk.errors import InputError, InputProblems, Problem, raise_problem
 from mcsharp_sdk.evaluation.text import check_max_tokens, choose_window, named_pieces, read_tokens
 from mcsharp_sdk.models.source import SourceModel
 from mcsharp_sdk.recipe.library import RecipeLike
+from mcsharp_sdk.recipe.overrides import Overrides
 from mcsharp_sdk.recipe.schema import Recipe
 
 
@@ -100,7 +101,7 @@ def plan_sweep(
     recipe: RecipeLike,
     model: Path,
     vary: Mapping[str, Sequence[Any]] | Sequence[str],
-    overrides: Sequence[str],
+    overrides: Overrides,
     evaluation: EvaluationSettings,
     device: str,
 ) -> SweepPlan:

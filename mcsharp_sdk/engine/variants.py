@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from mcsharp_sdk.arguments import refuse_single
+from mcsharp_sdk.arguments import path_argument, text_list
 from mcsharp_sdk.errors import InputError, InputProblems, Problem, raise_problems, some_of
 from mcsharp_sdk.recipe.library import RecipeLike, as_recipe
+from mcsharp_sdk.recipe.overrides import Overrides, override_texts, value_text
 from mcsharp_sdk.recipe.schema import Recipe
 from mcsharp_sdk.recipe.yaml_text import parse_value
 
@@ -111,12 +110,11 @@ def parse_variations(vary: Sequence[str]) -> list[Variation]:
     InputProblems
         With everything that cannot be read.
     InputError
-        If ``vary`` is a single text.
+        If ``vary`` is no list of texts.
     """
-    refuse_single(vary, "vary")
     problems: list[Problem] = []
     variations = []
-    for text in vary:
+    for text in text_list(vary, "vary"):
         target, equals, written = text.partition("=")
         if not equals or not target.strip():
             wrong = "write it as target=value,value, e.g. stages.BitAllocation.target_bits=2,2.5"
@@ -137,11 +135,14 @@ def variations_of(vary: Mapping[str, Sequence[Any]]) -> list[Variation]:
     problems: list[Problem] = []
     variations = []
     for target, values in vary.items():
+        if not isinstance(target, str):
+            problems.append(Problem("--vary", f"{target!r} is no setting: name one by a text"))
+            continue
         if isinstance(values, str) or not isinstance(values, Sequence):
             problems.append(Problem(f"--vary {target}", f"give a list of values, not {values!r}"))
             continue
         try:
-            texts = [json.dumps(_plain(value), allow_nan=False) for value in values]
+            texts = [value_text(value) for value in values]
         except (TypeError, ValueError) as error:
             problems.append(Problem(f"--vary {target}", f"a value is no plain data: {error}"))
             continue
@@ -181,7 +182,7 @@ def _a_value_begins(part: str, before: str, depth: int) -> bool:
 
 
 def open_variants(
-    recipe: RecipeLike, variations: Sequence[Variation], overrides: Sequence[str] = ()
+    recipe: RecipeLike, variations: Sequence[Variation], overrides: Overrides = ()
 ) -> tuple[list[Variant], ProblemsOfVariants]:
     """The recipe with every combination of values; the last variation's values change fastest.
 
@@ -199,8 +200,8 @@ def open_variants(
             "a sweep changes a recipe file, a recipe's name or plain data, no Recipe: give its "
             "settings()"
         )
-    refuse_single(overrides, "overrides")
-    problems = ProblemsOfVariants("recipe" if isinstance(recipe, Mapping) else Path(recipe).name)
+    same = override_texts(overrides)
+    problems = ProblemsOfVariants(_subject(recipe))
     short = _short_names([variation.target for variation in variations])
     variants = []
     for combination in itertools.product(*(variation.values for variation in variations)):
@@ -209,12 +210,18 @@ def open_variants(
         name = _name([f"{short[target]}={value.shown}" for target, value in values.items()])
         problems.variants += 1
         try:
-            opened = as_recipe(recipe, [*overrides, *assignments])
+            opened = as_recipe(recipe, [*same, *assignments])
             variants.append(Variant(name, values, opened))
         except InputProblems as error:
             for problem in error.problems:
                 problems.add(_of_vary(problem, assignments), name)
     return variants, problems
+
+
+def _subject(recipe: RecipeLike) -> str:
+    if isinstance(recipe, Mapping):
+        return "recipe"
+    return path_argument(recipe, "recipe", "a recipe file, a recipe's name or plain data").name
 
 
 def _checked(
@@ -264,10 +271,6 @@ def _reads_as_itself(text: str) -> bool:
         return bool(parse_value(text) == text)
     except ValueError:
         return False
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _short_names(targets: Sequence[str]) -> dict[str, str]:

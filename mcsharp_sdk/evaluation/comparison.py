@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from mcsharp_sdk.arguments import refuse_single
+from mcsharp_sdk.arguments import AnyPath, list_argument, model_path, optional_path
 from mcsharp_sdk.errors import InputError, Problem, raise_problems
 from mcsharp_sdk.evaluation.evaluate import Conditions, Evaluation, measure, prepare
+from mcsharp_sdk.evaluation.loading import AnyDtype
 from mcsharp_sdk.evaluation.reference import Distance, Reference
 from mcsharp_sdk.evaluation.saved import save_evaluation
+from mcsharp_sdk.models.device import AnyDevice, device_name
 
 Track = Callable[[range], Iterable[int]]
 
@@ -76,14 +78,14 @@ class Comparison:
 
 
 def compare(
-    model_dirs: Sequence[str | Path],
-    text: str | Path | None = None,
+    model_dirs: Sequence[AnyPath],
+    text: AnyPath | None = None,
     *,
-    reference: str | Path | None = None,
+    reference: AnyPath | None = None,
     window: int | None = None,
     max_tokens: int | None = None,
-    device: str = "auto",
-    dtype: str | torch.dtype = "auto",
+    device: AnyDevice = "auto",
+    dtype: AnyDtype = "auto",
     pruning: str | None = None,
     track: Track = iter,
     on_model: Callable[[str], None] = lambda name: None,
@@ -115,13 +117,15 @@ def compare(
         If there is no folder, or no list of them, the tokenizers differ, or the disk has no room
         for the original's outputs.
     """
-    refuse_single(model_dirs, "model_dirs")
-    if not model_dirs:
+    given = list_argument(model_dirs, "model_dirs")
+    directories = [model_path(one, f"model_dirs[{i}]") for i, one in enumerate(given)]
+    if not directories:
         raise InputError("there is nothing to compare: give one model folder or more")
-    settings = {"window": window, "max_tokens": max_tokens, "device": device, "dtype": dtype}
-    wanted = [(folder, pruning) for folder in model_dirs]
-    wanted += [] if reference is None else [(reference, None)]
-    conditions = _prepare(wanted, text, settings)
+    place, file = device_name(device), optional_path(text, "text", "the file of the text")
+    settings = {"window": window, "max_tokens": max_tokens, "device": place, "dtype": dtype}
+    wanted = [(folder, pruning) for folder in directories]
+    wanted += [] if reference is None else [(model_path(reference, "reference"), None)]
+    conditions = _prepare(wanted, file, settings)
     original = conditions.pop() if reference is not None else None
     if original is not None:
         _check_vocabularies(conditions, original)
@@ -167,8 +171,8 @@ def _measure(conditions: Conditions, reference: Reference | None, track: Track) 
 
 
 def _prepare(
-    wanted: Sequence[tuple[str | Path, str | None]],
-    text: str | Path | None,
+    wanted: Sequence[tuple[Path, str | None]],
+    text: Path | None,
     settings: dict[str, Any],
 ) -> list[Conditions]:
     """Conditions of all models, with one window and the same tokens."""

@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mcsharp_sdk.arguments import AnyPath, dtype_name, model_path
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.activation import ExpertActivity, watch_experts
 from mcsharp_sdk.evaluation.cost import ModelCost, cost_facts, model_cost
 from mcsharp_sdk.evaluation.exported import exported_manifest, measure_exported
 from mcsharp_sdk.evaluation.loading import (
+    AnyDtype,
     check_pruning,
     choose_device,
     choose_dtype,
-    dtype_name,
     load_model,
 )
 from mcsharp_sdk.evaluation.perplexity import Observer, perplexity
 from mcsharp_sdk.evaluation.text import choose_window, named_pieces, read_tokens
+from mcsharp_sdk.models.device import AnyDevice, device_name
 from mcsharp_sdk.models.source import read_config
 from mcsharp_sdk.runtime.pruned_routing import expert_pruning
 
@@ -90,13 +92,13 @@ class Evaluation:
 
 
 def evaluate(
-    model_dir: str | Path,
-    text: str | Path | None = None,
+    model_dir: AnyPath,
+    text: AnyPath | None = None,
     *,
     window: int | None = None,
     max_tokens: int | None = None,
-    device: str = "auto",
-    dtype: str | torch.dtype = "auto",
+    device: AnyDevice = "auto",
+    dtype: AnyDtype = "auto",
     pruning: str | None = None,
     track: Callable[[range], Iterable[int]] = iter,
 ) -> Evaluation:
@@ -111,7 +113,7 @@ def evaluate(
     max_tokens : use only so many tokens from the start of the text.
     device : ``auto`` (GPUs where there are any), or a device of torch.
     dtype : to compute in: ``auto`` (the checkpoint's, but float32 for float16 on a CPU),
-        ``float32``, ``bfloat16`` or ``float16``, by name or as torch's.
+        ``float32``, ``bfloat16`` or ``float16``, by name (``fp32`` and so on, too) or as torch's.
     pruning : how to prune experts: ``off``, ``rule``, ``learned`` or ``both``, as far as the model
         can; None for as it was made.
     track : wraps the range of windows, e.g. to show progress.
@@ -122,7 +124,8 @@ def evaluate(
         If the folder, its tokenizer, the text, the window, the device, the dtype or the pruning
         cannot be used.
     """
-    directory, dtype = Path(model_dir), dtype_name(dtype)
+    directory = model_path(model_dir, "model_dir")
+    device, dtype = device_name(device), dtype_name(dtype)
     manifest = exported_manifest(directory, device, dtype, pruning)
     if manifest is not None:
         length = choose_window(window, manifest.context_length)
@@ -172,21 +175,22 @@ class Conditions:
 
 
 def prepare(
-    model_dir: str | Path,
-    text: str | Path | None = None,
+    model_dir: AnyPath,
+    text: AnyPath | None = None,
     *,
     window: int | None = None,
     max_tokens: int | None = None,
-    device: str = "auto",
-    dtype: str | torch.dtype = "auto",
+    device: AnyDevice = "auto",
+    dtype: AnyDtype = "auto",
     pruning: str | None = None,
 ) -> Conditions:
     """Check everything that :func:`evaluate` takes, and read the text; no weight is loaded."""
-    directory, dtype = Path(model_dir), dtype_name(dtype)
+    directory = model_path(model_dir, "model_dir")
+    device, dtype = device_name(device), dtype_name(dtype)
     if exported_manifest(directory, device, dtype, pruning) is not None:
         raise InputError(
-            f"{directory} is a model as ONNX, which is evaluated by itself: leave out --compare, "
-            "--reference and --save"
+            f"{directory} is a model as ONNX, which is evaluated by itself: with no other model, "
+            "no reference and nothing saved"
         )
     config = read_config(directory)
     cost = model_cost(directory)

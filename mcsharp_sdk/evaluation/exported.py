@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from mcsharp_sdk.arguments import LONG_DTYPES
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.perplexity import perplexity_of
 from mcsharp_sdk.folders import folder_bytes
@@ -27,7 +28,6 @@ def exported_manifest(
         If something is asked for that was settled when the model was exported, or a file is
         missing, cut short or changed.
     """
-    from mcsharp_exporters.graph_names import LONG_NAMES
     from mcsharp_exporters.onnx_manifest import check_files, is_exported_model, read_manifest
 
     if not is_exported_model(directory):
@@ -35,7 +35,7 @@ def exported_manifest(
     manifest = read_manifest(directory)
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"an ONNX model runs on auto, cpu or cuda, not on {device!r}")
-    computes_in = LONG_NAMES[manifest.precision]
+    computes_in = LONG_DTYPES[manifest.precision]
     if dtype not in ("auto", computes_in):
         raise InputError(
             f"{directory} computes in {computes_in}: another precision is a setting of the export"
@@ -61,7 +61,6 @@ def measure_exported(
 
     The files have been checked.
     """
-    from mcsharp_exporters.graph_names import LONG_NAMES
     from mcsharp_exporters.onnx_model_runner import OnnxModel
 
     model = OnnxModel(directory, cast(Any, device), hashes=False)
@@ -90,5 +89,5 @@ def measure_exported(
         "activated_parameters_per_token": None,
         "seconds": seconds,
         "device": model.provider,
-        "dtype": LONG_NAMES[manifest.precision],
+        "dtype": LONG_DTYPES[manifest.precision],
     }

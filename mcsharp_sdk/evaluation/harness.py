@@ -26,7 +26,7 @@ def import_harness() -> Any:
     return lm_eval
 
 
-def load_tasks(harness: Any, include: str | Path | None, wanted: Iterable[str]) -> Any:
+def load_tasks(harness: Any, include: Path | None, wanted: Iterable[str]) -> Any:
     """lm-eval's index of tasks, with all that are wanted loaded once, so that data is at hand.
 
     Parameters
@@ -39,8 +39,8 @@ def load_tasks(harness: Any, include: str | Path | None, wanted: Iterable[str]) 
     InputError
         If there is no such folder, or with every task that is not known or has no data.
     """
-    if include is not None and not Path(include).is_dir():
-        raise InputError(f"{include} is no folder: give that of your task files as --include")
+    if include is not None and not include.is_dir():
+        raise InputError(f"{include} is no folder: give that of your task files")
     names = dict.fromkeys(wanted)
     manager = _index(harness, include, names)
     known = set(manager.all_tasks)
@@ -54,7 +54,7 @@ def load_tasks(harness: Any, include: str | Path | None, wanted: Iterable[str]) 
     return manager
 
 
-def _index(harness: Any, include: str | Path | None, names: Iterable[str]) -> Any:
+def _index(harness: Any, include: Path | None, names: Iterable[str]) -> Any:
     """The user's own tasks if they have all the names, since lm-eval's thousands take long to read;
     else all that there are."""
     if include is None:
@@ -68,16 +68,14 @@ def _index(harness: Any, include: str | Path | None, names: Iterable[str]) -> An
 def _unknown(name: str, known: set[str]) -> str:
     near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return (
-        f"lm-eval knows no such task{hint} Give a folder with task files of your own as --include"
-    )
+    return f"lm-eval knows no such task{hint} Give a folder with task files of your own to include"
 
 
 def _no_data(error: Exception) -> str:
     told = str(error).strip().splitlines() or [""]
     return (
         f"its data cannot be read ({type(error).__name__}: {told[0]}): put it into the cache of "
-        "the package datasets, or let it be fetched with --download"
+        "the package datasets, or allow a download"
     )
 
 

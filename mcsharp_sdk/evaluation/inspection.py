@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from mcsharp_sdk.arguments import AnyPath, model_path
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.cost import ModelCost, cost_facts, model_cost
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
@@ -62,7 +62,7 @@ class Inspection:
         return {**fields, **facts}
 
 
-def inspect(model: str | Path) -> Inspection:
+def inspect(model: AnyPath) -> Inspection:
     """Read what config and safetensors headers say of a model folder; no weight is loaded.
 
     Raises
@@ -71,7 +71,7 @@ def inspect(model: str | Path) -> Inspection:
         If the folder is no model or is damaged. A sound model that cannot be compressed is no
         error: see ``Inspection.unsupported``.
     """
-    directory = Path(model)
+    directory = model_path(model)
     check_model_folder(directory)
     config = read_config(directory)
     cost = model_cost(directory)

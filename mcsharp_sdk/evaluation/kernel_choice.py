@@ -7,13 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
+from mcsharp_sdk.arguments import AnyPath, model_path
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.cost import model_cost
-from mcsharp_sdk.evaluation.loading import DTYPES, choose_device, choose_dtype
+from mcsharp_sdk.evaluation.loading import DTYPES, AnyDtype, choose_device, choose_dtype
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
 from mcsharp_sdk.kernels import KERNELS, Case
 from mcsharp_sdk.kernels.case import LayerCase
@@ -21,6 +21,7 @@ from mcsharp_sdk.kernels.crossovers import hardware
 from mcsharp_sdk.kernels.gpu_experts import explain_tiling
 from mcsharp_sdk.kernels.gpu_support import HALF_PRECISION, missing_support
 from mcsharp_sdk.kernels.linear import VARIABLE, WHOLE_LAYERS, explain_choice
+from mcsharp_sdk.models.device import AnyDevice
 from mcsharp_sdk.models.safetensors_file import TensorInfo
 from mcsharp_sdk.models.shards import Checkpoint
 from mcsharp_sdk.models.source import read_config
@@ -114,7 +115,9 @@ class Products:
     layers: Mapping[LayerCase, int]
 
 
-def products_of(model_dir: str | Path, device: str = "auto", dtype: str = "auto") -> Products:
+def products_of(
+    model_dir: AnyPath, device: AnyDevice = "auto", dtype: AnyDtype = "auto"
+) -> Products:
     """The products of a model folder, from headers alone.
 
     Raises
@@ -122,14 +125,14 @@ def products_of(model_dir: str | Path, device: str = "auto", dtype: str = "auto"
     InputError
         If the folder is no model or has no packed matrices, or there is no such device or dtype.
     """
-    directory = Path(model_dir)
+    directory = model_path(model_dir, "model_dir")
     layout = read_layout(read_config_json(directory), directory)
     if layout is None or not layout.packs:
         raise InputError(
             f"{directory} has no packed matrices: it is not compressed; give one that is"
         )
-    device = choose_device(device)
-    kind = torch.device("cuda" if device == "auto" else device).type
+    place = choose_device(device)
+    kind = torch.device("cuda" if place == "auto" else place).type
     chosen = choose_dtype(dtype, read_config(directory), directory, kind)
     matrices: Counter[tuple[str, Case]] = Counter()
     shapes: dict[str, Case] = {}
@@ -147,7 +150,7 @@ def products_of(model_dir: str | Path, device: str = "auto", dtype: str = "auto"
 
 
 def kernel_choices(
-    model_dir: str | Path, device: str = "auto", dtype: str = "auto"
+    model_dir: AnyPath, device: AnyDevice = "auto", dtype: AnyDtype = "auto"
 ) -> KernelChoices:
     """Choices for every packed matrix, from headers alone.
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from mcsharp_sdk.arguments import AnyPath
 from mcsharp_sdk.evaluation.kernel_choice import products_of
+from mcsharp_sdk.evaluation.loading import AnyDtype
 from mcsharp_sdk.kernels import crossovers
 from mcsharp_sdk.kernels.case import Case, LayerCase
 from mcsharp_sdk.kernels.timed_cases import time_layer, time_product
+from mcsharp_sdk.models.device import AnyDevice
 
 Track = Callable[[list[Case | LayerCase]], Iterable[Case | LayerCase]]
 
 
 def measure_kernels(
-    model_dir: str | Path, device: str = "auto", dtype: str = "auto", track: Track = iter
+    model_dir: AnyPath, device: AnyDevice = "auto", dtype: AnyDtype = "auto", track: Track = iter
 ) -> Path:
     """Time what a model folder multiplies by, on random weights of its shapes.
 

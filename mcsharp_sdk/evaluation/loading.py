@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import mcsharp_sdk.runtime.hf_quantizer  # noqa: F401  (lets transformers load compressed models)
+from mcsharp_sdk.arguments import dtype_name
 from mcsharp_sdk.errors import InputError, McSharpError
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
 from mcsharp_sdk.models.architecture import (
@@ -20,11 +21,12 @@ from mcsharp_sdk.models.architecture import (
     stored_dtype,
 )
 from mcsharp_sdk.models.config_file import quantisation_method
-from mcsharp_sdk.models.device import check_device
+from mcsharp_sdk.models.device import AnyDevice, check_device, device_name
 from mcsharp_sdk.runtime.layout import METHOD
 from mcsharp_sdk.runtime.pruned_routing import set_expert_pruning
 from mcsharp_sdk.runtime.stored_model import check_compressed
 
+AnyDtype = str | torch.dtype
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -90,26 +92,22 @@ def check_pruning(mode: str | None, directory: Path) -> None:
         )
 
 
-def choose_device(name: str) -> str:
-    """``auto`` where there is a GPU, else ``cpu``; any other name is checked and kept.
+def choose_device(device: AnyDevice) -> str:
+    """``auto`` where there is a GPU, else ``cpu``; the name of any other that can be used.
 
     Raises
     ------
     InputError
         If there is no such device.
     """
+    name = device_name(device)
     if name == "auto":
         return "auto" if torch.cuda.is_available() else "cpu"
     check_device(name)
     return name
 
 
-def dtype_name(dtype: str | torch.dtype) -> str:
-    """The name of a dtype, as it is given or as torch has it."""
-    return str(dtype).removeprefix("torch.")
-
-
-def choose_dtype(name: str, config: Any, directory: Path, device: str) -> torch.dtype:
+def choose_dtype(dtype: AnyDtype, config: Any, directory: Path, device: str) -> torch.dtype:
     """The dtype to compute in; ``auto`` goes by the weights of the model in ``directory``.
 
     See :func:`mcsharp_sdk.models.architecture.compute_dtype`.
@@ -117,8 +115,9 @@ def choose_dtype(name: str, config: Any, directory: Path, device: str) -> torch.
     Raises
     ------
     InputError
-        If the name is not ``auto`` or one of ``DTYPES``.
+        If it is not ``auto`` or one of ``DTYPES``.
     """
+    name = dtype_name(dtype)
     if name == "auto":
         return compute_dtype(stored_dtype(config, directory), device)
     if name not in DTYPES:

@@ -114,7 +114,7 @@ class Reference:
             raise InputError(
                 f"comparing on {conditions.tokens.numel():,} tokens takes {needed / 1e9:.1f} GB in "
                 f"{self._folder.parent}, where {free / 1e9:.1f} GB are free: give fewer "
-                "--max-tokens, or another folder in the environment variable TMPDIR"
+                "tokens, or another folder in the environment variable TMPDIR"
             )
 
 

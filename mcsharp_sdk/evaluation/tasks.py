@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.arguments import (
+    AnyPath,
+    check_truth,
+    model_path,
+    optional_path,
+    text_list,
+    whole_number,
+)
 from mcsharp_sdk.data.tokenise import load_tokenizer
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.harness import import_harness, load_tasks, network
-from mcsharp_sdk.evaluation.loading import check_pruning, choose_device, choose_dtype, load_model
+from mcsharp_sdk.evaluation.loading import (
+    AnyDtype,
+    check_pruning,
+    choose_device,
+    choose_dtype,
+    load_model,
+)
+from mcsharp_sdk.models.device import AnyDevice
 from mcsharp_sdk.models.source import read_config
 from mcsharp_sdk.runtime.pruned_routing import expert_pruning
 
@@ -104,16 +118,16 @@ class TaskEvaluation:
 
 
 def evaluate_tasks(
-    model_dir: str | Path,
+    model_dir: AnyPath,
     tasks: Sequence[str] = (),
     *,
     suite: str | None = None,
-    include: str | Path | None = None,
+    include: AnyPath | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 4,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: AnyDevice = "auto",
+    dtype: AnyDtype = "auto",
     pruning: str | None = None,
     download: bool = False,
     on_task: Callable[[Sequence[TaskResult]], None] = lambda results: None,
@@ -141,10 +155,13 @@ def evaluate_tasks(
         If lm-eval is not installed, a task is not known or its data is not at hand, or the model
         cannot be used; before the model is loaded.
     """
-    runs = _runs(tasks, suite, num_fewshot)
+    directory = model_path(model_dir, "model_dir")
+    own = optional_path(include, "include", "the folder of your task files")
+    runs = _runs(text_list(tasks, "tasks"), suite, num_fewshot)
     _check_numbers(limit=limit, batch_size=batch_size)
+    _check_numbers(least=0, num_fewshot=num_fewshot)
+    check_truth(download=download)
     harness = import_harness()
-    directory = Path(model_dir)
     config = read_config(directory)
     check_pruning(pruning, directory)
     place = choose_device(device)
@@ -152,7 +169,7 @@ def evaluate_tasks(
     tokenizer = load_tokenizer(directory)
     wanted = [(name, run.num_fewshot) for run in runs for name in run.tasks]
     with network(download):
-        manager = load_tasks(harness, include, (name for name, _ in wanted))
+        manager = load_tasks(harness, own, (name for name, _ in wanted))
         model = load_model(directory, place, computed_in, pruning)
         language_model = harness.models.huggingface.HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size
@@ -168,19 +185,19 @@ def evaluate_tasks(
 
 
 def _runs(tasks: Sequence[str], suite: str | None, num_fewshot: int | None) -> list[TaskRun]:
-    if suite is not None and suite not in SUITES:
+    if suite is not None and suite not in tuple(SUITES):
         raise InputError(f"suite {suite!r} is not known; there is {', '.join(SUITES)}")
     own = [TaskRun(tuple(dict.fromkeys(tasks)), num_fewshot)] if tasks else []
     runs = [*own, *(SUITES[suite] if suite else ())]
     if not runs:
-        raise InputError("no task is named: give --tasks NAME,NAME or --suite papers")
+        raise InputError("no task is named: give names of tasks, or the suite papers")
     return runs
 
 
-def _check_numbers(**numbers: int | None) -> None:
+def _check_numbers(least: int = 1, **numbers: int | None) -> None:
     for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}: it must be 1 or more")
+        if value is not None and whole_number(value, name) < least:
+            raise InputError(f"{name} is {value}: it must be {least} or more")
 
 
 def _run(

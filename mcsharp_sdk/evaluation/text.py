@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mcsharp_sdk.arguments import whole_number
+from mcsharp_sdk.arguments import AnyPath, optional_path, whole_number
 from mcsharp_sdk.data.corpora import text_pieces
 from mcsharp_sdk.data.tokenise import check_vocabulary, load_tokenizer, token_stream
 from mcsharp_sdk.embedded.text import evaluation_text
@@ -44,11 +44,12 @@ def check_max_tokens(limit: int | None) -> None:
         raise InputError(f"max_tokens is {limit}: perplexity needs 2 tokens or more")
 
 
-def named_pieces(text: str | Path | None) -> tuple[str, Iterable[str]]:
+def named_pieces(text: AnyPath | None) -> tuple[str, Iterable[str]]:
     """Name of the evaluation text, and the text in pieces; None for the embedded one."""
-    if text is None:
+    path = optional_path(text, "text", "the file of the text")
+    if path is None:
         return EMBEDDED_TEXT, [evaluation_text()]
-    return str(text), text_pieces(Path(text))
+    return str(text), text_pieces(path)
 
 
 def read_tokens(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.arguments import AnyPath, model_path
 from mcsharp_sdk.checked_files import CHECKSUMS_FILE, changed_files, read_checksums
 from mcsharp_sdk.errors import InputError, InputProblems, Problem, raise_problems
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
@@ -39,7 +39,7 @@ class Verification:
         return asdict(self)
 
 
-def verify(model: str | Path) -> Verification:
+def verify(model: AnyPath) -> Verification:
     """Read every byte of a model folder, original or compressed, and check what can be checked.
 
     Files are compared with ``SHA256SUMS`` where there is one, headers with the config of a
@@ -51,7 +51,7 @@ def verify(model: str | Path) -> Verification:
     InputError
         With every file and tensor that is wrong.
     """
-    folder = Path(model)
+    folder = model_path(model)
     compressed = read_layout(read_config_json(folder), folder) is not None
     sums = read_checksums(folder)
     problems = changed_files(folder, sums)

@@ -18,6 +18,7 @@ from mcsharp_sdk.artifacts import (
 )
 from mcsharp_sdk.errors import Problem
 from mcsharp_sdk.modifiers.base import Modifier
+from mcsharp_sdk.runtime.pruning_layout import MOST_UNITS
 
 if TYPE_CHECKING:
     from mcsharp_sdk.engine.context import RunContext
@@ -61,7 +62,7 @@ class TopAnyRouter(Modifier):
             description="Price of the kept share in the loss (λ), in place of target_activation.",
         ),
     ] = None
-    units: Annotated[int, Field(ge=1, le=4096, description="Width of the networks.")] = 32
+    units: Annotated[int, Field(ge=1, le=MOST_UNITS, description="Width of the networks.")] = 32
     steps: Annotated[int, Field(ge=1, description="Most steps of a training.")] = 400
     batch_tokens: Annotated[
         int,

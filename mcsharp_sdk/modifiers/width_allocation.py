@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mcsharp_sdk.allocation.baselines import ALLOCATORS
 from mcsharp_sdk.allocation.significance import Exponents, allocation_cost
+from mcsharp_sdk.arguments import AnyPath, path_argument
 from mcsharp_sdk.artifacts import BitMap, ExpertStatistics, LayerStatistics
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.modifiers.layer_factors import factors_of, layer_weights
@@ -28,7 +27,7 @@ def _no_track(items: Sequence[Layers], description: str) -> Iterable[Layers]:
 
 
 def allocate(
-    statistics: ExpertStatistics | str | os.PathLike[str],
+    statistics: ExpertStatistics | AnyPath,
     settings: BitAllocation,
     *,
     track: Track = _no_track,
@@ -56,7 +55,8 @@ def allocate(
     """
     _check_settings(settings)
     if not isinstance(statistics, ExpertStatistics):
-        statistics = ExpertStatistics.load(Path(statistics))
+        file = path_argument(statistics, "statistics", "the file of them, or ExpertStatistics")
+        statistics = ExpertStatistics.load(file)
     layers = statistics.layers
     programs: list[Layers] = [layers] if settings.whole_model else [(layer,) for layer in layers]
     bits: dict[int, tuple[int, ...]] = {}

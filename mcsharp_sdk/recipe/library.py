@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.arguments import AnyPath, path_argument, shown
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.recipe.document import suggestion
+from mcsharp_sdk.recipe.overrides import Overrides
 from mcsharp_sdk.recipe.schema import Recipe
 
-RecipeLike = str | os.PathLike[str] | Mapping[str, Any]
+RecipeLike = AnyPath | Mapping[str, Any]
 """A recipe file, the name of one that comes with the package, or a recipe's plain data."""
 
 _SUFFIX = ".yaml"
@@ -42,8 +43,8 @@ def packaged_text(name: str) -> str:
 
 
 def open_recipe(
-    reference: str | os.PathLike[str],
-    overrides: Sequence[str] = (),
+    reference: AnyPath,
+    overrides: Overrides = (),
     environ: Mapping[str, str] = os.environ,
 ) -> Recipe:
     """The recipe in a file or, where there is no such file, the package's recipe of that name.
@@ -55,7 +56,11 @@ def open_recipe(
     InputProblems, InputError
         If there is neither, or the recipe is wrong.
     """
-    path = Path(reference)
+    if "\n" in str(reference):
+        raise InputError(
+            "a recipe's file or name has one line: Recipe.from_text makes a recipe of YAML text"
+        )
+    path = path_argument(reference, "recipe", "a recipe file, or a recipe's name")
     name = path.name.removesuffix(_SUFFIX)
     if os.path.dirname(reference) or path.is_file():
         return Recipe.from_file(path, overrides, environ)
@@ -70,7 +75,7 @@ def open_recipe(
     raise InputError(f"there is no recipe file '{path}' here{near}")
 
 
-def as_recipe(recipe: Recipe | RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
+def as_recipe(recipe: Recipe | RecipeLike, overrides: Overrides = ()) -> Recipe:
     """The recipe itself, or that of a file, a name or plain data.
 
     Raises
@@ -91,5 +96,5 @@ def as_recipe(recipe: Recipe | RecipeLike, overrides: Sequence[str] = ()) -> Rec
         return open_recipe(recipe, overrides)
     raise InputError(
         "a recipe is a Recipe, a file, the name of one that comes with the package, or a mapping, "
-        f"not {recipe!r}"
+        f"not {shown(recipe)}"
     )

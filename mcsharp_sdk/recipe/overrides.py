@@ -1,16 +1,25 @@
-"""Settings changed from the command line: ``stages.BitAllocation.target_bits=2.0``."""
+"""Settings changed for one call: ``stages.BitAllocation.target_bits=2.0``."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.arguments import text_list
+from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.recipe.document import Document, Finding, Location, Place, path_text, suggestion
 from mcsharp_sdk.recipe.yaml_text import parse_value
 
 _STEP = re.compile(r"\.?(?:\[(?P<index>[0-9]{1,6})\]|(?P<name>[^.\[\]=]+))")
+_PAIR = re.compile(r"\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}")
+"""A character that JSON writes as two; YAML has another escape for it."""
+
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Texts such as ``stages.BitAllocation.target_bits=2.0``, or target -> plain value."""
 
 
 class BadOverride(ValueError):
@@ -24,6 +33,42 @@ class Override:
     text: str
     steps: tuple[str, ...]
     value: Any
+
+
+def override_texts(overrides: Overrides) -> list[str]:
+    """Overrides as texts.
+
+    Raises
+    ------
+    InputError
+        If they are neither texts nor a mapping of plain data.
+    """
+    if not isinstance(overrides, Mapping):
+        return text_list(overrides, "overrides")
+    for target in overrides:
+        if not isinstance(target, str):
+            raise InputError(f"overrides: {target!r} is no setting: name one by a text")
+    try:
+        return [f"{target}={value_text(value)}" for target, value in overrides.items()]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"overrides: a value is no plain data: {error}") from None
+
+
+def value_text(value: Any) -> str:
+    """A plain value as the text that an override has for it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no plain data.
+    """
+    text = json.dumps(str(value) if isinstance(value, Path) else value, allow_nan=False)
+    return _PAIR.sub(_one_escape, text)
+
+
+def _one_escape(pair: re.Match[str]) -> str:
+    character = json.loads(f'"{pair[0]}"')
+    return f"\\U{ord(character):08x}"
 
 
 def parse_override(text: str) -> Override:

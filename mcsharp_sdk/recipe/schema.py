@@ -17,14 +17,14 @@ from pydantic import (
     model_validator,
 )
 
-from mcsharp_sdk.arguments import refuse_single
+from mcsharp_sdk.arguments import AnyPath, optional_path, path_argument, shown
 from mcsharp_sdk.data.calibration import Calibration
-from mcsharp_sdk.errors import InputProblems
+from mcsharp_sdk.errors import InputError, InputProblems
 from mcsharp_sdk.recipe.consistency import misfits
 from mcsharp_sdk.recipe.document import Document, Finding, Location
 from mcsharp_sdk.recipe.elements import CalibrationSettings, Export, Stage, errors_at
 from mcsharp_sdk.recipe.load import checked, read_text
-from mcsharp_sdk.recipe.overrides import apply_overrides
+from mcsharp_sdk.recipe.overrides import Overrides, apply_overrides, override_texts
 from mcsharp_sdk.recipe.quality import Quality, with_quality
 from mcsharp_sdk.recipe.yaml_text import dump, parse
 
@@ -92,8 +92,8 @@ class Recipe(BaseModel):
     @classmethod
     def from_file(
         cls,
-        path: str | os.PathLike[str],
-        overrides: Sequence[str] = (),
+        path: AnyPath,
+        overrides: Overrides = (),
         environ: Mapping[str, str] = os.environ,
     ) -> Recipe:
         """Read a recipe file.
@@ -101,7 +101,8 @@ class Recipe(BaseModel):
         Parameters
         ----------
         path : the YAML file; file names in it are relative to its folder.
-        overrides : assignments such as ``stages.BitAllocation.target_bits=2.0``.
+        overrides : assignments such as ``stages.BitAllocation.target_bits=2.0``, or a mapping from
+            settings to values.
         environ : where ``${NAME}`` in the file's values is looked up.
 
         Raises
@@ -109,7 +110,7 @@ class Recipe(BaseModel):
         InputProblems
             With everything that is wrong, each with its line.
         """
-        path = Path(path)
+        path = path_argument(path, "path", "the recipe file")
         text = read_text(path)
         folder = path.absolute().parent
         return cls.from_text(text, str(path), overrides=overrides, environ=environ, base=folder)
@@ -120,11 +121,13 @@ class Recipe(BaseModel):
         text: str,
         name: str = "recipe.yaml",
         *,
-        overrides: Sequence[str] = (),
+        overrides: Overrides = (),
         environ: Mapping[str, str] = os.environ,
-        base: Path | None = None,
+        base: AnyPath | None = None,
     ) -> Recipe:
         """Read a recipe from YAML text; relative file names start in ``base`` (default: here)."""
+        if not isinstance(text, str):
+            raise InputError(f"text is a recipe in YAML, not {shown(text)}: from_file reads a file")
         document = parse(text, Path(name).name or name, name, environ)
         return cls._checked(document, overrides, base)
 
@@ -133,17 +136,22 @@ class Recipe(BaseModel):
         cls,
         data: Mapping[str, Any],
         *,
-        overrides: Sequence[str] = (),
-        base: Path | None = None,
+        overrides: Overrides = (),
+        base: AnyPath | None = None,
     ) -> Recipe:
         """Make a recipe of plain data; relative file names start in ``base`` (default: here)."""
+        if not isinstance(data, Mapping):
+            raise InputError(
+                f"data is a mapping such as {{'version': 1, 'stages': [...]}}, not {shown(data)}: "
+                "from_text reads YAML, and from_file a file"
+            )
         return cls._checked(Document("", "recipe", data=deepcopy(dict(data))), overrides, base)
 
     @classmethod
-    def _checked(cls, document: Document, overrides: Sequence[str], base: Path | None) -> Recipe:
-        refuse_single(overrides, "overrides")
-        apply_overrides(document, overrides)
-        recipe = checked(document, base or Path.cwd(), cls)
+    def _checked(cls, document: Document, overrides: Overrides, base: AnyPath | None) -> Recipe:
+        folder = optional_path(base, "base", "the folder that file names start in")
+        apply_overrides(document, override_texts(overrides))
+        recipe = checked(document, folder or Path.cwd(), cls)
         recipe._document = document
         recipe._name = document.subject
         if document.text:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -204,7 +204,7 @@ def _not_a_choice(value: Any, expected: str) -> str:
 
 
 def _is_short(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, float))
+    return isinstance(value, str) or not isinstance(value, Collection)
 
 
 def _shown(value: Any) -> str:

@@ -69,8 +69,12 @@ class CompressedModelMixin:
         whole: Any = super().__reduce_ex__(protocol)
         return _unfilled, (type(self).__bases__[1],), *whole[2:]
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
         """Save under the file names of compressed models, so that it can be loaded again.
+
+        Of several processes that have the model, the main one alone writes.
 
         Raises
         ------
@@ -79,6 +83,8 @@ class CompressedModelMixin:
         """
         if kwargs.pop("push_to_hub", False):
             raise InputError("save the compressed model first, then upload its folder")
+        if not is_main_process:
+            return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:

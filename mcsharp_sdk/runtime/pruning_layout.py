@@ -20,6 +20,9 @@ NO_METRIC = "none"
 DROP_INSIGNIFICANT = "drop_insignificant"
 RULE_METRICS = (*METRICS, NO_METRIC, DROP_INSIGNIFICANT)
 
+MOST_UNITS = 4096
+"""Of a network that drops experts."""
+
 PRUNER = "pruner"
 """Name of the pruner within a layer's experts module."""
 
@@ -103,8 +106,8 @@ class LearnedPruning:
     layers: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.units < 1:
-            raise InputError(f"networks of {self.units} units: 1 is the least")
+        if not 1 <= self.units <= MOST_UNITS:
+            raise InputError(f"learned pruning has 1 to {MOST_UNITS} units, not {self.units}")
         if list(self.layers) != sorted(set(self.layers)):
             raise InputError(f"layers of learned pruning are not ascending: {list(self.layers)}")
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.errors import MOST_MISFITS, Problem, raise_problems
+from mcsharp_sdk.errors import MOST_MISFITS, InputError, Problem, raise_problems
+from mcsharp_sdk.models.architecture import auto_class
 from mcsharp_sdk.models.safetensors_file import TensorInfo, read_header
 from mcsharp_sdk.runtime.layout import TENSORS
 
@@ -44,7 +45,43 @@ def check_files(model: Any, files: Sequence[str | Path]) -> None:
         tensors.update(header.tensors)
         problems += faults
     raise_problems(str(home), problems)
+    _check_class(model, _as_loaded(model, tensors), home)
     check_tensors(model, tensors, str(home))
+
+
+def _as_loaded(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors by the names that transformers gives them as it loads them.
+
+    A base model, as of ``AutoModel``, has the names of the model around it without its prefix.
+    """
+    wanted, prefix = model.state_dict(), f"{model.base_model_prefix}."
+    inner = {name: name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+    outer = {name: f"{prefix}{name}" for name in tensors}
+    renamed = {old: new for old, new in {**outer, **inner}.items() if new in wanted}
+    return {renamed.get(name, name): info for name, info in tensors.items()}
+
+
+def _check_class(model: Any, tensors: Mapping[str, TensorInfo], home: Path) -> None:
+    """Refuse to load as a model of another class what lacks tensors of that."""
+    stored = model.config.architectures or [type(model).__name__]
+    missing = list(_missing(model, tensors))
+    if missing and type(model).__name__ not in stored:
+        auto = auto_class(model.config)
+        whole = auto._model_mapping[type(model.config)].__name__ == stored[0]
+        loader = auto.__name__ if whole else stored[0]
+        raise InputError(
+            f"{home} holds a {stored[0]}, which has no {missing[0]} for a {type(model).__name__}: "
+            f"load it by {loader}"
+        )
+
+
+def _missing(model: Any, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Names of the model's tensors that no file has and that cannot be done without."""
+    optional = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+    for name in model.state_dict():
+        needed = name not in tensors and name not in model.all_tied_weights_keys
+        if needed and not any(re.search(pattern, name) for pattern in optional):
+            yield name
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
@@ -54,19 +91,17 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 def check_tensors(model: Any, tensors: Mapping[str, TensorInfo], subject: str) -> None:
     """Check that headers fit a packed model on the meta device; InputProblems if they do not."""
-    raise_problems(subject, list(_misfits(model, tensors)), MOST_MISFITS)
+    misfits = list(_misfits(model, _as_loaded(model, tensors)))
+    raise_problems(subject, misfits, MOST_MISFITS)
 
 
 def _misfits(model: Any, tensors: Mapping[str, TensorInfo]) -> Iterator[Problem]:
-    optional = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
-    tied = set(model.all_tied_weights_keys)
+    for name in _missing(model, tensors):
+        yield Problem("", f"{name}: no file has it, but config.json asks for it")
     wanted: Mapping[str, Tensor] = model.state_dict()
-    for name, tensor in wanted.items():
-        info = tensors.get(name)
-        if info is None:
-            if name not in tied and not any(re.search(pattern, name) for pattern in optional):
-                yield Problem("", f"{name}: no file has it, but config.json asks for it")
-        elif info.shape != tuple(tensor.shape):
+    for name in (name for name in wanted if name in tensors):
+        tensor, info = wanted[name], tensors[name]
+        if info.shape != tuple(tensor.shape):
             yield Problem(
                 f"{info.file.name}: {name}",
                 f"is {list(info.shape)}, but {list(tensor.shape)} by config.json",

@@ -89,10 +89,10 @@ def test_a_run_under_a_budget_ends_with_the_same_bytes(
 def test_a_budget_that_cannot_be_kept_is_refused_with_the_least_that_would_do(
     model: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"not enough.*Give --max-memory (\S+) or more") as caught:
+    with pytest.raises(InputError, match=r"not enough.*Give max_memory (\S+) or more") as caught:
         mcsharp_sdk.compress(recipe, model, tmp_path / "out", max_memory="200MB")
     assert not (tmp_path / "out").exists()
-    least = str(caught.value).rpartition("--max-memory ")[2].split()[0]
+    least = str(caught.value).rpartition("max_memory ")[2].split()[0]
     plan = mcsharp_sdk.plan(recipe, model, max_memory=f"{float(least[:-2]) + 0.2}GB")
     assert plan.least_memory <= plan.peak_memory
 
@@ -137,5 +137,5 @@ def test_a_plan_reads_no_weight_and_tells_what_several_processes_need(
     assert shared.output_bytes == alone.output_bytes
     # Half of the hidden states, but all tokens of the experts that a process works on.
     assert shared.least_memory <= alone.least_memory
-    with pytest.raises(InputError, match="0 processes"):
+    with pytest.raises(InputError, match="processes is 0: give a number from 1"):
         mcsharp_sdk.plan(recipe, model, processes=0)

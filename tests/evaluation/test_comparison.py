@@ -215,7 +215,7 @@ def test_a_full_disk_is_told_before_the_original_runs(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(reference_module.shutil, "disk_usage", lambda _: usage(1, 1, 10))
-    with pytest.raises(InputError, match="give fewer --max-tokens"):
+    with pytest.raises(InputError, match="give fewer tokens"):
         compare([folder / "two"], reference=folder / "original", **settings(folder))
 
 

@@ -394,7 +394,7 @@ def test_export_and_evaluate_on_the_command_line(tmp_path: Path, capsys: Any) ->
     assert command("evaluate", folder, "--text", text, "--dtype", "bfloat16") == 2
     assert "another precision is a setting of the export" in capsys.readouterr().err
     assert command("evaluate", folder, "--text", text, "--save") == 2
-    assert "leave out --compare, --reference and --save" in capsys.readouterr().err
+    assert "evaluated by itself: with no other model, no reference" in capsys.readouterr().err
 
 
 def test_what_evaluate_cannot_change_is_said(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import PLAIN_FAMILIES, save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import mcsharp_sdk
 from mcsharp_sdk.errors import InputError, InputProblems
@@ -203,6 +204,56 @@ def test_saving_a_loaded_model_round_trips(mixtral: Path, tmp_path: Path) -> Non
     assert again.config.quantization_config.to_dict() == model.config.quantization_config.to_dict()
     again.save_pretrained(tmp_path / "twice")
     assert torch.equal(logits(load(tmp_path / "twice")), logits(model))
+
+
+def test_one_of_several_processes_saves_a_model(mixtral: Path, tmp_path: Path) -> None:
+    model = load(mixtral)
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    model.save_pretrained(tmp_path / "another", False)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path / "main", is_main_process=True)
+    assert torch.equal(logits(load(tmp_path / "main")), logits(model))
+
+
+@torch.no_grad()
+def hidden_states(base: Any) -> torch.Tensor:
+    return base(tokens(), use_cache=False).last_hidden_state
+
+
+def test_the_base_model_is_loaded_alone_and_saved(mixtral: Path, tmp_path: Path) -> None:
+    base = AutoModel.from_pretrained(mixtral).eval()
+    assert type(base).__name__ == "MixtralModel"
+    assert torch.equal(hidden_states(base), hidden_states(load(mixtral).model))
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModel.from_pretrained(tmp_path / "base").eval()
+    assert torch.equal(hidden_states(again), hidden_states(base))
+    with pytest.raises(
+        InputError, match=r"which has no lm_head\.weight .*: load it by MixtralModel"
+    ):
+        load(tmp_path / "base")
+
+
+def test_a_class_with_other_tensors_is_told_which_one_has_these(mixtral: Path) -> None:
+    wanted = (
+        r"compressed holds a MixtralForCausalLM, which has no score\.weight for a "
+        "MixtralForSequenceClassification: load it by AutoModelForCausalLM"
+    )
+    with pytest.raises(InputError, match=wanted):
+        AutoModelForSequenceClassification.from_pretrained(mixtral)
+
+
+def test_a_tensor_that_is_gone_is_missed_by_the_base_model_too(
+    mixtral: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(mixtral, tmp_path / "copy")
+    for file in folder.glob("mcsharp-*.safetensors"):
+        kept = load_file(file)
+        kept.pop("model.norm.weight", None)
+        save_file(kept, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"has no norm\.weight"):
+        AutoModel.from_pretrained(folder)
+    with pytest.raises(InputProblems, match=r"model\.norm\.weight: no file has it"):
+        load(folder)
 
 
 def test_a_model_loads_onto_devices_chosen_by_accelerate(mixtral: Path) -> None:

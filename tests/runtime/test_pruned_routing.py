@@ -15,7 +15,7 @@ import torch
 from pruned_models import SlowPruning, networks, pruning_layout, save_pruned, stock_model
 from tiny_models import PLAIN_FAMILIES
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import mcsharp_sdk.runtime.hf_quantizer  # noqa: F401  (lets transformers load the models)
 from mcsharp_sdk.errors import InputError, RunError
@@ -233,6 +233,16 @@ def test_stock_experts_prune_alike_in_every_implementation(
     eager = logits(model, ids)
     model.set_experts_implementation(implementation)
     torch.testing.assert_close(logits(model, ids), eager, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_base_model_prunes_as_the_whole_one_does(mixtral: Made) -> None:
+    base = AutoModel.from_pretrained(mixtral.folder, experts_implementation="eager").eval()
+    whole, ids = load(mixtral.folder), SEQUENCES[0][None]
+    hidden = base(ids, use_cache=False).last_hidden_state
+    assert torch.equal(whole.lm_head(hidden), logits(whole, ids))
+    base.set_expert_pruning("off")
+    assert not torch.equal(base(ids, use_cache=False).last_hidden_state, hidden)
 
 
 def test_the_body_alone_and_embedded_inputs_prune_alike(mixtral: Made) -> None:
