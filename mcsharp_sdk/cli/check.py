@@ -55,7 +55,7 @@ def _checked(reference: str, model: Path | None, overrides: list[str]) -> Recipe
 
 def _problems(error: InputError) -> list[dict[str, str]]:
     if isinstance(error, InputProblems):
-        return [{"where": problem.where, "message": problem.message} for problem in error.problems]
+        return [{"where": problem.where, "message": problem.message} for problem in error.told]
     return [{"where": "", "message": str(error)}]
 
 
