@@ -38,6 +38,8 @@ SPINS = "2000"
 
 DEBUG_VARIABLE = "MCSHARP_DEBUG"
 DEBUG_OPTION = "--debug"
+OFF = ("", "0", "false")
+"""Values of a variable that turn off what it stands for, in any case."""
 
 _SETTINGS: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False}
 
@@ -106,7 +108,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """
     _share_processors()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = DEBUG_OPTION in given or bool(os.environ.get(DEBUG_VARIABLE))
+    debug = DEBUG_OPTION in given or os.environ.get(DEBUG_VARIABLE, "").lower() not in OFF
     sys.exit(_exit_code([a for a in given if a != DEBUG_OPTION], debug))
 
 

@@ -201,13 +201,16 @@ def test_debug_shows_where_an_error_came_from(
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("value", "on"), [("1", True), ("yes", True), ("", False), ("0", False), ("False", False)]
+)
 def test_debug_by_the_environment(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    value: str, on: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake_verb(monkeypatch, InputError("no"))
-    monkeypatch.setenv(main.DEBUG_VARIABLE, "1")
+    monkeypatch.setenv(main.DEBUG_VARIABLE, value)
     assert run("schema") == 2
-    assert "Traceback" in capsys.readouterr().err
+    assert ("Traceback" in capsys.readouterr().err) == on
 
 
 def test_json_output_is_one_document_of_plain_values(capsys: pytest.CaptureFixture[str]) -> None:
