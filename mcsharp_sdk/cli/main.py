@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from mcsharp_sdk import __version__
+from mcsharp_sdk.cli.streams import lossy_streams
 from mcsharp_sdk.errors import McSharpError
 
 VERBS = {
@@ -109,7 +110,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     _share_processors()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG_OPTION in given or os.environ.get(DEBUG_VARIABLE, "").lower() not in OFF
-    sys.exit(_exit_code([a for a in given if a != DEBUG_OPTION], debug))
+    sys.exit(_run([a for a in given if a != DEBUG_OPTION], debug))
 
 
 def _share_processors() -> None:
@@ -120,6 +121,18 @@ def _share_processors() -> None:
     """
     if not any(variable in os.environ for variable in SPIN_VARIABLES):
         os.environ[SPIN_VARIABLES[0]] = SPINS
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    """The exit code, which also says whether what there was to print could be printed."""
+    with lossy_streams() as output:
+        code = _exit_code(arguments, debug)
+        output.flush()
+        if output.error is None or code:
+            return code
+        why = output.error.strerror
+        _tell(f"the result is complete, but standard output could not be written: {why}", False)
+        return 1
 
 
 def _exit_code(arguments: list[str], debug: bool) -> int:
