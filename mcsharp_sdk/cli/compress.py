@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.filesize import decimal
 
+from mcsharp_sdk.cli.log_file import keep_off_the_terminal, log_to
 from mcsharp_sdk.cli.options import (
     JsonOption,
     MaxMemoryOption,
@@ -17,7 +17,6 @@ from mcsharp_sdk.cli.options import (
     SetOption,
 )
 from mcsharp_sdk.cli.output import print_json, print_note, print_table
-from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.folders import CONFIG_FILE, PAGE_FILE, check_model_folder
 
 if TYPE_CHECKING:
@@ -54,7 +53,9 @@ def compress(
     from mcsharp_sdk.engine.output_folder import check_output, default_run_directory
     from mcsharp_sdk.recipe import open_recipe
 
-    _log_to(log_file)
+    keep_off_the_terminal()
+    if log_file is not None:
+        log_to(log_file, model, recipe, output)
     check_model_folder(model)
     opened = open_recipe(recipe, overrides or [])
     output = output.absolute()
@@ -116,25 +117,6 @@ def _tell(result: Compression, json: bool) -> None:
         print_json(result.to_json())
     else:
         _show(result)
-
-
-def _log_to(file: Path | None) -> None:
-    """Send the package's log to a file; on the terminal only the summary names warnings."""
-    logger = logging.getLogger("mcsharp_sdk")
-    logger.propagate = False
-    if file is None:
-        logger.addHandler(logging.NullHandler())
-        return
-    try:
-        handler = logging.FileHandler(file, encoding="utf-8")
-    except OSError as error:
-        why = error.strerror or error
-        raise InputError(
-            f"{file}: no log can be written: {why}; give another --log-file"
-        ) from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
 
 
 def _show(result: Compression) -> None:

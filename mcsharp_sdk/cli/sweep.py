@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.filesize import decimal
 
+from mcsharp_sdk.cli.log_file import keep_off_the_terminal
 from mcsharp_sdk.cli.options import (
     JsonOption,
     MaxTokensOption,
@@ -74,9 +74,7 @@ def sweep(
 
     from mcsharp_sdk.engine.sweep import sweep as run
 
-    logger = logging.getLogger("mcsharp_sdk")  # what it warns of is told once, at the end
-    logger.propagate = False
-    logger.addHandler(logging.NullHandler())
+    keep_off_the_terminal()
     result = run(
         recipe,
         model,
