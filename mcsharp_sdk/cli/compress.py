@@ -15,6 +15,7 @@ from mcsharp_sdk.cli.options import (
     ModelOption,
     RecipeArgument,
     SetOption,
+    new_path,
 )
 from mcsharp_sdk.cli.output import print_json, print_note, print_table
 from mcsharp_sdk.folders import CONFIG_FILE, PAGE_FILE, check_model_folder
@@ -28,13 +29,20 @@ def compress(
     recipe: RecipeArgument,
     model: ModelOption,
     output: Annotated[
-        Path, typer.Option("--output", metavar="DIR", help="Folder to write the result to.")
+        Path,
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            parser=new_path,
+            help="Folder to write the result to.",
+        ),
     ],
     run_dir: Annotated[
         Path | None,
         typer.Option(
             "--run-dir",
             metavar="DIR",
+            parser=new_path,
             help="Keep intermediate results here. Default: beside the output, until it is done.",
         ),
     ] = None,
@@ -45,7 +53,8 @@ def compress(
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 …")] = "cpu",
     max_memory: MaxMemoryOption = None,
     log_file: Annotated[
-        Path | None, typer.Option("--log-file", metavar="FILE", help="Also write a log here.")
+        Path | None,
+        typer.Option("--log-file", metavar="FILE", parser=new_path, help="Also write a log here."),
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mcsharp_sdk.cli.options import JsonOption
+from mcsharp_sdk.cli.options import JsonOption, new_path
 from mcsharp_sdk.cli.output import print_json, print_table, print_text
 from mcsharp_sdk.errors import InputError
 
@@ -52,7 +52,10 @@ def show_recipe(name: NameArgument) -> None:
 def copy_recipe(
     name: NameArgument,
     destination: Annotated[
-        Path, typer.Argument(metavar="DEST", help="A new file, or a folder to put it in.")
+        Path,
+        typer.Argument(
+            metavar="DEST", parser=new_path, help="A new file, or a folder to put it in."
+        ),
     ],
 ) -> None:
     """Copy a recipe to edit it; a file that is there already stays as it is."""

@@ -18,6 +18,7 @@ from mcsharp_sdk.cli.options import (
     SetOption,
     TextOption,
     WindowOption,
+    new_path,
 )
 from mcsharp_sdk.cli.output import print_json, print_note, print_table, print_text
 from mcsharp_sdk.errors import RunError
@@ -32,7 +33,13 @@ def sweep(
     recipe: RecipeArgument,
     model: ModelOption,
     output: Annotated[
-        Path, typer.Option("--output", metavar="DIR", help="Folder to write the comparison to.")
+        Path,
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            parser=new_path,
+            help="Folder to write the comparison to.",
+        ),
     ],
     vary: Annotated[
         list[str],
@@ -52,6 +59,7 @@ def sweep(
         typer.Option(
             "--run-dir",
             metavar="DIR",
+            parser=new_path,
             help="Keep finished stages here, for other sweeps too. Default: in the output, as long "
             "as they are needed.",
         ),

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mcsharp_sdk.arguments import given_path, path_to_make
 from mcsharp_sdk.checked_files import renew_checksums
+from mcsharp_sdk.engine.output_folder import check_target
 from mcsharp_sdk.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,8 +56,9 @@ def export(
         raise InputError(
             f"'{kind}' cannot be exported from a model folder; {', '.join(FOLDER_EXPORTS)} can"
         )
-    folder = Path(model)
-    target = folder / kind if output is None else Path(output)
+    folder = given_path(model, "model")
+    target = folder / kind if output is None else path_to_make(output, "output")
+    check_target(target)
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise InputError(
             f"{target} exists already; give --overwrite to replace what an earlier export wrote "

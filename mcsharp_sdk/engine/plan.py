@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.arguments import given_path
 from mcsharp_sdk.engine.budget import must_spill, read_bytes_of
 from mcsharp_sdk.engine.default_dtype import float32_by_default
 from mcsharp_sdk.engine.durations import stage_seconds
@@ -103,7 +103,9 @@ def plan(
     allowed = read_bytes_of(max_memory)
     if processes < 1:
         raise InputError(f"{processes} processes cannot do anything: give 1 or more")
-    return make_plan(as_recipe(recipe, overrides), SourceModel(Path(model)), allowed, processes)
+    return make_plan(
+        as_recipe(recipe, overrides), SourceModel(given_path(model, "model")), allowed, processes
+    )
 
 
 def make_plan(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.arguments import given_path, path_to_make
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.data.gathering import gather
 from mcsharp_sdk.engine.budget import read_bytes_of
@@ -21,6 +22,7 @@ from mcsharp_sdk.engine.ranks import SharedRunDirectory, joined, own_device
 from mcsharp_sdk.engine.run_directory import RunDirectory
 from mcsharp_sdk.engine.work import Work
 from mcsharp_sdk.errors import Checks, InputError
+from mcsharp_sdk.folders import check_folder_to_make
 from mcsharp_sdk.models.device import is_cpu
 from mcsharp_sdk.models.memory import peak_resident_bytes
 from mcsharp_sdk.models.ranks import Ranks
@@ -105,9 +107,9 @@ def compress(
     with joined() as ranks:
         return _compress(
             recipe,
-            Path(model),
-            Path(output),
-            Path(run_dir) if run_dir is not None else None,
+            given_path(model, "model"),
+            path_to_make(output, "output"),
+            path_to_make(run_dir, "run_dir") if run_dir is not None else None,
             overwrite=overwrite,
             device=own_device(device),
             max_memory=max_memory,
@@ -137,6 +139,7 @@ def _compress(
     published = not overwrite and is_published(directory, output, recipe)
     source = SourceModel(model, device)
     checks = Checks()
+    checks.result(lambda: check_folder_to_make(directory))
     if recipe.exports:
         checks.result(lambda: check_output(output, model, directory, overwrite or published))
     plan = checks.result(lambda: make_plan(recipe, source, allowed, ranks.count))

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mcsharp_sdk.arguments import whole_number
+from mcsharp_sdk.arguments import given_path, path_to_make, whole_number
 from mcsharp_sdk.artifact_file import read_json_file, write_json
 from mcsharp_sdk.engine.default_dtype import float32_by_default
 from mcsharp_sdk.engine.disk_space import check_disk_space
 from mcsharp_sdk.engine.obstacles import explained
-from mcsharp_sdk.engine.output_folder import check_writable
 from mcsharp_sdk.engine.plan import make_plan
 from mcsharp_sdk.engine.ranks import started_together
 from mcsharp_sdk.engine.run_directory import RunDirectory
@@ -25,6 +24,7 @@ from mcsharp_sdk.engine.sweep_plan import EvaluationSettings, PlannedVariant, Sw
 from mcsharp_sdk.engine.work import Work
 from mcsharp_sdk.errors import InputError, McSharpError
 from mcsharp_sdk.evaluation.evaluate import evaluate
+from mcsharp_sdk.folders import check_folder_to_make
 from mcsharp_sdk.models.weight_checks import check_outer_weights
 from mcsharp_sdk.recipe.library import RecipeLike
 
@@ -115,12 +115,12 @@ def sweep(
     if max_tokens is not None:
         max_tokens = whole_number(max_tokens, "max_tokens")
     settings = EvaluationSettings(None if text is None else Path(text), window, max_tokens)
-    plan = plan_sweep(recipe, Path(model), vary, overrides, settings, device)
+    plan = plan_sweep(recipe, given_path(model, "model"), vary, overrides, settings, device)
     check_outer_weights(plan.source)
-    folder = SweepFolder(Path(output), plan, keep_models)
+    folder = SweepFolder(path_to_make(output, "output"), plan, keep_models)
     folder.check(overwrite)
-    work = Path(run_dir) if run_dir is not None else folder.path / WORK_FOLDER
-    check_writable(work)
+    work = folder.path / WORK_FOLDER if run_dir is None else path_to_make(run_dir, "run_dir")
+    check_folder_to_make(work)
     _check_disk_space(plan, folder, work, overwrite)
     with folder.opened(overwrite):
         runner = _Runner(plan, folder, work, run_dir is not None, device, progress)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mcsharp_sdk.arguments import given_path
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.activation import ExpertActivity, watch_experts
 from mcsharp_sdk.evaluation.cost import ModelCost, cost_facts, model_cost
@@ -122,7 +123,7 @@ def evaluate(
         If the folder, its tokenizer, the text, the window, the device, the dtype or the pruning
         cannot be used.
     """
-    directory, dtype = Path(model_dir), dtype_name(dtype)
+    directory, dtype = given_path(model_dir, "model_dir"), dtype_name(dtype)
     manifest = exported_manifest(directory, device, dtype, pruning)
     if manifest is not None:
         length = choose_window(window, manifest.context_length)
@@ -182,7 +183,7 @@ def prepare(
     pruning: str | None = None,
 ) -> Conditions:
     """Check everything that :func:`evaluate` takes, and read the text; no weight is loaded."""
-    directory, dtype = Path(model_dir), dtype_name(dtype)
+    directory, dtype = given_path(model_dir, "model_dir"), dtype_name(dtype)
     if exported_manifest(directory, device, dtype, pruning) is not None:
         raise InputError(
             f"{directory} is a model as ONNX, which is evaluated by itself: leave out --compare, "

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mcsharp_sdk.arguments import given_path
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.cost import ModelCost, cost_facts, model_cost
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
@@ -71,7 +72,7 @@ def inspect(model: str | Path) -> Inspection:
         If the folder is no model or is damaged. A sound model that cannot be compressed is no
         error: see ``Inspection.unsupported``.
     """
-    directory = Path(model)
+    directory = given_path(model, "model")
     check_model_folder(directory)
     config = read_config(directory)
     cost = model_cost(directory)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from mcsharp_sdk.arguments import given_path
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.cost import model_cost
 from mcsharp_sdk.evaluation.loading import DTYPES, choose_device, choose_dtype
@@ -122,7 +123,7 @@ def products_of(model_dir: str | Path, device: str = "auto", dtype: str = "auto"
     InputError
         If the folder is no model or has no packed matrices, or there is no such device or dtype.
     """
-    directory = Path(model_dir)
+    directory = given_path(model_dir, "model_dir")
     layout = read_layout(read_config_json(directory), directory)
     if layout is None or not layout.packs:
         raise InputError(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.arguments import given_path
 from mcsharp_sdk.data.tokenise import load_tokenizer
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.evaluation.harness import import_harness, load_tasks, network
@@ -144,7 +145,7 @@ def evaluate_tasks(
     runs = _runs(tasks, suite, num_fewshot)
     _check_numbers(limit=limit, batch_size=batch_size)
     harness = import_harness()
-    directory = Path(model_dir)
+    directory = given_path(model_dir, "model_dir")
     config = read_config(directory)
     check_pruning(pruning, directory)
     place = choose_device(device)

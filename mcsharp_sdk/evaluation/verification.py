@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.arguments import given_path
 from mcsharp_sdk.checked_files import CHECKSUMS_FILE, changed_files, read_checksums
 from mcsharp_sdk.errors import InputError, InputProblems, Problem, raise_problems
 from mcsharp_sdk.evaluation.stored import read_config_json, read_layout
@@ -51,7 +52,7 @@ def verify(model: str | Path) -> Verification:
     InputError
         With every file and tensor that is wrong.
     """
-    folder = Path(model)
+    folder = given_path(model, "model")
     compressed = read_layout(read_config_json(folder), folder) is not None
     sums = read_checksums(folder)
     problems = changed_files(folder, sums)
