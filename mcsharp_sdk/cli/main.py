@@ -147,10 +147,18 @@ def _exit_code(arguments: list[str], debug: bool) -> int:
         _tell("interrupted", debug)
         return 130
     except Exception as error:
-        how = f"run again with {DEBUG_OPTION}, or {DEBUG_VARIABLE}=1, for the traceback"
-        _tell(f"{type(error).__name__}: {error} ({how})", debug)
+        _tell(_unforeseen(error), debug)
         return 1
     return 0
+
+
+def _unforeseen(error: Exception) -> str:
+    from mcsharp_sdk.engine.obstacles import disk_obstacle
+
+    if isinstance(error, OSError) and (obstacle := disk_obstacle(error)):
+        return f"{obstacle}, then run the same command again"
+    how = f"run again with {DEBUG_OPTION}, or {DEBUG_VARIABLE}=1, for the traceback"
+    return f"{type(error).__name__}: {error} ({how})"
 
 
 def _code(end: SystemExit) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -59,16 +60,17 @@ def copy_recipe(
     ],
 ) -> None:
     """Copy a recipe to edit it; a file that is there already stays as it is."""
+    from mcsharp_sdk.artifact_file import atomic_file
     from mcsharp_sdk.recipe.library import packaged_text
 
     text = packaged_text(name)
     if destination.is_dir():
         destination = destination / f"{name.removesuffix('.yaml')}.yaml"
+    if os.path.lexists(destination):
+        raise InputError(f"'{destination}' is there already: give another name")
     try:
-        with destination.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise InputError(f"'{destination}' is there already: give another name") from None
+        with atomic_file(destination) as file:
+            file.write(text.encode())
     except OSError as error:
         why = error.strerror
         raise InputError(f"'{destination}' cannot be written: {why}; give another DEST") from None

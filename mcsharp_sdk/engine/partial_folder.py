@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mcsharp_sdk.artifact_file import sync_folder
+from mcsharp_sdk.artifact_file import naming, sync_folder
 from mcsharp_sdk.engine.file_lock import lock
 
 
@@ -29,7 +29,8 @@ def partial_folder(output: Path) -> Iterator[Path]:
         try:
             _remove(partial)
             partial.mkdir()
-            yield partial
+            with naming(output):
+                yield partial
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             lock_file.unlink(missing_ok=True)
