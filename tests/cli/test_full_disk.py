@@ -49,7 +49,7 @@ def test_what_does_not_fit_is_named_and_nothing_of_it_is_left(
 ) -> None:
     folder = shutil.copytree(base, tmp_path / "base")
     before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-    limit = code % 2  # KiB; importing torch needs a temporary file
+    limit = 1 if code == 1 else 0  # in KiB; importing torch takes a small temporary file
     verb = f"ulimit -f {limit} && exec {sys.executable} -m mcsharp_sdk.cli {command}"
     done = subprocess.run(["bash", "-c", verb], cwd=folder, capture_output=True, text=True)
     assert done.returncode == code
