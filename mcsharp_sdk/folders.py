@@ -64,7 +64,7 @@ def check_model_folder(path: Path) -> None:
 def check_folder_to_make(path: Path) -> None:
     """InputError if no folder can be made at a path; one may be there."""
     if path.is_file():
-        raise InputError(f"{path} is a file; the output must be a folder to make")
+        raise InputError(f"{path} is a file: give a folder to make")
     if os.path.lexists(path) and not path.is_dir():  # a device, or a link that leads nowhere
         raise InputError(f"{path} is there and is no folder: give another one to make")
     _check_writable(path)

@@ -42,7 +42,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     """Print a table; numbers are set to the right, floats with four digits, ``None`` as a dash."""
     rows = [list(row) for row in rows]
     table = Table(
-        title=title or None, title_justify="left", title_style="bold", show_header=any(columns)
+        title=escape(title) or None,
+        title_justify="left",
+        title_style="bold",
+        show_header=any(columns),
     )
     for index, column in enumerate(columns):
         numeric = all(isinstance(row[index], (int, float, type(None))) for row in rows)

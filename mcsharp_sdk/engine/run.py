@@ -139,7 +139,8 @@ def _compress(
     published = not overwrite and is_published(directory, output, recipe)
     source = SourceModel(model, device)
     checks = Checks()
-    checks.result(lambda: check_folder_to_make(directory))
+    if run_dir is not None or not recipe.exports:  # else it lies beside the output
+        checks.result(lambda: check_folder_to_make(directory))
     if recipe.exports:
         checks.result(lambda: check_output(output, model, directory, overwrite or published))
     plan = checks.result(lambda: make_plan(recipe, source, allowed, ranks.count))

@@ -277,11 +277,12 @@ def test_json_output_is_one_document_of_plain_values(capsys: pytest.CaptureFixtu
 def test_tables_off_a_terminal_cut_nothing_off(capsys: pytest.CaptureFixture[str]) -> None:
     from mcsharp_sdk.cli.output import print_table
 
-    print_table("title", ["name", "value"], [("x" * 300, 1.23456), ("[red]", None)])
+    print_table("[blue]", ["name", "value"], [("x" * 300, 1.23456), ("[red]", None)])
     printed = capsys.readouterr().out
     assert "x" * 300 in printed
     assert "1.235" in printed
     assert "[red]" in printed
+    assert "[blue]" in printed
 
 
 def test_no_text_becomes_a_picture(

@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 NO_FOLDERS = {
-    "recipe.yaml": "is a file; the output must be a folder",
+    "recipe.yaml": "is a file: give a folder to make",
     "recipe.yaml/sub": "recipe.yaml is no folder; give another path",
     "dangling/sub": "dangling is no folder; give another path",
     "pipe": "pipe is there and is no folder",
