@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
+from mcsharp_sdk.arguments import given_path
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.recipe.document import suggestion
 from mcsharp_sdk.recipe.schema import Recipe
@@ -55,7 +55,7 @@ def open_recipe(
     InputProblems, InputError
         If there is neither, or the recipe is wrong.
     """
-    path = Path(reference)
+    path = given_path(reference, "recipe")
     name = path.name.removesuffix(_SUFFIX)
     if os.path.dirname(reference) or path.is_file():
         return Recipe.from_file(path, overrides, environ)

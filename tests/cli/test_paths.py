@@ -164,6 +164,20 @@ def test_a_model_that_can_be_none_is_refused(
         assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("", "recipe is empty"), (LONG, "300 bytes"), ("\udcff", r"recipe '\udcff' is not")],
+)
+def test_a_recipe_that_can_be_none_is_refused(
+    given: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("check", given) == 2
+    assert message in told(capsys)
+    with pytest.raises(InputError) as caught:
+        mcsharp_sdk.plan(given, model_directory())
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize("left", ["link", "file", "folder"])
 @pytest.mark.parametrize("name", [".out.old", ".out.partial"])
 def test_what_stands_where_a_folder_is_put_aside_goes(name: str, left: str, tmp_path: Path) -> None:
