@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mcsharp_sdk.data.tokenise import tokenizer_files
+from mcsharp_sdk.engine.partial_folder import partial_folder, put_in_place
 from mcsharp_sdk.errors import InputError
 
 GENERATION_CONFIG = "generation_config.json"
@@ -53,8 +54,6 @@ def folder_in_one_go(output: Path) -> Iterator[Path]:
     InputError
         If another process is writing the same output.
     """
-    from mcsharp_sdk.engine.partial_folder import partial_folder, put_in_place
-
     with partial_folder(output) as fresh:
         yield fresh
         put_in_place(fresh, output)
