@@ -13,6 +13,12 @@ from mcsharp_sdk.errors import InputError
 
 AnyPath = str | os.PathLike[str]
 
+LONGEST_NAME = 255
+"""Bytes of a name within a path; file systems take no more."""
+
+LONGEST_NEW_NAME = LONGEST_NAME - 32
+"""The same of what is made: until it is finished, its name has more before and behind it."""
+
 LONG_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Short names of dtypes -> the names that torch and numpy have for them."""
 
@@ -53,12 +59,44 @@ def path_argument(value: object, name: str, what: str = "a text or a pathlib.Pat
     Raises
     ------
     InputError
-        If it is none.
+        If it is none, is empty, which ``Path`` takes for the current folder, or can name nothing.
     """
     given = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(given, str):
         raise InputError(f"{name} is a path, not {shown(value)}: give {what}")
-    return Path(given)
+    if not given:
+        raise InputError(f"{name} is empty: give a path; '.' is the current folder")
+    path = Path(given)
+    try:
+        longest = max((len(part.encode()) for part in path.parts), default=0)
+    except UnicodeEncodeError:  # what Python makes of bytes that are no text
+        raise InputError(f"{name} {given!a} is not text in UTF-8: give another name") from None
+    if longest > LONGEST_NAME:
+        raise InputError(_too_long(name, longest, LONGEST_NAME))
+    return path
+
+
+def path_to_make(value: object, name: str, what: str = "a text or a pathlib.Path") -> Path:
+    """As :func:`path_argument`, of something that will be made.
+
+    Raises
+    ------
+    InputError
+        Also if it begins with ``~``, of which a folder of that name would be made.
+    """
+    path = path_argument(value, name, what)
+    if path.parts[:1] == ("~",):
+        raise InputError(f"{name} {path}: ~ is not expanded here: write the path in full")
+    length = len(path.name.encode())
+    if length > LONGEST_NEW_NAME:
+        raise InputError(_too_long(name, length, LONGEST_NEW_NAME))
+    return path
+
+
+def _too_long(name: str, length: int, most: int) -> str:
+    return (
+        f"{name}: a name in it has {length} bytes, at most {most} are possible: give a shorter one"
+    )
 
 
 def optional_path(value: object, name: str, what: str = "a text or a pathlib.Path") -> Path | None:

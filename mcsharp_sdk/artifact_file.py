@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -21,6 +22,9 @@ from mcsharp_sdk.errors import InputError
 
 FloatArray = NDArray[np.float64]
 LARGEST_FLOAT = sys.float_info.max
+
+WRITING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors that come of writing alone."""
 
 TEMPORARY_FILES = ".*.tmp"
 """Names of files that are not finished yet."""
@@ -111,7 +115,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -120,6 +124,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of writing, which knows no file, the name of what is being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in WRITING_ERRORS:
+            error.filename = str(path)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -43,14 +43,22 @@ class InputProblems(InputError):
     ----------
     subject : what was checked, e.g. the recipe's file name.
     problems : at least one problem, in the order they should be read.
+    more : how many there are besides, which are counted only.
     """
 
-    def __init__(self, subject: str, problems: Sequence[Problem]) -> None:
+    def __init__(self, subject: str, problems: Sequence[Problem], more: int = 0) -> None:
         self.subject = subject
         self.problems = tuple(problems)
-        count = len(self.problems)
+        self.more = more
+        count = len(self.problems) + more
         heading = f"{subject} has {count} problem{'s' if count != 1 else ''}:"
-        super().__init__("\n".join([heading, *(f"  {p}" for p in self.problems)]))
+        super().__init__("\n".join([heading, *(f"  {p}" for p in self.told)]))
+
+    @property
+    def told(self) -> list[Problem]:
+        """The problems, and as one more how many are not told."""
+        rest = [Problem("", f"and {self.more} more")] if self.more else []
+        return [*self.problems, *rest]
 
 
 MOST_NAMED = 3
@@ -73,10 +81,9 @@ def raise_problems(subject: str, problems: Sequence[Problem], most: int | None =
     ----------
     most : how many are told; behind them stands how many more there are. None for all.
     """
-    if not problems:
-        return
-    shown, rest = problems[:most], len(problems[most:]) if most else 0
-    raise InputProblems(subject, [*shown, Problem("", f"and {rest} more")] if rest else shown)
+    if problems:
+        shown = problems[:most]
+        raise InputProblems(subject, shown, more=len(problems) - len(shown))
 
 
 @dataclass
@@ -97,8 +104,13 @@ class Checks:
         """Raise what failed: one error as it is, several as the problems of ``subject``."""
         if len(self.failed) == 1:
             raise self.failed[0]
-        raise_problems(subject, [p for error in self.failed for p in _problems(error)])
+        if self.failed:
+            found = [_as_problems(error) for error in self.failed]
+            problems = [problem for error in found for problem in error.problems]
+            raise InputProblems(subject, problems, more=sum(error.more for error in found))
 
 
-def _problems(error: InputError) -> Sequence[Problem]:
-    return error.problems if isinstance(error, InputProblems) else [Problem("", str(error))]
+def _as_problems(error: InputError) -> InputProblems:
+    if isinstance(error, InputProblems):
+        return error
+    return InputProblems("", [Problem("", str(error))])

@@ -5,6 +5,7 @@ Both are here for all to know before anything heavy is imported.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -64,7 +65,36 @@ def check_model_folder(path: Path) -> None:
     raise InputError(f"{path} is not a model folder: it has no {CONFIG_FILE}")
 
 
+def check_folder_to_make(path: Path) -> None:
+    """InputError if no folder can be made at a path; one may be there."""
+    if path.is_file():
+        raise InputError(f"{path} is a file: give a folder to make")
+    if os.path.lexists(path) and not path.is_dir():  # a device, or a link that leads nowhere
+        raise InputError(f"{path} is there and is no folder: give another one to make")
+    _check_writable(path)
+
+
+def check_file_to_write(path: Path) -> None:
+    """InputError if no file can be written at a path; one may be there."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give the file to write")
+    if path.exists() and not path.is_file():  # a device or a pipe would be replaced by a file
+        raise InputError(f"{path} is there and is no file: give another one to write")
+    _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
+    """InputError if the folders above a path are not there and cannot be made."""
+    above = next(p for p in path.absolute().parents if os.path.lexists(p))
+    if not above.is_dir():
+        raise InputError(f"{path} cannot be made: {above} is no folder; give another path")
+    if not os.access(above, os.W_OK):
+        raise InputError(f"{path} cannot be made: {above} is not writable; give another path")
+
+
 def _absent(path: Path) -> str:
+    if path.parts[:1] == ("~",):
+        return f"there is no folder {path}; ~ is not expanded here: write the path in full"
     run = run_folder_of(path) if path.name else path
     if run.is_dir():
         return (

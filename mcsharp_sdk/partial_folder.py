@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mcsharp_sdk.artifact_file import sync_folder
+from mcsharp_sdk.artifact_file import naming, sync_folder
 from mcsharp_sdk.file_lock import lock
 
 
@@ -27,9 +27,10 @@ def partial_folder(output: Path) -> Iterator[Path]:
     lock_file = output.with_name(f".{output.name}.lock")
     with lock(lock_file, output):
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             partial.mkdir()
-            yield partial
+            with naming(output):
+                yield partial
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             lock_file.unlink(missing_ok=True)
@@ -39,7 +40,7 @@ def put_in_place(partial: Path, output: Path) -> None:
     """Rename a folder to ``output``; one that is there goes, and is there whole until then."""
     old = output.with_name(f".{output.name}.old")
     if output.exists():
-        shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed in here
+        _remove(old)  # left by a process that was killed in here
         output.rename(old)
     try:
         partial.rename(output)
@@ -48,4 +49,12 @@ def put_in_place(partial: Path, output: Path) -> None:
             old.rename(output)
         raise
     sync_folder(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, or a link or file that stands where one is to be; what can be of it."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)

@@ -128,6 +128,23 @@ def test_commands_in_running_text_exist_with_their_options(page: Path) -> None:
 _LAX: dict[str, Any] = {"resilient_parsing": True, "ignore_unknown_options": True}
 
 
+def test_the_page_of_the_command_line_names_all_verbs_and_those_that_print_json() -> None:
+    page = (ROOT / "docs/cli.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(VERBS)
+    told = re.findall(
+        r"`(\w+)(?: ls)?`", page.partition("**`--json`**")[2].partition(" have it")[0]
+    )
+    assert told == [verb for verb in VERBS if has_option(verb, "--json")]
+
+
+def has_option(verb: str, option: str) -> bool:
+    """Whether a verb, or one of those in it, has an option."""
+    group: Any = get_command(app)
+    _, command, _ = group.resolve_command(group.make_context("", ["--help-me"], **_LAX), [verb])
+    commands = getattr(command, "commands", {verb: command}).values()
+    return any(option in p.opts for found in commands for p in found.params)
+
+
 # Python
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcsharp_sdk.cli.options import JsonOption
+from mcsharp_sdk.cli.options import JsonOption, new_path, path
 from mcsharp_sdk.cli.output import print_json, print_table, print_text
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.folders import check_file_to_write
 
 if TYPE_CHECKING:
     from mcsharp_sdk.artifacts import BitMap
@@ -26,7 +27,10 @@ _ELSEWHERE = {
 
 def allocate(
     factors: Annotated[
-        Path, typer.Argument(metavar="FACTORS", help="Expert statistics (JSON), e.g. published.")
+        Path,
+        typer.Argument(
+            metavar="FACTORS", parser=path, help="Expert statistics (JSON), e.g. published."
+        ),
     ],
     target_bits: Annotated[
         float, typer.Option("--target-bits", help="Average width of the experts, in bits.")
@@ -41,7 +45,11 @@ def allocate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Save the map here; GPTQQuantize takes it as 'bits'."),
+        typer.Option(
+            metavar="FILE",
+            parser=new_path,
+            help="Save the map here; GPTQQuantize takes it as 'bits'.",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace FILE if it is there.")] = False,
     json: JsonOption = False,
@@ -50,8 +58,10 @@ def allocate(
     from mcsharp_sdk.modifiers.width_allocation import allocate as solve
 
     settings = _settings(target_bits, overrides or [])
-    if output is not None and output.exists() and not overwrite:
-        raise InputError(f"{output} is there already; --overwrite replaces it")
+    if output is not None:
+        check_file_to_write(output)
+        if output.exists() and not overwrite:
+            raise InputError(f"{output} is there already; --overwrite replaces it")
     bit_map = solve(factors, settings)
     if output is not None:
         bit_map.save(output)

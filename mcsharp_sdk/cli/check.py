@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcsharp_sdk.cli.options import JsonOption, RecipeArgument, SetOption
+from mcsharp_sdk.cli.options import JsonOption, RecipeArgument, SetOption, path
 from mcsharp_sdk.cli.output import print_json, print_table, print_text
 from mcsharp_sdk.errors import InputError, InputProblems
 from mcsharp_sdk.folders import check_model_folder
@@ -22,7 +22,9 @@ def check(
     recipe: RecipeArgument,
     model: Annotated[
         Path | None,
-        typer.Option("--model", metavar="DIR", help="Also check that it fits this model."),
+        typer.Option(
+            "--model", metavar="DIR", parser=path, help="Also check that it fits this model."
+        ),
     ] = None,
     overrides: SetOption = None,
     json: JsonOption = False,
@@ -55,7 +57,7 @@ def _checked(reference: str, model: Path | None, overrides: list[str]) -> Recipe
 
 def _problems(error: InputError) -> list[dict[str, str]]:
     if isinstance(error, InputProblems):
-        return [{"where": problem.where, "message": problem.message} for problem in error.problems]
+        return [{"where": problem.where, "message": problem.message} for problem in error.told]
     return [{"where": "", "message": str(error)}]
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.filesize import decimal
 
+from mcsharp_sdk.cli.log_file import keep_off_the_terminal, log_to
 from mcsharp_sdk.cli.options import (
     JsonOption,
     MaxMemoryOption,
     ModelOption,
     RecipeArgument,
     SetOption,
+    new_path,
 )
 from mcsharp_sdk.cli.output import print_json, print_note, print_table
-from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.folders import CONFIG_FILE, PAGE_FILE, check_model_folder
 
 if TYPE_CHECKING:
@@ -29,13 +29,20 @@ def compress(
     recipe: RecipeArgument,
     model: ModelOption,
     output: Annotated[
-        Path, typer.Option("--output", metavar="DIR", help="Folder to write the result to.")
+        Path,
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            parser=new_path,
+            help="Folder to write the result to.",
+        ),
     ],
     run_dir: Annotated[
         Path | None,
         typer.Option(
             "--run-dir",
             metavar="DIR",
+            parser=new_path,
             help="Keep intermediate results here. Default: beside the output, until it is done.",
         ),
     ] = None,
@@ -46,7 +53,8 @@ def compress(
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 …")] = "cpu",
     max_memory: MaxMemoryOption = None,
     log_file: Annotated[
-        Path | None, typer.Option("--log-file", metavar="FILE", help="Also write a log here.")
+        Path | None,
+        typer.Option("--log-file", metavar="FILE", parser=new_path, help="Also write a log here."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -54,7 +62,9 @@ def compress(
     from mcsharp_sdk.engine.output_folder import check_output, default_run_directory
     from mcsharp_sdk.recipe import open_recipe
 
-    _log_to(log_file)
+    keep_off_the_terminal()
+    if log_file is not None:
+        log_to(log_file, model, recipe, output)
     check_model_folder(model)
     opened = open_recipe(recipe, overrides or [])
     output = output.absolute()
@@ -116,25 +126,6 @@ def _tell(result: Compression, json: bool) -> None:
         print_json(result.to_json())
     else:
         _show(result)
-
-
-def _log_to(file: Path | None) -> None:
-    """Send the package's log to a file; on the terminal only the summary names warnings."""
-    logger = logging.getLogger("mcsharp_sdk")
-    logger.propagate = False
-    if file is None:
-        logger.addHandler(logging.NullHandler())
-        return
-    try:
-        handler = logging.FileHandler(file, encoding="utf-8")
-    except OSError as error:
-        why = error.strerror or error
-        raise InputError(
-            f"{file}: no log can be written: {why}; give another --log-file"
-        ) from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
 
 
 def _show(result: Compression) -> None:

@@ -15,7 +15,7 @@ from mcsharp_sdk.cli.evaluation_tables import (
     show_evaluation,
     show_tasks,
 )
-from mcsharp_sdk.cli.options import JsonOption, MaxTokensOption, TextOption, WindowOption
+from mcsharp_sdk.cli.options import JsonOption, MaxTokensOption, TextOption, WindowOption, path
 from mcsharp_sdk.cli.output import console, print_json, print_note
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.folders import MANIFEST_FILE, PAGE_FILE, check_model_folder
@@ -23,7 +23,10 @@ from mcsharp_sdk.folders import MANIFEST_FILE, PAGE_FILE, check_model_folder
 
 def evaluate(
     directories: Annotated[
-        list[Path], typer.Argument(metavar="DIR…", help="Folder of the model; several to compare.")
+        list[Path],
+        typer.Argument(
+            metavar="DIR…", parser=path, help="Folder of the model; several to compare."
+        ),
     ],
     text: TextOption = None,
     window: WindowOption = None,
@@ -44,6 +47,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="DIR",
+            parser=path,
             help="The original: also measure KL divergence from it and top-1 agreement with it.",
         ),
     ] = None,
@@ -59,7 +63,8 @@ def evaluate(
         str | None, typer.Option(metavar="NAME", help="Run a set of tasks: papers.")
     ] = None,
     include: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder with task files of your own.")
+        Path | None,
+        typer.Option(metavar="DIR", parser=path, help="Folder with task files of your own."),
     ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples in the prompt of --tasks. Default: the task's.")

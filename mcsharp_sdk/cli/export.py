@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
-from mcsharp_sdk.cli.options import JsonOption
+from mcsharp_sdk.cli.options import JsonOption, new_path, path
 from mcsharp_sdk.cli.output import print_json, print_text
 from mcsharp_sdk.folders import check_model_folder
 
@@ -17,11 +17,17 @@ from mcsharp_sdk.folders import check_model_folder
 def export(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="onnx_model or onnx_routers")],
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Model folder, compressed or not.")
+        Path,
+        typer.Argument(metavar="DIR", parser=path, help="Model folder, compressed or not."),
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", metavar="DIR", help="Folder to make. Default: DIR/KIND."),
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            parser=new_path,
+            help="Folder to make. Default: DIR/KIND.",
+        ),
     ] = None,
     dtype: Annotated[
         str | None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal
 
-from mcsharp_sdk.cli.options import JsonOption
+from mcsharp_sdk.cli.options import JsonOption, path
 from mcsharp_sdk.cli.output import print_json, print_note, print_table, print_text
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.folders import check_model_folder
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the model.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", parser=path, help="Folder of the model.")
+    ],
     kernels: Annotated[
         bool,
         typer.Option(

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from mcsharp_sdk import __version__
+from mcsharp_sdk.cli.streams import lossy_streams
 from mcsharp_sdk.errors import McSharpError
 
 VERBS = {
@@ -38,6 +39,8 @@ SPINS = "2000"
 
 DEBUG_VARIABLE = "MCSHARP_DEBUG"
 DEBUG_OPTION = "--debug"
+OFF = ("", "0", "false")
+"""Values of a variable that turn off what it stands for, in any case."""
 
 _SETTINGS: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False}
 
@@ -106,8 +109,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """
     _share_processors()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = DEBUG_OPTION in given or bool(os.environ.get(DEBUG_VARIABLE))
-    sys.exit(_exit_code([a for a in given if a != DEBUG_OPTION], debug))
+    debug = DEBUG_OPTION in given or os.environ.get(DEBUG_VARIABLE, "").lower() not in OFF
+    sys.exit(_run([a for a in given if a != DEBUG_OPTION], debug))
 
 
 def _share_processors() -> None:
@@ -118,6 +121,18 @@ def _share_processors() -> None:
     """
     if not any(variable in os.environ for variable in SPIN_VARIABLES):
         os.environ[SPIN_VARIABLES[0]] = SPINS
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    """The exit code, which also says whether what there was to print could be printed."""
+    with lossy_streams() as output:
+        code = _exit_code(arguments, debug)
+        output.flush()
+        if output.error is None or code:
+            return code
+        why = output.error.strerror
+        _tell(f"the result is complete, but standard output could not be written: {why}", False)
+        return 1
 
 
 def _exit_code(arguments: list[str], debug: bool) -> int:
@@ -132,10 +147,18 @@ def _exit_code(arguments: list[str], debug: bool) -> int:
         _tell("interrupted", debug)
         return 130
     except Exception as error:
-        how = f"run again with {DEBUG_OPTION}, or {DEBUG_VARIABLE}=1, for the traceback"
-        _tell(f"{type(error).__name__}: {error} ({how})", debug)
+        _tell(_unforeseen(error), debug)
         return 1
     return 0
+
+
+def _unforeseen(error: Exception) -> str:
+    from mcsharp_sdk.engine.obstacles import disk_obstacle
+
+    if isinstance(error, OSError) and (obstacle := disk_obstacle(error)):
+        return f"{obstacle}, then run the same command again"
+    how = f"run again with {DEBUG_OPTION}, or {DEBUG_VARIABLE}=1, for the traceback"
+    return f"{type(error).__name__}: {error} ({how})"
 
 
 def _code(end: SystemExit) -> int:

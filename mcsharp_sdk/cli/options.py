@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mcsharp_sdk.arguments import path_argument, path_to_make
+from mcsharp_sdk.errors import InputError
+
+
+def path(text: str) -> Path:
+    """Parser of a path to what is there; ``Path`` alone takes "" for the current folder."""
+    return _checked(path_argument, text)
+
+
+def new_path(text: str) -> Path:
+    """Parser of a path to what will be written."""
+    return _checked(path_to_make, text)
+
+
+def _checked(read: Callable[[str, str], Path], text: str) -> Path:
+    try:
+        return read(text, "the path")
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from None
+
 
 RecipeArgument = Annotated[
     str,
@@ -14,7 +36,13 @@ RecipeArgument = Annotated[
     ),
 ]
 ModelOption = Annotated[
-    Path, typer.Option("--model", metavar="DIR", help="Folder of the model in safetensors form.")
+    Path,
+    typer.Option(
+        "--model",
+        metavar="DIR",
+        parser=path,
+        help="Folder of the model in safetensors form.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -37,6 +65,7 @@ TextOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
+        parser=path,
         help="Text, JSON lines or parquet to predict. Default: text that Python carries.",
     ),
 ]

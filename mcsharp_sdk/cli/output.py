@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Console
@@ -17,25 +16,11 @@ from rich.markup import escape
 from rich.table import Table
 
 
-class _Screen(Console):
-    """A console that lets the work go on if its reader leaves, as ``head`` does."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        _drop(self.file)
-
-
-def _drop(stream: IO[str]) -> None:
-    """Send what is still printed on a stream that nobody reads to nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
-
-
 def console(*, stderr: bool = False) -> Console:
     """A console on the present standard output; plain and unwrapped where that is no terminal."""
     stream = sys.stderr if stderr else sys.stdout
-    return _Screen(file=stream, highlight=False, soft_wrap=not stream.isatty())
+    # Without emoji, or ":100:" of a recipe's line and names of files would become pictures.
+    return Console(file=stream, highlight=False, emoji=False, soft_wrap=not stream.isatty())
 
 
 def print_text(text: str) -> None:
@@ -57,7 +42,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     """Print a table; numbers are set to the right, floats with four digits, ``None`` as a dash."""
     rows = [list(row) for row in rows]
     table = Table(
-        title=title or None, title_justify="left", title_style="bold", show_header=any(columns)
+        title=escape(title) or None,
+        title_justify="left",
+        title_style="bold",
+        show_header=any(columns),
     )
     for index, column in enumerate(columns):
         numeric = all(isinstance(row[index], (int, float, type(None))) for row in rows)
@@ -88,11 +76,8 @@ def print_json(document: Any) -> None:
     Takes plain data, and dataclasses, pydantic models, paths and numpy values inside it.
     """
     text = json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False)
-    try:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _drop(sys.stdout)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def _plain(value: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mcsharp_sdk.cli.options import JsonOption
+from mcsharp_sdk.cli.options import JsonOption, new_path
 from mcsharp_sdk.cli.output import print_json, print_table, print_text
 from mcsharp_sdk.errors import InputError
 
@@ -52,20 +53,24 @@ def show_recipe(name: NameArgument) -> None:
 def copy_recipe(
     name: NameArgument,
     destination: Annotated[
-        Path, typer.Argument(metavar="DEST", help="A new file, or a folder to put it in.")
+        Path,
+        typer.Argument(
+            metavar="DEST", parser=new_path, help="A new file, or a folder to put it in."
+        ),
     ],
 ) -> None:
     """Copy a recipe to edit it; a file that is there already stays as it is."""
+    from mcsharp_sdk.artifact_file import atomic_file
     from mcsharp_sdk.recipe.library import packaged_text
 
     text = packaged_text(name)
     if destination.is_dir():
         destination = destination / f"{name.removesuffix('.yaml')}.yaml"
+    if os.path.lexists(destination):
+        raise InputError(f"'{destination}' is there already: give another name")
     try:
-        with destination.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise InputError(f"'{destination}' is there already: give another name") from None
+        with atomic_file(destination) as file:
+            file.write(text.encode())
     except OSError as error:
         why = error.strerror
         raise InputError(f"'{destination}' cannot be written: {why}; give another DEST") from None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mcsharp_sdk.cli.options import JsonOption
+from mcsharp_sdk.cli.options import JsonOption, new_path, path
 from mcsharp_sdk.cli.output import print_json, print_text
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.folders import PAGE_FILE, check_model_folder
@@ -16,7 +16,11 @@ from mcsharp_sdk.folders import PAGE_FILE, check_model_folder
 def report(
     directories: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR…", help="Folder of a compressed model; several to compare."),
+        typer.Argument(
+            metavar="DIR…",
+            parser=path,
+            help="Folder of a compressed model; several to compare.",
+        ),
     ],
     compare: Annotated[
         bool,
@@ -29,6 +33,7 @@ def report(
         typer.Option(
             "--output",
             metavar="FILE",
+            parser=new_path,
             help=f"File to write. Default: {PAGE_FILE} in the folder.",
         ),
     ] = None,

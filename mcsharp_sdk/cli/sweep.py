@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.filesize import decimal
 
+from mcsharp_sdk.cli.log_file import keep_off_the_terminal
 from mcsharp_sdk.cli.options import (
     JsonOption,
     MaxTokensOption,
@@ -18,6 +18,7 @@ from mcsharp_sdk.cli.options import (
     SetOption,
     TextOption,
     WindowOption,
+    new_path,
 )
 from mcsharp_sdk.cli.output import print_json, print_note, print_table, print_text
 from mcsharp_sdk.errors import RunError
@@ -32,7 +33,13 @@ def sweep(
     recipe: RecipeArgument,
     model: ModelOption,
     output: Annotated[
-        Path, typer.Option("--output", metavar="DIR", help="Folder to write the comparison to.")
+        Path,
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            parser=new_path,
+            help="Folder to write the comparison to.",
+        ),
     ],
     vary: Annotated[
         list[str],
@@ -52,6 +59,7 @@ def sweep(
         typer.Option(
             "--run-dir",
             metavar="DIR",
+            parser=new_path,
             help="Keep finished stages here, for other sweeps too. Default: in the output, as long "
             "as they are needed.",
         ),
@@ -74,9 +82,7 @@ def sweep(
 
     from mcsharp_sdk.engine.sweep import sweep as run
 
-    logger = logging.getLogger("mcsharp_sdk")  # what it warns of is told once, at the end
-    logger.propagate = False
-    logger.addHandler(logging.NullHandler())
+    keep_off_the_terminal()
     result = run(
         recipe,
         model,

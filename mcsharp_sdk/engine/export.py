@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mcsharp_sdk.arguments import AnyPath, check_truth, model_path, optional_path
+from mcsharp_sdk.arguments import AnyPath, check_truth, model_path, path_to_make
 from mcsharp_sdk.checked_files import renew_checksums
+from mcsharp_sdk.engine.output_folder import check_target
 from mcsharp_sdk.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def export(
             f"{kind!r} cannot be exported from a model folder; {', '.join(FOLDER_EXPORTS)} can"
         )
     folder = model_path(model)
-    target = optional_path(output, "output", "the folder to make") or folder / kind
+    target = folder / kind if output is None else path_to_make(output, "output", "a folder to make")
+    check_target(target)
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise InputError(
             f"{target} exists already; give --overwrite to replace what an earlier export wrote "

@@ -1,4 +1,4 @@
-"""What stops a run from outside (a full disk, too little memory), told with what to do."""
+"""What stops work from outside (a full disk, too little memory), told with what to do."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from mcsharp_sdk.errors import RunError
 
 DISK_ERRORS = {
@@ -16,10 +14,20 @@ DISK_ERRORS = {
     errno.EDQUOT: "the disk quota is used up: make room",
     errno.EFBIG: "a file would be larger than allowed (see `ulimit -f`): raise the limit",
     errno.EROFS: "the file system is read-only: make it writable",
+    errno.EACCES: "access is denied: change the permissions, or give another place",
     errno.EIO: "the disk cannot be read or written: check it",
     errno.ENAMETOOLONG: "a file name would be too long: give a shorter output or run directory",
 }
 """Error number -> what it means, and what to do."""
+
+
+def disk_obstacle(error: OSError) -> str | None:
+    """What happened to which file and what to do, or None if the disk is not to blame."""
+    if error.errno not in DISK_ERRORS:
+        return None
+    name = error.filename2 or error.filename  # of a copy, the file that is written comes second
+    where = f"{name}: " if name else ""
+    return f"{where}{DISK_ERRORS[error.errno]}"
 
 
 @contextmanager
@@ -45,10 +53,9 @@ def explained(run_directory: Path) -> Iterator[None]:
 def _reason(error: Exception) -> str | None:
     """What happened and what to do, or None if it is not of this kind."""
     if isinstance(error, OSError):
-        if error.errno not in DISK_ERRORS:
-            return None
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{DISK_ERRORS[error.errno]}"
+        return disk_obstacle(error)
+    import torch  # here, since the command line imports this module to tell of a disk
+
     memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if memory or "can't allocate memory" in str(error):
         told = str(error).splitlines()[0] if str(error) else "out of memory"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from mcsharp_sdk.artifact_file import TEMPORARY_FILES, read_json_object
 from mcsharp_sdk.checked_files import CHECKSUMS_FILE, UNSUMMED_FILES, read_checksums
 from mcsharp_sdk.errors import InputError, some_of
-from mcsharp_sdk.folders import EVALUATION_FILE, MANIFEST_FILE, REPORT_FILE, run_folder_of
+from mcsharp_sdk.folders import (
+    EVALUATION_FILE,
+    MANIFEST_FILE,
+    REPORT_FILE,
+    check_folder_to_make,
+    run_folder_of,
+)
 from mcsharp_sdk.recipe.schema import Recipe
 
 RESULT_FILES = (REPORT_FILE, f"onnx_routers/{MANIFEST_FILE}", f"onnx_model/{MANIFEST_FILE}")
@@ -34,8 +39,7 @@ def check_output(output: Path, model: Path, run_directory: Path, overwrite: bool
 
     --overwrite is suggested only where it would work.
     """
-    if output.is_file():
-        raise InputError(f"{output} is a file; the output must be a folder to make")
+    check_target(output)
     if _lies_in(model, output):
         raise InputError(
             f"the model {model} lies in the output {output}, which would be replaced: give another "
@@ -50,7 +54,16 @@ def check_output(output: Path, model: Path, run_directory: Path, overwrite: bool
         check_replaceable(output)
         if not overwrite:
             raise InputError(f"{output} exists already; give --overwrite to replace it")
-    check_writable(output)
+
+
+def check_target(output: Path) -> None:
+    """InputError if no folder can be renamed to a path, whatever is in the one that is there."""
+    if output.is_symlink():
+        raise InputError(
+            f"{output} is a link, which would be replaced: give the folder that it leads to, "
+            f"{output.resolve()}"
+        )
+    check_folder_to_make(output)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -74,16 +87,6 @@ def check_replaceable(folder: Path) -> None:
 def is_result(folder: Path) -> bool:
     """Whether an exporter wrote a folder."""
     return any((folder / name).is_file() for name in RESULT_FILES)
-
-
-def check_writable(folder: Path) -> None:
-    """InputError if a folder cannot be made."""
-    parent = folder.absolute().parent
-    existing = next(p for p in (parent, *parent.parents) if p.exists())
-    if not os.access(existing, os.W_OK):
-        raise InputError(
-            f"{folder} cannot be made: {existing} is not writable; give another folder"
-        )
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

@@ -38,10 +38,10 @@ class ProgressBars:
     """
 
     def __init__(self, visible: bool | None = None) -> None:
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, emoji=False)
         shown = self.console.is_terminal if visible is None else visible
         self._bars = Progress(
-            TextColumn("{task.description:<32}"),
+            TextColumn("{task.description:<32}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

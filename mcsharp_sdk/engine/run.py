@@ -12,8 +12,7 @@ from mcsharp_sdk.arguments import (
     AnyPath,
     check_truth,
     model_path,
-    optional_path,
-    path_argument,
+    path_to_make,
 )
 from mcsharp_sdk.data.calibration_set import CalibrationSet
 from mcsharp_sdk.data.gathering import gather
@@ -30,6 +29,7 @@ from mcsharp_sdk.engine.ranks import SharedRunDirectory, joined, own_device
 from mcsharp_sdk.engine.run_directory import RunDirectory
 from mcsharp_sdk.engine.work import Work
 from mcsharp_sdk.errors import Checks, InputError
+from mcsharp_sdk.folders import check_folder_to_make
 from mcsharp_sdk.models.device import AnyDevice, device_name, is_cpu
 from mcsharp_sdk.models.memory import peak_resident_bytes
 from mcsharp_sdk.models.ranks import Ranks
@@ -113,8 +113,8 @@ def compress(
         If something given is wrong, or ``max_memory`` is too little; nothing was written then.
     """
     checked = as_recipe(recipe, overrides)
-    source, target = model_path(model), path_argument(output, "output", "the folder to make")
-    directory = optional_path(run_dir, "run_dir", "a folder for intermediate results")
+    source, target = model_path(model), path_to_make(output, "output", "a folder to make")
+    directory = None if run_dir is None else path_to_make(run_dir, "run_dir", "a folder")
     place = own_device(device_name(device))
     check_truth(overwrite=overwrite)
     check_progress(progress)
@@ -153,6 +153,8 @@ def _compress(
     published = not overwrite and is_published(directory, output, recipe)
     source = SourceModel(model, device)
     checks = Checks()
+    if run_dir is not None or not recipe.exports:  # else it lies beside the output
+        checks.result(lambda: check_folder_to_make(directory))
     if recipe.exports:
         checks.result(lambda: check_output(output, model, directory, overwrite or published))
     plan = checks.result(lambda: make_plan(recipe, source, allowed, ranks.count))

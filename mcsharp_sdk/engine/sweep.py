@@ -14,14 +14,13 @@ from mcsharp_sdk.arguments import (
     check_truth,
     model_path,
     optional_path,
-    path_argument,
+    path_to_make,
     whole_number,
 )
 from mcsharp_sdk.artifact_file import read_json_file, write_json
 from mcsharp_sdk.engine.default_dtype import float32_by_default
 from mcsharp_sdk.engine.disk_space import check_disk_space
 from mcsharp_sdk.engine.obstacles import explained
-from mcsharp_sdk.engine.output_folder import check_writable
 from mcsharp_sdk.engine.plan import make_plan
 from mcsharp_sdk.engine.progress import check_progress
 from mcsharp_sdk.engine.ranks import started_together
@@ -32,6 +31,7 @@ from mcsharp_sdk.engine.sweep_plan import EvaluationSettings, PlannedVariant, Sw
 from mcsharp_sdk.engine.work import Work
 from mcsharp_sdk.errors import InputError, McSharpError
 from mcsharp_sdk.evaluation.evaluate import evaluate
+from mcsharp_sdk.folders import check_folder_to_make
 from mcsharp_sdk.models.device import AnyDevice, device_name
 from mcsharp_sdk.models.weight_checks import check_outer_weights
 from mcsharp_sdk.recipe.library import RecipeLike
@@ -125,8 +125,8 @@ def sweep(
         max_tokens = whole_number(max_tokens, "max_tokens")
     check_truth(keep_models=keep_models, overwrite=overwrite)
     check_progress(progress)
-    place, target = device_name(device), path_argument(output, "output", "the folder to make")
-    kept = optional_path(run_dir, "run_dir", "a folder for finished stages")
+    place, target = device_name(device), path_to_make(output, "output", "a folder to make")
+    kept = None if run_dir is None else path_to_make(run_dir, "run_dir", "a folder")
     text_file = optional_path(text, "text", "the file of the text")
     settings = EvaluationSettings(text_file, window, max_tokens)
     plan = plan_sweep(recipe, model_path(model), vary, overrides, settings, place)
@@ -134,7 +134,7 @@ def sweep(
     folder = SweepFolder(target, plan, keep_models)
     folder.check(overwrite)
     work = kept if kept is not None else folder.path / WORK_FOLDER
-    check_writable(work)
+    check_folder_to_make(work)
     _check_disk_space(plan, folder, work, overwrite)
     with folder.opened(overwrite):
         runner = _Runner(plan, folder, work, kept is not None, place, progress)

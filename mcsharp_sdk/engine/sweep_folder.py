@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mcsharp_sdk.artifact_file import read_json_file, write_json, write_text_atomically
-from mcsharp_sdk.engine.output_folder import check_writable
 from mcsharp_sdk.engine.sweep_plan import PlannedVariant, SweepPlan
 from mcsharp_sdk.errors import InputError, Problem, raise_problems
 from mcsharp_sdk.file_lock import lock
-from mcsharp_sdk.folders import SWEEP_FILE
+from mcsharp_sdk.folders import SWEEP_FILE, check_folder_to_make
 from mcsharp_sdk.report.sweep import Row, csv_table, sweep_plot
 
 TABLE_FILE = "sweep.csv"
@@ -87,9 +86,7 @@ class SweepFolder:
         InputError
             With all variants that were evaluated under other conditions.
         """
-        if self.path.is_file():
-            raise InputError(f"{self.path} is a file; the output must be a folder to make")
-        check_writable(self.path)
+        check_folder_to_make(self.path)
         names = {f.name for f in self.path.iterdir()} if self.path.exists() else set()
         if not names - {LOCK_FILE, WORK_FOLDER}:
             return

@@ -145,7 +145,7 @@ def _misfits(variant: Variant, plan: SweepPlan) -> list[Problem]:
         check_model(variant.recipe, plan.source)
         plan.calibration(variant.recipe)
     except InputProblems as error:
-        found += error.problems
+        found += error.told
     except InputError as error:
         found.append(Problem(CALIBRATION, str(error)))
     if not any(isinstance(e, SafetensorsExporter) for e in variant.recipe.exports):

@@ -60,7 +60,7 @@ def verify(model: AnyPath) -> Verification:
             check_compressed(folder)
         checkpoint = Checkpoint.open(folder)
     except InputProblems as error:
-        raise InputProblems(str(folder), [*problems, *error.problems]) from None
+        raise InputProblems(str(folder), [*problems, *error.problems], error.more) from None
     except InputError as error:  # the config describes another model
         raise InputProblems(str(folder), [*problems, Problem(CONFIG_FILE, str(error))]) from None
     for name in checkpoint.names:

@@ -12,9 +12,10 @@ import yaml
 from jinja2 import DictLoader, Environment, StrictUndefined
 
 from mcsharp_sdk._version import __version__
+from mcsharp_sdk.arguments import path_to_make
 from mcsharp_sdk.artifact_file import write_text_atomically
 from mcsharp_sdk.errors import InputError
-from mcsharp_sdk.folders import PAGE_FILE
+from mcsharp_sdk.folders import PAGE_FILE, check_file_to_write
 from mcsharp_sdk.report.elements import Page, Section, Table, Tile, bytes_text, percent_text
 from mcsharp_sdk.report.measured import coverage_section, experts_section
 from mcsharp_sdk.report.outcome import (
@@ -44,8 +45,9 @@ def write_report(directory: str | Path, output: str | Path | None = None) -> Pat
     InputError
         If the folder is no model, or not one that mcsharp made, or one of its files cannot be read.
     """
-    target = Path(directory) / PAGE_FILE if output is None else Path(output)
     run = RunFolder.read(directory)
+    target = run.path / PAGE_FILE if output is None else path_to_make(output, "output")
+    check_file_to_write(target)
     if not run.is_result:
         raise InputError(
             f"{directory} is not a result of mcsharp, so there is nothing to report; "

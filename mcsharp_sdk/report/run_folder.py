@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from mcsharp_sdk.arguments import path_argument
 from mcsharp_sdk.artifact_file import Artifact, read_json_file
 from mcsharp_sdk.artifacts import ExpertStatistics, TokenProtectionRule, TopAnyTraining
 from mcsharp_sdk.errors import InputError
@@ -58,7 +59,7 @@ class RunFolder:
         InputError
             If it is no model folder, or a file in it cannot be read.
         """
-        path = Path(directory)
+        path = path_argument(directory, "directory")
         config = read_config_json(path)
         recipe_file, report_file = path / RECIPE_FILE, path / REPORT_FILE
         recipe = recipe_file.read_text(encoding="utf-8") if recipe_file.is_file() else ""

@@ -367,6 +367,51 @@ def test_a_read_only_place_is_found_before_work(
     assert not given.output.exists()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model/config.json",
+        "model/model.safetensors",
+        "model/new.log",
+        "out/new.log",
+        "recipe.yaml",
+        "text.txt",
+        "link.log",
+    ],
+)
+def test_a_log_is_not_written_into_what_is_no_log(
+    name: str, given: Given, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (given.folder / "link.log").symlink_to(given.text)
+    assert given.compress("--set", "stages.0.bits=99") == 2  # writes the recipe
+    before = {f: f.read_bytes() for f in given.folder.rglob("*") if f.is_file()}
+    assert given.compress("--log-file", str(given.folder / name)) == 2
+    told = capsys.readouterr().err
+    assert name in told
+    assert "give another --log-file" in told
+    assert {f: f.read_bytes() for f in given.folder.rglob("*") if f.is_file()} == before
+
+
+def test_a_log_goes_on_behind_that_of_an_earlier_run(given: Given) -> None:
+    log = given.folder / "log.txt"
+    log.touch()
+    assert given.compress("--log-file", str(log)) == 0
+    first = log.read_text()
+    assert given.compress("--log-file", str(log), "--overwrite") == 0
+    assert log.read_text().startswith(first)
+    assert log.read_text().count("GPTQQuantize begins") >= 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_log_that_cannot_be_written_is_said_once_and_stops_no_run(
+    given: Given, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert given.compress("--log-file", "/dev/full") == 0
+    told = capsys.readouterr().err
+    assert told.count("/dev/full: the log is not complete: No space left on device") == 1
+    assert "Logging error" not in told
+
+
 def test_too_little_disk_space_is_found_before_work(
     given: Given, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

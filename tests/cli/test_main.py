@@ -102,6 +102,42 @@ def test_work_goes_on_when_the_reader_of_its_output_leaves() -> None:
     assert (process.returncode, told) == (0, "done\n")
 
 
+PRINTS_AND_WORKS = """\
+import sys
+from mcsharp_sdk.cli import main, output, schema
+def verb():
+    output.print_text("the plan")
+    output.print_note("a warning")
+    open(sys.argv[1], "w").write("the work")
+    output.print_json({"the": "result"})
+schema.schema = verb
+main.run(["schema"])
+"""
+
+FULL = "error: the result is complete, but standard output could not be written: No space left"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize(
+    ("streams", "code", "told"),
+    [
+        ("> /dev/full", 1, f"a warning\n{FULL} on device\n"),
+        (">&-", 0, "a warning\n"),
+        ("> /dev/null 2> /dev/full", 0, ""),
+        ("> /dev/null 2>&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+    ],
+)
+def test_work_is_done_where_nothing_can_be_printed(
+    streams: str, code: int, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "verb.py").write_text(PRINTS_AND_WORKS)
+    command = f"{sys.executable} verb.py work.txt {streams}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, told)
+    assert (tmp_path / "work.txt").read_text() == "the work"
+
+
 WAITS = """\
 import sys
 from mcsharp_sdk.cli.main import run
@@ -201,13 +237,16 @@ def test_debug_shows_where_an_error_came_from(
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("value", "on"), [("1", True), ("yes", True), ("", False), ("0", False), ("False", False)]
+)
 def test_debug_by_the_environment(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    value: str, on: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake_verb(monkeypatch, InputError("no"))
-    monkeypatch.setenv(main.DEBUG_VARIABLE, "1")
+    monkeypatch.setenv(main.DEBUG_VARIABLE, value)
     assert run("schema") == 2
-    assert "Traceback" in capsys.readouterr().err
+    assert ("Traceback" in capsys.readouterr().err) == on
 
 
 def test_json_output_is_one_document_of_plain_values(capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,11 +277,31 @@ def test_json_output_is_one_document_of_plain_values(capsys: pytest.CaptureFixtu
 def test_tables_off_a_terminal_cut_nothing_off(capsys: pytest.CaptureFixture[str]) -> None:
     from mcsharp_sdk.cli.output import print_table
 
-    print_table("title", ["name", "value"], [("x" * 300, 1.23456), ("[red]", None)])
+    print_table("[blue]", ["name", "value"], [("x" * 300, 1.23456), ("[red]", None)])
     printed = capsys.readouterr().out
     assert "x" * 300 in printed
     assert "1.235" in printed
     assert "[red]" in printed
+    assert "[blue]" in printed
+
+
+def test_no_text_becomes_a_picture(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mcsharp_sdk.cli.output import print_error, print_note, print_table, print_text
+    from mcsharp_sdk.engine.progress import ProgressBars
+
+    name = "emo.yaml:100: :smile:"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    print_error(name)
+    print_note(name)
+    print_text(name)
+    print_table(name, [name], [[name]])
+    with ProgressBars(visible=True) as bars:
+        list(bars.track([1], name))
+    printed = capsys.readouterr()
+    assert [printed.out.count(name), printed.err.count(name)] >= [4, 3]
+    assert "\N{HUNDRED POINTS SYMBOL}" not in printed.out + printed.err
 
 
 def test_the_app_is_a_typer_app() -> None:
