@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mcsharp_sdk.arguments import path_argument, text_list
+from mcsharp_sdk.arguments import text_list
 from mcsharp_sdk.errors import InputError, InputProblems, Problem, raise_problems, some_of
-from mcsharp_sdk.recipe.library import RecipeLike, as_recipe
+from mcsharp_sdk.recipe.library import RecipeLike, as_recipe, recipe_path
 from mcsharp_sdk.recipe.overrides import Overrides, override_texts, value_text
 from mcsharp_sdk.recipe.schema import Recipe
 from mcsharp_sdk.recipe.yaml_text import parse_value
@@ -221,7 +221,7 @@ def open_variants(
 def _subject(recipe: RecipeLike) -> str:
     if isinstance(recipe, Mapping):
         return "recipe"
-    return path_argument(recipe, "recipe", "a recipe file, a recipe's name or plain data").name
+    return recipe_path(recipe).name
 
 
 def _checked(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from mcsharp_sdk.arguments import AnyPath, path_argument, shown
@@ -42,6 +43,15 @@ def packaged_text(name: str) -> str:
     return found
 
 
+def recipe_path(reference: object) -> Path:
+    """A recipe's file or name as a path; InputError if it is neither, or a recipe's text."""
+    if "\n" in str(reference):
+        raise InputError(
+            "a recipe's file or name has one line: Recipe.from_text makes a recipe of YAML text"
+        )
+    return path_argument(reference, "recipe", "a recipe file, or a recipe's name")
+
+
 def open_recipe(
     reference: AnyPath,
     overrides: Overrides = (),
@@ -56,11 +66,7 @@ def open_recipe(
     InputProblems, InputError
         If there is neither, or the recipe is wrong.
     """
-    if "\n" in str(reference):
-        raise InputError(
-            "a recipe's file or name has one line: Recipe.from_text makes a recipe of YAML text"
-        )
-    path = path_argument(reference, "recipe", "a recipe file, or a recipe's name")
+    path = recipe_path(reference)
     name = path.name.removesuffix(_SUFFIX)
     if os.path.dirname(reference) or path.is_file():
         return Recipe.from_file(path, overrides, environ)
