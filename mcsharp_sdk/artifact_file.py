@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mcsharp_sdk.arguments import AnyPath, path_argument
+from mcsharp_sdk.arguments import AnyPath, path_argument, path_to_make
 from mcsharp_sdk.errors import InputError
 
 FloatArray = NDArray[np.float64]
@@ -45,7 +45,7 @@ class Artifact(ABC):
         InputError
             If ``path`` is none, or a folder.
         """
-        file = path_argument(path, "path", "the file to write")
+        file = path_to_make(path, "path", "the file to write")
         if file.is_dir():
             raise InputError(f"{file} is a folder: give the file to write, e.g. {file / self.FILE}")
         write_json(file, self.to_json())

@@ -78,6 +78,8 @@ def check_file_to_write(path: Path) -> None:
     """InputError if no file can be written at a path; one may be there."""
     if path.is_dir():
         raise InputError(f"{path} is a folder: give the file to write")
+    if path.is_symlink():
+        raise InputError(f"{path} is a link: give the file that it leads to")
     if path.exists() and not path.is_file():  # a device or a pipe would be replaced by a file
         raise InputError(f"{path} is there and is no file: give another one to write")
     _check_writable(path)

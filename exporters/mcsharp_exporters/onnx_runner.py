@@ -21,7 +21,7 @@ from mcsharp_exporters.onnxruntime_session import (
     open_session,
 )
 from mcsharp_exporters.router_manifest import RouterFile, RouterManifest, read_manifest
-from mcsharp_sdk.arguments import LONG_DTYPES
+from mcsharp_sdk.arguments import LONG_DTYPES, path_argument
 from mcsharp_sdk.errors import InputError, RunError
 from mcsharp_sdk.folders import MANIFEST_FILE
 from mcsharp_sdk.runtime.pruning_modes import PruningMode
@@ -68,7 +68,7 @@ class OnnxRouters:
         allow_fallback: bool = True,
     ) -> None:
         check_provider(provider)
-        folder = Path(folder)
+        folder = path_argument(folder, "folder", "the folder of the routers")
         manifest = read_manifest(folder)
         self._dtype = LONG_DTYPES[manifest.dtype]
         self.pruning: PruningMode = manifest.pruning

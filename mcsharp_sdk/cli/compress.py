@@ -63,12 +63,12 @@ def compress(
     from mcsharp_sdk.recipe import open_recipe
 
     keep_off_the_terminal()
-    if log_file is not None:
-        log_to(log_file, model, recipe, output)
     check_model_folder(model)
     opened = open_recipe(recipe, overrides or [])
     output = output.absolute()
     directory = run_dir or default_run_directory(output, opened)
+    if log_file is not None:
+        log_to(log_file, model, recipe, output, directory)
     if opened.exports and not directory.exists():  # else a run may have made the output already
         check_output(output, model, directory, overwrite)
 

@@ -23,12 +23,12 @@ def keep_off_the_terminal() -> None:
     logger.addHandler(logging.NullHandler())
 
 
-def log_to(file: Path, model: Path, recipe: str, output: Path) -> None:
+def log_to(file: Path, model: Path, recipe: str, output: Path, run_dir: Path) -> None:
     """Send the package's log to a file, behind the logs of earlier runs that are in it.
 
     Parameters
     ----------
-    model, recipe, output : of the run; the file is none of theirs.
+    model, recipe, output, run_dir : of the run; the file is none of theirs.
 
     Raises
     ------
@@ -36,7 +36,8 @@ def log_to(file: Path, model: Path, recipe: str, output: Path) -> None:
         If the file is something else than a log, or cannot be written.
     """
     try:
-        _check(file, {"model": model, "output": output}, Path(recipe))
+        folders = {"model": model, "output": output, "run directory": run_dir}
+        _check(file, folders, Path(recipe))
         handler = _LogFile(file, encoding="utf-8")
     except OSError as error:
         why = error.strerror or error

@@ -32,6 +32,9 @@ class LossyStream:
         """Write what can be written."""
         try:
             return self._stream.write(text)
+        except UnicodeEncodeError:  # an encoding that cannot say it all
+            encoding = self._stream.encoding
+            self.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except OSError as error:
             self._lose(error)
         return len(text)

@@ -141,4 +141,6 @@ def _raise_failures(result: Sweep) -> None:
     if failures:
         heading = f"{len(failures)} of {len(result.results)} variants failed"
         again = "\nThe same command tries them again."
-        raise RunError(f"{heading}:{''.join(failures)}{again}")
+        causes = [failed.cause for failed in result.failures if failed.cause is not None]
+        told = f"{heading}:{''.join(failures)}{again}"
+        raise RunError(told) from (ExceptionGroup(heading, causes) if causes else None)

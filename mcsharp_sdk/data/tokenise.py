@@ -6,6 +6,7 @@ not fill the last one is left out.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcsharp_sdk.artifact_file import read_json_file
 from mcsharp_sdk.data.calibration import RANDOM_SCOPE, Calibration
 from mcsharp_sdk.data.corpora import calibration_name, calibration_pieces
 from mcsharp_sdk.errors import InputError
@@ -57,7 +57,10 @@ def check_tokenizer_files(model_dir: Path) -> None:
     """InputError if a tokenizer's file that is named as JSON is none: a result takes it over."""
     for file in tokenizer_files(model_dir):
         if file.suffix == ".json":
-            read_json_file(file)
+            try:
+                json.loads(file.read_bytes())
+            except ValueError as error:
+                raise InputError(f"{file}: is not JSON: {error}; get the file again") from None
 
 
 def load_tokenizer(model_dir: Path) -> Any:

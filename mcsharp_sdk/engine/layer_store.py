@@ -89,6 +89,19 @@ class LayerStore:
         """What ``write_summary`` kept."""
         return dict(read_checked_json(self.folder / SUMMARY_FILE))
 
+    def check(self) -> None:
+        """Check all that is finished.
+
+        Raises
+        ------
+        DamagedFile
+            If something is not what was written.
+        """
+        for notes in sorted(self.folder.glob("layer_*.json")):
+            self._intact(int(notes.stem.removeprefix("layer_")))
+        if self.is_complete():
+            self.summary()
+
     def _intact(self, layer: int) -> Path | None:
         """The file of a finished layer's tensors, checked; None if it has none."""
         digest = self._kept(layer)["tensors_sha256"]

@@ -20,6 +20,13 @@ from mcsharp_sdk.recipe.schema import Recipe
 RESULT_FILES = (REPORT_FILE, f"onnx_routers/{MANIFEST_FILE}", f"onnx_model/{MANIFEST_FILE}")
 """A folder with one of these was written by an exporter."""
 
+BEGUN = frozenset(
+    f".{Path(name).parent}.{state}"
+    for name in RESULT_FILES[1:]
+    for state in ("partial", "old", "lock")
+)
+"""Names beside exports that a killed one has left."""
+
 LATER_FILES = (CHECKSUMS_FILE, *UNSUMMED_FILES, EVALUATION_FILE)
 """Files of a result that its checksums do not name, or that commands after the run add."""
 
@@ -100,7 +107,8 @@ def _strangers(folder: Path) -> Iterator[str]:
         known |= {f"{manifest.parent.name}/{name}" for name in _exported(manifest)}
     for file in folder.rglob("*"):
         name = file.relative_to(folder).as_posix()
-        ours = name in known or file.match(TEMPORARY_FILES)
+        begun = name.partition("/")[0] in BEGUN
+        ours = name in known or begun or file.match(TEMPORARY_FILES)
         if not ours and (file.is_symlink() or not file.is_dir()):
             yield name
 

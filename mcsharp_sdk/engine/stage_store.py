@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from mcsharp_sdk.artifact_file import read_json_file, write_json
-from mcsharp_sdk.checked_files import file_hash
+from mcsharp_sdk.checked_files import DamagedFile, file_hash
+from mcsharp_sdk.engine.layer_store import LayerStore
 from mcsharp_sdk.engine.run_directory import FinishedStage, RunDirectory
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.file_lock import InUse
@@ -79,14 +80,16 @@ class StageStore:
 
 
 def _kept_stage(entry: Path) -> FinishedStage | None:
-    """What an entry holds; None if it is damaged, as far as it has checksums."""
+    """What an entry holds; None if it is damaged."""
     files = entry / FILES_FOLDER
     try:
         stage = FinishedStage.from_json(read_json_file(entry / RECORD_FILE))
         whole = all((files / name).is_file() for name in stage.files) and all(
             file_hash(files / name) == digest for name, digest in stage.checksums.items()
         )
-    except (InputError, OSError, KeyError, TypeError, ValueError):
+        for folder in {Path(name).parent for name in stage.files if "/" in name}:
+            LayerStore(files / folder).check()
+    except (InputError, DamagedFile, OSError, KeyError, TypeError, ValueError):
         return None
     return stage if whole else None
 

@@ -190,11 +190,11 @@ class _Runner:
             with explained(self.work):
                 return self._compress_and_evaluate(variant, store)
         except McSharpError as error:
-            told = str(error)
+            return Result(variant.name, variant.settings, error=str(error), cause=error)
         except Exception as error:  # of a stage of another package, or a fault: the others go on
             logger.exception("variant %s failed", variant.name)
             told = f"{type(error).__name__}: {error}"
-        return Result(variant.name, variant.settings, error=told)
+            return Result(variant.name, variant.settings, error=told, cause=error)
 
     def _compress_and_evaluate(self, variant: PlannedVariant, store: StageStore) -> Result:
         model = self.work / "models" / variant.identity

@@ -40,6 +40,7 @@ class Result:
     warnings : what was noticed on the way.
     model : folder of the model within the output, if models are kept.
     error : why it failed; empty if it did not.
+    cause : what was raised then. It is in no file.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Result:
     warnings: Sequence[str] = ()
     model: str | None = None
     error: str = ""
+    cause: Exception | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""

@@ -32,8 +32,8 @@ def sound(candidates: Mapping[str, Product], expected: Tensor) -> list[str]:
 
     Parameters
     ----------
-    expected : the products of all tokens that there are, [T, R], from float32 weights and
-        activations.
+    expected : the products of up to ``CHECKED_TOKENS[-1]`` tokens, [T, R], from float32 weights
+        and activations.
 
     Raises
     ------
@@ -46,7 +46,8 @@ def sound(candidates: Mapping[str, Product], expected: Tensor) -> list[str]:
             warnings.warn(f"{name} is left out: {fault}", RuntimeWarning, stacklevel=2)
     right = [name for name, fault in faults.items() if not fault]
     if not right:
-        raise RunError(f"no kernel is right on this machine: {'; '.join(faults.values())}")
+        told = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+        raise RunError(f"no kernel is right on this machine: {told}")
     return right
 
 

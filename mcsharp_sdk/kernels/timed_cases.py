@@ -16,7 +16,7 @@ from mcsharp_sdk.kernels.gpu_experts import run_experts, tilings_of
 from mcsharp_sdk.kernels.linear import KERNELS, candidates
 from mcsharp_sdk.kernels.matrix import PackedStack
 from mcsharp_sdk.kernels.measuring import LAYER_TOKENS, TOKENS, Run, find_steps
-from mcsharp_sdk.kernels.soundness import exact_layer, exact_product, sound
+from mcsharp_sdk.kernels.soundness import CHECKED_TOKENS, exact_layer, exact_product, sound
 from mcsharp_sdk.kernels.tilings import Tiling
 from mcsharp_sdk.quantization.grid import PackedWeight, group_count
 from mcsharp_sdk.quantization.packing import packed_bytes
@@ -54,7 +54,7 @@ def time_product(case: Case, tokens: tuple[int, ...] = TOKENS) -> Steps:
 
     right = sound(
         {name: partial(run, name, slot=0) for name in candidates(case)},
-        exact_product(stack, 0, x),
+        exact_product(stack, 0, x[: CHECKED_TOKENS[-1]]),
     )
     runs: dict[str, Run] = {name: partial(run, name) for name in right}
     return find_steps(runs, case.device, tokens)
@@ -83,7 +83,7 @@ def time_layer(case: LayerCase, tokens: tuple[int, ...] = LAYER_TOKENS) -> Steps
     tilings = tilings_of(case)
     right = sound(
         {name: partial(run, tiling, chosen=first) for name, tiling in tilings.items()},
-        exact_layer(layer, x, first, routing),
+        exact_layer(layer, *(part[: CHECKED_TOKENS[-1]] for part in (x, first, routing))),
     )
     runs: dict[str, Run] = {name: partial(run, tilings[name]) for name in right}
     return find_steps(runs, case.device, tokens)

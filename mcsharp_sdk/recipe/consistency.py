@@ -77,13 +77,13 @@ def _shared_folders(exports: Sequence[Exporter | type[Exporter] | None]) -> list
     for index, exporter in enumerate(exports):
         if not isinstance(exporter, Exporter):
             continue
-        folder = getattr(exporter, "folder", "" if exporter.writes_weights else None)
-        if folder is None:
+        folder = getattr(exporter, "folder", None)
+        if not isinstance(folder, str):
+            if any(type(exporter) is type(other) for other in exports[:index]):
+                again = "writes the same as one before it: leave one of them out"
+                findings.append(Finding(("exports", index), f"{exporter.type} {again}"))
             continue
-        if folder == "" and folder in takers:
-            again = f"{takers[folder]} before it writes the model already: leave one of them out"
-            findings.append(Finding(("exports", index), again))
-        elif folder in takers:
+        if folder in takers:
             message = (
                 f"{takers[folder]} before it writes into '{folder}' too: give each a "
                 "'folder: NAME' of its own"

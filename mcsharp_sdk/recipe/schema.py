@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     GetPydanticSchema,
     PrivateAttr,
+    field_validator,
     model_validator,
 )
 
@@ -27,6 +28,7 @@ from mcsharp_sdk.recipe.load import checked, read_text
 from mcsharp_sdk.recipe.overrides import Overrides, apply_overrides, override_texts
 from mcsharp_sdk.recipe.quality import Quality, with_quality
 from mcsharp_sdk.recipe.yaml_text import dump, parse
+from mcsharp_sdk.settings import refuse_truth_for_number
 
 _DEFAULT_EXPORTS: Any = ({"type": "safetensors"},)
 
@@ -65,6 +67,8 @@ class Recipe(BaseModel):
         GetPydanticSchema(lambda _, schema: schema(tuple[Export, ...])),
         Field(description="Ways to write the result down.", validate_default=True),
     ] = _DEFAULT_EXPORTS
+
+    _version = field_validator("version", mode="before")(refuse_truth_for_number)
 
     _name: str = PrivateAttr(default="recipe")
     _as_run: str = PrivateAttr(default="")

@@ -374,6 +374,7 @@ def test_a_read_only_place_is_found_before_work(
         "model/model.safetensors",
         "model/new.log",
         "out/new.log",
+        ".out.run/new.log",
         "recipe.yaml",
         "text.txt",
         "link.log",

@@ -138,6 +138,16 @@ def test_work_is_done_where_nothing_can_be_printed(
     assert (tmp_path / "work.txt").read_text() == "the work"
 
 
+def test_what_an_encoding_cannot_say_is_spelt_out(tmp_path: Path) -> None:
+    (tmp_path / "verb.py").write_text(PRINTS_AND_WORKS.replace("the plan", "Σ φ ≥ 1"))
+    command = [sys.executable, "verb.py", "work.txt"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\\u03a3 \\u03c6 \\u2265 1" in done.stdout
+    assert (tmp_path / "work.txt").read_text() == "the work"
+
+
 WAITS = """\
 import sys
 from mcsharp_sdk.cli.main import run

@@ -279,3 +279,13 @@ def test_a_foreign_manifest_protects_its_folder(done: Path) -> None:
     (done / "mine" / "a").write_text("precious")
     with pytest.raises(InputError, match="also holds mine/a, mine/manifest.json"):
         check_replaceable(done)
+
+
+def test_what_a_killed_export_left_protects_nothing(done: Path) -> None:
+    (done / ".onnx_model.partial").mkdir()
+    (done / ".onnx_model.partial" / "model.onnx").write_text("half")
+    (done / ".onnx_model.lock").touch()
+    check_replaceable(done)
+    (done / ".mine.lock").touch()
+    with pytest.raises(InputError, match=r"also holds \.mine\.lock"):
+        check_replaceable(done)

@@ -111,6 +111,7 @@ def test_a_run_directory_that_can_be_no_folder_is_refused_before_work(
     [
         ("real", "real is a folder: give the file to write"),
         ("pipe", "pipe is there and is no file"),
+        ("/dev/stdout", "/dev/stdout is a link: give the file"),
         ("recipe.yaml/page.html", "recipe.yaml is no folder"),
         ("~/page.html", "~ is not expanded here"),
         (LONG, "at most 255"),

@@ -10,7 +10,6 @@ from command_line import run
 from tiny_models import save_tiny_model
 from tiny_tokenizer import save_tiny_tokenizer
 
-from mcsharp_sdk.errors import RunError
 from mcsharp_sdk.modifiers.gptq_quantize import GPTQQuantize
 
 RECIPE = """\
@@ -86,12 +85,15 @@ def test_a_failed_variant_is_exit_code_one_and_the_others_are_there(
 
     def fail(self: GPTQQuantize, context: object) -> None:
         if self.bits == 2:
-            raise RunError("the disk is full")
+            raise TypeError("a fault of a stage")
         stage(self, context)  # type: ignore[arg-type]
 
     monkeypatch.setattr(GPTQQuantize, "run", fail)
     assert sweep(model, tmp_path / "out", *VARY) == 1
     printed = capsys.readouterr()
-    assert "1 of 2 variants failed:\n  bits=2: the disk is full" in printed.err
+    assert "1 of 2 variants failed:\n  bits=2: TypeError: a fault of a stage" in printed.err
+    assert "Traceback" not in printed.err
     assert "failed" in printed.out
     assert "bits=3" in printed.out
+    assert sweep(model, tmp_path / "out", *VARY, "--debug") == 1
+    assert "in fail" in capsys.readouterr().err

@@ -108,12 +108,25 @@ def missing_file(entry: Path) -> None:
     (entry / FILES_FOLDER / "curve.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [broken_record, strange_record, changed_file, missing_file])
+def changed_layer(entry: Path) -> None:
+    file = entry / FILES_FOLDER / "weights" / "layer_00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.unlink()
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", [changed_layer, broken_record, strange_record, changed_file, missing_file]
+)
 def test_a_damaged_entry_is_none_and_goes(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     store = StageStore(tmp_path / "store")
     with RunDirectory(tmp_path / "a", {}) as first:
         (first.path / "curve.json").write_text("{}")
-        files = first.files_written("curve")
+        layers = first.layers("weights")
+        layers.write(0, {"x": torch.ones(2)}, {"value": 1.0})
+        layers.write_summary({})
+        files = first.files_written("weights")
         store.keep("key", first, FinishedStage(files, REPORT, first.checksums(files)))
     with RunDirectory(tmp_path / "b", {}) as second:
         assert store.give("key", second, "0 Curve")

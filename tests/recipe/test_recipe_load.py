@@ -137,7 +137,8 @@ def test_keys_may_be_numbers(tmp_path: Path) -> None:
         ("target: 2.5", "target: much", ":6: stages[1].target: should be a number, not 'much'"),
         ("target: 2.5", "target: -1", ":6: stages[1].target: should be greater than 0"),
         ("target: 2.5", "target: yes", ":6: stages[1].target: should be a number, not true"),
-        ("[1, 2]", "[1, on]", ":4: stages[0].widths: should be a whole number"),
+        ("[1, 2]", "[1, on]", ":4: stages[0].widths[1]: should be a whole number, not 'true'"),
+        ("version: 1\n", "version: yes\n", ":1: version: should be a whole number, not true"),
         ("sequences: 4", "sequences: yes", "sequences: should be a whole number, not true"),
         ("target: 2.5", "target: .nan", ":6: stages[1].target: '.nan' is no number"),
         ("target: 2.5", "target: 9" + 30 * "9", ":6: stages[1].target: '999"),
@@ -246,7 +247,7 @@ def test_two_exporters_do_not_share_a_folder() -> None:
     assert line.startswith("recipe.yaml:8: exports[2].folder: onnx_model before it writes into")
     model = "exports:\n  - {type: safetensors}\n  - {type: safetensors, max_shard_size: 1}\n"
     (line,) = problems(text.replace(exports, model))
-    assert line.startswith("recipe.yaml:7: exports[1]: safetensors before it writes the model")
+    assert line.startswith("recipe.yaml:7: exports[1]: safetensors writes the same as one")
 
 
 ROUTERS = "  - {type: onnx_routers}\n"
