@@ -31,13 +31,11 @@ from mcsharp_exporters.onnxruntime_session import (
 )
 from mcsharp_sdk.arguments import LONG_DTYPES, AnyPath, path_argument, whole_number
 from mcsharp_sdk.errors import InputError
+from mcsharp_sdk.models.logits import positions_at_once
 from mcsharp_sdk.models.memory import keep_large_blocks_out_of_the_heap, release_free_memory
 
 if TYPE_CHECKING:
     import torch
-
-LOGITS_AT_ONCE = 2**24
-"""Logits held at once, in elements: 64 MiB of float32."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,7 @@ class OnnxModel:
         import torch
 
         ids = windows.numpy()
-        length = max(1, LOGITS_AT_ONCE // self.manifest.vocabulary)
+        length = positions_at_once(self.manifest.vocabulary)
         cache = None
         for start in range(0, ids.shape[1] - 1, length):
             stop = min(start + length, ids.shape[1] - 1)

@@ -14,6 +14,7 @@ from mcsharp_sdk.cli.options import (
     MaxMemoryOption,
     ModelOption,
     RecipeArgument,
+    ResultOption,
     SetOption,
     new_path,
 )
@@ -28,15 +29,7 @@ if TYPE_CHECKING:
 def compress(
     recipe: RecipeArgument,
     model: ModelOption,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            metavar="DIR",
-            parser=new_path,
-            help="Folder to write the result to.",
-        ),
-    ],
+    output: ResultOption,
     run_dir: Annotated[
         Path | None,
         typer.Option(

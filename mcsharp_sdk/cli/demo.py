@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal
 
-from mcsharp_sdk.cli.options import JsonOption, new_path
+from mcsharp_sdk.cli.options import JsonOption, ResultOption
 from mcsharp_sdk.cli.output import print_json, print_table, print_text
 from mcsharp_sdk.errors import InputError
 from mcsharp_sdk.folders import REPORT_FILE
@@ -21,15 +21,7 @@ DEMO_WINDOW = 256
 
 
 def demo(
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            metavar="DIR",
-            parser=new_path,
-            help="Folder to write the result to.",
-        ),
-    ] = Path("out/demo"),
+    output: ResultOption = Path("out/demo"),
     recipe: Annotated[
         str, typer.Option("--recipe", metavar="RECIPE", help="Recipe to run.")
     ] = "quickstart",

@@ -29,6 +29,11 @@ def _checked(read: Callable[[str, str], Path], text: str) -> Path:
         raise typer.BadParameter(str(error)) from None
 
 
+ResultOption = Annotated[
+    Path,
+    typer.Option("--output", metavar="DIR", parser=new_path, help="Folder to write the result to."),
+]
+
 RecipeArgument = Annotated[
     str,
     typer.Argument(

@@ -168,7 +168,8 @@ def _logits(model: Any, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield positions, model(input_ids=ids, use_cache=False).logits[:, :-1]
         return
     output = model.base_model(input_ids=ids, use_cache=False)
-    for chunk in positions.split(positions_at_once(model.config, len(ids))):
+    vocabulary = model.config.get_text_config().vocab_size
+    for chunk in positions.split(positions_at_once(vocabulary, len(ids))):
         yield chunk, head_logits(model, ids, output, chunk)
 
 

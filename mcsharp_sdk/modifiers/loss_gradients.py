@@ -117,7 +117,7 @@ def _logits(model: Any, given: dict[str, Tensor]) -> Iterator[Tensor]:
         yield model(**given, use_cache=False).logits.float().flatten(0, 1)
         return
     sequences, length = given["input_ids"].shape
-    at_once = positions_at_once(model.config, sequences)
+    at_once = positions_at_once(model.config.get_text_config().vocab_size, sequences)
     for positions in torch.arange(length, device=given["input_ids"].device).split(at_once):
         answer = model(**given, use_cache=False, logits_to_keep=positions)
         yield answer.logits.float().flatten(0, 1)

@@ -45,8 +45,9 @@ def check_files(model: Any, files: Sequence[str | Path]) -> None:
         tensors.update(header.tensors)
         problems += faults
     raise_problems(str(home), problems)
-    _check_class(model, _as_loaded(model, tensors), home)
-    check_tensors(model, tensors, str(home))
+    loaded = _as_loaded(model, tensors)
+    _check_class(model, loaded, home)
+    _check_tensors(model, loaded, str(home))
 
 
 def _as_loaded(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -91,8 +92,11 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 def check_tensors(model: Any, tensors: Mapping[str, TensorInfo], subject: str) -> None:
     """Check that headers fit a packed model on the meta device; InputProblems if they do not."""
-    misfits = list(_misfits(model, _as_loaded(model, tensors)))
-    raise_problems(subject, misfits, MOST_MISFITS)
+    _check_tensors(model, _as_loaded(model, tensors), subject)
+
+
+def _check_tensors(model: Any, loaded: Mapping[str, TensorInfo], subject: str) -> None:
+    raise_problems(subject, list(_misfits(model, loaded)), MOST_MISFITS)
 
 
 def _misfits(model: Any, tensors: Mapping[str, TensorInfo]) -> Iterator[Problem]:
