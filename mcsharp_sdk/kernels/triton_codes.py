@@ -76,16 +76,24 @@ def load_where(pointers, ok):
 
 
 @triton.jit
+def code_in(low, top, places, BITS: tl.constexpr):
+    """Codes, int32, in the bytes at :func:`code_places`: ``low``, and at 3 bits ``top``."""
+    LO: tl.constexpr = 2 if BITS == 3 else BITS
+    _, shift, _, top_shift = places
+    code = (low.to(tl.int32) >> shift) & ((1 << LO) - 1)
+    if BITS == 3:
+        code |= ((top.to(tl.int32) >> top_shift) & 1) << 2
+    return code
+
+
+@triton.jit
 def codes_at(pointers, places, ok, BITS: tl.constexpr):
     """Codes, int32, at :func:`code_places` of packed rows that start at ``pointers``, or 0 as
     :func:`load_where`; broadcast."""
-    LO: tl.constexpr = 2 if BITS == 3 else BITS
-    byte, shift, top_byte, top_shift = places
-    code = (load_where(pointers + byte, ok).to(tl.int32) >> shift) & ((1 << LO) - 1)
-    if BITS == 3:
-        top = load_where(pointers + top_byte, ok).to(tl.int32) >> top_shift
-        code |= (top & 1) << 2
-    return code
+    byte, _, top_byte, _ = places
+    low = load_where(pointers + byte, ok)
+    top = load_where(pointers + top_byte, ok) if BITS == 3 else low
+    return code_in(low, top, places, BITS)
 
 
 @triton.jit

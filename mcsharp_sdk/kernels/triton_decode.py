@@ -17,14 +17,13 @@ import triton.language as tl
 from mcsharp_sdk.kernels.triton_codes import (
     BLOCK,
     code_places,
-    codes_at,
     gathered_codes,
     matrix_at,
     padded,
     scale_and_zero,
     scale_pointers,
-    zero_point,
 )
+from mcsharp_sdk.kernels.triton_loads import load_float, load_half, load_scale_and_zero
 from mcsharp_sdk.kernels.triton_overlap import let_next_begin, wait_for_last
 from mcsharp_sdk.kernels.triton_planes import place_in_plane
 from mcsharp_sdk.kernels.triton_quads import quad_codes, quad_products, scaled_products
@@ -33,18 +32,18 @@ from mcsharp_sdk.kernels.triton_quads import quad_codes, quad_products, scaled_p
 @triton.jit
 def block_offsets(
     x_sums, matrix, n, places, first,
-    GROUP: tl.constexpr, BITS: tl.constexpr, AT_ONCE: tl.constexpr,
+    GROUP: tl.constexpr, BITS: tl.constexpr, AT_ONCE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """What zero points take from some blocks from ``first`` on, fp32 [blocks, rows]; for groups of
-    whole blocks. ``places`` are those of rows ``n`` [1, rows] among the codes of zero points."""
-    _, _, z, rows, columns = matrix
-    blocks = columns // BLOCK
-    block = (first + tl.arange(0, AT_ONCE))[:, None]
-    sums = tl.load(x_sums + block, mask=block < blocks, other=0.0)
-    g = tl.minimum(block, blocks - 1) * BLOCK // GROUP
-    scale = tl.load(scale_pointers(matrix, n, g, GROUP)).to(tl.float32)
-    codes = codes_at(z + g * (padded(rows) * BITS // 8), places, None, BITS)
-    return scale * zero_point(codes, BITS) * sums
+    """What zero points take from some blocks from ``first`` on, fp32 [rows, blocks]; for groups of
+    whole blocks. ``places`` are those of rows ``n`` [rows, 1] among the codes of zero points."""
+    blocks = matrix[4] // BLOCK
+    block = (first + tl.arange(0, AT_ONCE))[None, :]
+    inside = block < blocks
+    block = tl.minimum(block, blocks - 1)
+    sums = tl.where(inside, load_float(x_sums + block, EMULATE), 0.0)
+    g = block * BLOCK // GROUP
+    scale, zero = load_scale_and_zero(matrix, n, places, g, GROUP, BITS, EMULATE)
+    return scale * zero * sums
 
 
 @triton.jit
@@ -71,31 +70,32 @@ def last_columns(
 
 @triton.jit
 def block_products(
-    activations, matrix, words, n, first,
+    activations, matrix, words, n, places, first,
     BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, EMULATE: tl.constexpr,
     ALIGNED: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """Products of rows ``n`` [rows, 1] in QUADS quads from block ``first`` on, fp32 [rows, QUADS];
-    0 behind the last block. ``words`` int32 pointers to the rows. Zero points are left out where
-    groups are whole blocks."""
+    0 behind the last block. ``words`` int32 pointers to the rows, ``places`` theirs among the codes
+    of zero points, which are left out where groups are whole blocks."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     planes, x_scales, _ = activations
     columns = matrix[4]
     blocks = columns // BLOCK
     quad = (tl.arange(0, QUADS) % WIDTH)[None, :]
     block = (first + tl.arange(0, QUADS) // WIDTH)[None, :]
-    factor = tl.load(x_scales + block, mask=block < blocks, other=0.0)
+    inside = block < blocks
     block = tl.minimum(block, blocks - 1)
-    codes = quad_codes(words, block, quad, BITS, ALIGNED)
+    factor = tl.where(inside, load_float(x_scales + block, EMULATE), 0.0)
+    codes = quad_codes(words, block, quad, BITS, ALIGNED, EMULATE)
     step = tl.cdiv(columns, BLOCK) * 4  # from one chunk of a block to the next, in int32
     x = planes.to(tl.pointer_type(tl.int32)) + block * 4 + quad * step
     if GROUP % 128 == 0:
         scales = scale_pointers(matrix, n, block * BLOCK // GROUP, GROUP)
-        factor = factor * tl.load(scales).to(tl.float32)
+        factor = factor * load_half(scales, EMULATE)
         return factor * quad_products(codes, x, step, BITS, PLANES, EMULATE)
     else:  # noqa: RET505 - both branches are compiled unless one is left out here
         return factor * scaled_products(
-            codes, x, step, matrix, n, block, quad, BITS, GROUP, PLANES, EMULATE
+            codes, x, step, matrix, n, places, block, quad, BITS, GROUP, PLANES, EMULATE
         )
 
 
@@ -115,19 +115,19 @@ def dot_rows(
     blocks = columns // BLOCK
     row = matrix[0] + n.to(tl.int64) * (padded(columns) * BITS // 8)
     words = row.to(tl.pointer_type(tl.int32))[:, None]
-    places = code_places(n[None, :], rows, BITS)
+    places = code_places(n[:, None], rows, BITS)
     products = tl.zeros((BN, QUADS), tl.float32)
-    offsets = tl.zeros((AT_ONCE, BN), tl.float32)
+    offsets = tl.zeros((BN, AT_ONCE), tl.float32)
     for first in range(0, blocks, AT_ONCE):
         products += block_products(
-            activations, matrix, words, n[:, None], first,
+            activations, matrix, words, n[:, None], places, first,
             BITS, GROUP, PLANES, EMULATE, ALIGNED, QUADS,
         )  # fmt: skip
         if GROUP % 128 == 0:
             offsets += block_offsets(
-                x_sums, matrix, n[None, :], places, first, GROUP, BITS, AT_ONCE
+                x_sums, matrix, n[:, None], places, first, GROUP, BITS, AT_ONCE, EMULATE
             )
-    total = tl.sum(products, 1) - tl.sum(offsets, 0)
+    total = tl.sum(products, 1) - tl.sum(offsets, 1)
     if TAIL:
         rest = last_columns(planes, row, matrix, n, BITS, GROUP, PLANES, BN)
         total += rest * tl.load(x_scales + blocks)

@@ -96,7 +96,7 @@ def gemv(
         GATED=gated,
         PLANES=planes,
         EMULATE=EMULATE,
-        ALIGNED=whole and not EMULATE and all(codes.data_ptr() % 16 == 0 for codes, *_ in weights),
+        ALIGNED=whole and all(codes.data_ptr() % 16 == 0 for codes, *_ in weights),
         TAIL=not whole,
         BN=tile.rows,
         QUADS=tile.quads,

@@ -13,31 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mcsharp_sdk.kernels.triton_codes import scale_and_zero
-
-
-@triton.jit
-def load_quad(pointers, CACHED: tl.constexpr, ALIGNED: tl.constexpr):
-    """Four int32 from each of ``pointers`` on, as a tuple.
-
-    With ALIGNED they begin at multiples of 16 bytes; without CACHED the first-level cache leaves
-    them out. What is loaded may come from the kernel before, so loads stay where they are.
-    """
-    if ALIGNED:
-        return tl.inline_asm_elementwise(
-            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];"
-            if CACHED
-            else "ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];",
-            "=r,=r,=r,=r,l",
-            [pointers.to(tl.int64)],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
-    else:  # noqa: RET505 - both branches are compiled unless one is left out here
-        return (
-            tl.load(pointers), tl.load(pointers + 1), tl.load(pointers + 2), tl.load(pointers + 3),
-        )  # fmt: skip
+from mcsharp_sdk.kernels.triton_loads import load_quad, load_scale_and_zero
 
 
 @triton.jit
@@ -75,16 +51,18 @@ def whole_codes(word, top, BITS: tl.constexpr):
 
 
 @triton.jit
-def quad_codes(words, block, quad, BITS: tl.constexpr, ALIGNED: tl.constexpr):
+def quad_codes(
+    words, block, quad, BITS: tl.constexpr, ALIGNED: tl.constexpr, EMULATE: tl.constexpr
+):  # fmt: skip
     """The four words of ``quad`` of ``block``, each as :func:`whole_codes`; int32 [rows, quads].
 
     ``words`` are pointers to rows, [rows, 1]; ``block`` and ``quad`` [1, quads].
     """
     # At 3 bits what is behind them in the same lines is read too.
-    w0, w1, w2, w3 = load_quad(words + (block * (4 * BITS) + quad * 4), BITS == 3, ALIGNED)
+    w0, w1, w2, w3 = load_quad(words + (block * (4 * BITS) + quad * 4), BITS == 3, ALIGNED, EMULATE)
     t0, t1, t2, t3 = w0, w1, w2, w3
     if BITS == 3:  # of both quads of a block, moved to where the first bits are
-        t0, t1, t2, t3 = load_quad(words + (block * (4 * BITS) + 8), True, ALIGNED)
+        t0, t1, t2, t3 = load_quad(words + (block * (4 * BITS) + 8), True, ALIGNED, EMULATE)
         t0, t1, t2, t3 = t0 >> quad, t1 >> quad, t2 >> quad, t3 >> quad
     return (
         whole_codes(w0, t0, BITS), whole_codes(w1, t1, BITS),
@@ -126,7 +104,7 @@ def quad_products(
             part = part << 8
             for w in tl.static_range(WORDS):
                 field = u * WORDS + w
-                xs = load_quad(x + (i * 8 + field * WIDTH) * step, True, not EMULATE)
+                xs = load_quad(x + (i * 8 + field * WIDTH) * step, True, True, EMULATE)
                 for j in tl.static_range(4):
                     part = multiplied(codes[j][w], xs[j], part, u * PLACED, BITS, EMULATE)
         total += part >> (u * PLACED)
@@ -135,29 +113,33 @@ def quad_products(
 
 @triton.jit
 def scaled_products(
-    codes, x, step, matrix, n, block, quad,
+    codes, x, step, matrix, n, places, block, quad,
     BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """As :func:`quad_products`, for groups that are not whole blocks: four columns at a time, with
-    scale and zero point of their group; ``n`` [rows, 1]."""
+    scale and zero point of their group; ``n`` and ``places`` are [rows, 1]."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     PLACED: tl.constexpr = 4 if BITS == 3 else BITS
     WORDS: tl.constexpr = PLACED // WIDTH
     total = tl.zeros(codes[0][0].shape, tl.float32)
     for u in tl.static_range(8 // PLACED):
         for w in tl.static_range(WORDS):
+            field = u * WORDS + w
+            at = x + field * WIDTH * step
+            high = load_quad(at, True, True, EMULATE)
+            low = load_quad(at + 8 * step, True, True, EMULATE) if PLANES == 2 else high
+            planes = (high, low)
             for j in tl.static_range(4):
-                field = u * WORDS + w
                 product = tl.zeros(total.shape, tl.int32)
                 ones = tl.zeros(quad.shape, tl.int32)
                 for i in tl.static_range(PLANES):
-                    xs = tl.load(x + (i * 8 + field * WIDTH) * step + j)
+                    xs = planes[i][j]
                     one = tl.full(xs.shape, 0x01010101, tl.int32)
                     product <<= 8
                     product = multiplied(codes[j][w], xs, product, u * PLACED, BITS, EMULATE)
                     ones = dp4a(one, xs, ones << 8, EMULATE)
                 g = (block * 128 + (16 * WIDTH * field + 4 * j) + quad * 16) // GROUP
-                scale, zero = scale_and_zero(matrix, n, g, None, GROUP, BITS)
+                scale, zero = load_scale_and_zero(matrix, n, places, g, GROUP, BITS, EMULATE)
                 product = (product >> (u * PLACED)).to(tl.float32)
                 total += scale * (product - zero * ones.to(tl.float32))
     return total
