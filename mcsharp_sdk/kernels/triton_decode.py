@@ -23,7 +23,12 @@ from mcsharp_sdk.kernels.triton_codes import (
     scale_and_zero,
     scale_pointers,
 )
-from mcsharp_sdk.kernels.triton_loads import load_float, load_half, load_scale_and_zero
+from mcsharp_sdk.kernels.triton_loads import (
+    load_float,
+    load_half,
+    load_quad,
+    load_scale_and_zero,
+)
 from mcsharp_sdk.kernels.triton_overlap import let_next_begin, wait_for_last
 from mcsharp_sdk.kernels.triton_planes import place_in_plane
 from mcsharp_sdk.kernels.triton_quads import quad_codes, quad_products, scaled_products
@@ -69,31 +74,53 @@ def last_columns(
 
 
 @triton.jit
+def quads_from(first, blocks, BITS: tl.constexpr, QUADS: tl.constexpr):
+    """Blocks, and quads within them, of QUADS quads from block ``first`` on, [1, QUADS] each, and
+    where there are such; elsewhere it is the last block."""
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    quad = (tl.arange(0, QUADS) % WIDTH)[None, :]
+    block = (first + tl.arange(0, QUADS) // WIDTH)[None, :]
+    return tl.minimum(block, blocks - 1), quad, block < blocks
+
+
+@triton.jit
+def load_weights(
+    matrix, words, n, first,
+    BITS: tl.constexpr, GROUP: tl.constexpr, EMULATE: tl.constexpr, ALIGNED: tl.constexpr,
+    QUADS: tl.constexpr,
+):  # fmt: skip
+    """What :func:`block_products` takes from a matrix: words of quads, and their scales where
+    groups are whole blocks."""
+    block, quad, _ = quads_from(first, matrix[4] // BLOCK, BITS, QUADS)
+    # At 3 bits what is behind them in the same lines is read too.
+    loaded = load_quad(words + (block * (4 * BITS) + quad * 4), BITS == 3, ALIGNED, EMULATE)
+    if GROUP % 128 == 0:
+        scales = scale_pointers(matrix, n, block * BLOCK // GROUP, GROUP)
+        return loaded, load_half(scales, EMULATE)
+    else:  # noqa: RET505 - both branches are compiled unless one is left out here
+        return (loaded,)
+
+
+@triton.jit
 def block_products(
-    activations, matrix, words, n, places, first,
+    loaded, activations, matrix, words, n, places, first,
     BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, EMULATE: tl.constexpr,
     ALIGNED: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """Products of rows ``n`` [rows, 1] in QUADS quads from block ``first`` on, fp32 [rows, QUADS];
-    0 behind the last block. ``words`` int32 pointers to the rows, ``places`` theirs among the codes
-    of zero points, which are left out where groups are whole blocks."""
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    0 behind the last block. ``loaded`` of :func:`load_weights`, ``words`` int32 pointers to the
+    rows, ``places`` theirs among the codes of zero points, which are left out where groups are
+    whole blocks."""
     planes, x_scales, _ = activations
     columns = matrix[4]
-    blocks = columns // BLOCK
-    quad = (tl.arange(0, QUADS) % WIDTH)[None, :]
-    block = (first + tl.arange(0, QUADS) // WIDTH)[None, :]
-    inside = block < blocks
-    block = tl.minimum(block, blocks - 1)
+    block, quad, inside = quads_from(first, columns // BLOCK, BITS, QUADS)
     factor = tl.where(inside, load_float(x_scales + block, EMULATE), 0.0)
-    codes = quad_codes(words, block, quad, BITS, ALIGNED, EMULATE)
+    codes = quad_codes(loaded[0], words, block, quad, BITS, ALIGNED, EMULATE)
     step = tl.cdiv(columns, BLOCK) * 4  # from one chunk of a block to the next, in int32
     x = planes.to(tl.pointer_type(tl.int32)) + block * 4 + quad * step
     if GROUP % 128 == 0:
-        scales = scale_pointers(matrix, n, block * BLOCK // GROUP, GROUP)
-        factor = factor * load_half(scales, EMULATE)
-        return factor * quad_products(codes, x, step, BITS, PLANES, EMULATE)
-    else:  # noqa: RET505 - both branches are compiled unless one is left out here
+        return factor * loaded[1] * quad_products(codes, x, step, BITS, PLANES, EMULATE)
+    else:  # noqa: RET505
         return factor * scaled_products(
             codes, x, step, matrix, n, places, block, quad, BITS, GROUP, PLANES, EMULATE
         )
@@ -103,11 +130,13 @@ def block_products(
 def dot_rows(
     activations, matrix, n,
     BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, EMULATE: tl.constexpr,
-    ALIGNED: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, QUADS: tl.constexpr,
+    OVERLAP: tl.constexpr, ALIGNED: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr,
+    QUADS: tl.constexpr,
 ):  # fmt: skip
     """Rows ``n`` of a matrix times the activations of a slot, fp32 [rows].
 
-    QUADS quads of each row at a time, of one block or of several.
+    QUADS quads of each row at a time, of one block or of several, loaded while those before are
+    multiplied; the first ones while the kernel before may still run.
     """
     AT_ONCE: tl.constexpr = QUADS // (2 if BITS == 3 else BITS)
     planes, x_scales, x_sums = activations
@@ -118,15 +147,26 @@ def dot_rows(
     places = code_places(n[:, None], rows, BITS)
     products = tl.zeros((BN, QUADS), tl.float32)
     offsets = tl.zeros((BN, AT_ONCE), tl.float32)
+    if not TAIL:  # with it there may be no block
+        loaded = load_weights(matrix, words, n[:, None], 0, BITS, GROUP, EMULATE, ALIGNED, QUADS)
+    if OVERLAP:
+        wait_for_last()
     for first in range(0, blocks, AT_ONCE):
+        at = first if TAIL else first + AT_ONCE
+        following = load_weights(
+            matrix, words, n[:, None], at, BITS, GROUP, EMULATE, ALIGNED, QUADS
+        )
+        if TAIL:
+            loaded = following
         products += block_products(
-            activations, matrix, words, n[:, None], places, first,
+            loaded, activations, matrix, words, n[:, None], places, first,
             BITS, GROUP, PLANES, EMULATE, ALIGNED, QUADS,
         )  # fmt: skip
         if GROUP % 128 == 0:
             offsets += block_offsets(
                 x_sums, matrix, n[:, None], places, first, GROUP, BITS, AT_ONCE, EMULATE
             )
+        loaded = following
     total = tl.sum(products, 1) - tl.sum(offsets, 1)
     if TAIL:
         rest = last_columns(planes, row, matrix, n, BITS, GROUP, PLANES, BN)
@@ -169,15 +209,16 @@ def grouped_gemv(
     lane = tl.arange(0, BN)
     m = tl.program_id(0) * STEP + lane % STEP
     n = lane // STEP * height + tl.minimum(m, height - 1)
-    if OVERLAP:
-        wait_for_last()
     total = tl.zeros((BN,), tl.float32)
     for i in tl.static_range(len(WIDTHS)):
         if width == WIDTHS[i]:
             matrix = matrix_at(weights[i], place, rows, columns, GROUP, WIDTHS[i])
             total = dot_rows(
-                activations, matrix, n, WIDTHS[i], GROUP, PLANES, EMULATE, ALIGNED, TAIL, BN, QUADS
-            )
+                activations, matrix, n,
+                WIDTHS[i], GROUP, PLANES, EMULATE, OVERLAP, ALIGNED, TAIL, BN, QUADS,
+            )  # fmt: skip
+    if OVERLAP:  # also where there was nothing to do: what waits for this kernel counts on it
+        wait_for_last()
     out += slot * height + tl.program_id(0) * STEP
     at = tl.arange(0, STEP)
     if GATED:

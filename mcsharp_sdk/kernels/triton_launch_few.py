@@ -21,27 +21,29 @@ from mcsharp_sdk.quantization.packing import BLOCK
 
 
 class GemvTile(NamedTuple):
-    """What a program of ``grouped_gemv`` does: rows, and quads of each row at a time."""
+    """What a program of ``grouped_gemv`` does: rows, and quads of each row at a time, in warps."""
 
     rows: int
     quads: int
+    warps: int
 
 
-TILE = GemvTile(16, 32)
-SMALL_TILE = GemvTile(16, 16)
-"""The latter for fewer than ``MANY_COLUMNS``, so that less of the last step is wasted, and for
-groups that are not whole blocks, whose scales take registers."""
+TILES = {8192: GemvTile(8, 32, 2), 4096: GemvTile(32, 16, 4), 0: GemvTile(16, 16, 2)}
+"""The tile for so many columns or more, most first, which was fastest on an H200: see ``docs/gpu.md``."""
 
-MANY_COLUMNS = 4096
+SCALED_TILE = GemvTile(16, 16, 4)
+"""That for groups that are not whole blocks, whose scales take registers."""
 
 
 def tile_of(columns: int, group_size: int, rows: int | None = None) -> GemvTile:
     """The tile for a matrix: other ``rows`` have so many quads that registers suffice."""
-    few = columns < MANY_COLUMNS or group_size % BLOCK
-    tile = SMALL_TILE if few else TILE
+    if group_size % BLOCK:
+        tile = SCALED_TILE
+    else:
+        tile = next(tile for fewest, tile in TILES.items() if columns >= fewest)
     if rows is None:
         return tile
-    return GemvTile(rows, tile.quads * tile.rows // rows)
+    return tile._replace(rows=rows, quads=tile.quads * tile.rows // rows)
 
 
 def gemv(
@@ -100,6 +102,7 @@ def gemv(
         TAIL=not whole,
         BN=tile.rows,
         QUADS=tile.quads,
+        num_warps=tile.warps,
         **overlap(x.device),
     )
     return out

@@ -52,14 +52,14 @@ def whole_codes(word, top, BITS: tl.constexpr):
 
 @triton.jit
 def quad_codes(
-    words, block, quad, BITS: tl.constexpr, ALIGNED: tl.constexpr, EMULATE: tl.constexpr
+    loaded, words, block, quad, BITS: tl.constexpr, ALIGNED: tl.constexpr, EMULATE: tl.constexpr
 ):  # fmt: skip
     """The four words of ``quad`` of ``block``, each as :func:`whole_codes`; int32 [rows, quads].
 
-    ``words`` are pointers to rows, [rows, 1]; ``block`` and ``quad`` [1, quads].
+    ``loaded`` are those words, at 3 bits the first two bits of their codes. ``words`` are pointers
+    to rows, [rows, 1]; ``block`` and ``quad`` [1, quads].
     """
-    # At 3 bits what is behind them in the same lines is read too.
-    w0, w1, w2, w3 = load_quad(words + (block * (4 * BITS) + quad * 4), BITS == 3, ALIGNED, EMULATE)
+    w0, w1, w2, w3 = loaded
     t0, t1, t2, t3 = w0, w1, w2, w3
     if BITS == 3:  # of both quads of a block, moved to where the first bits are
         t0, t1, t2, t3 = load_quad(words + (block * (4 * BITS) + 8), True, ALIGNED, EMULATE)

@@ -35,7 +35,7 @@ from mcsharp_sdk.kernels import (
     triton_sort,
 )
 from mcsharp_sdk.kernels.triton_launch import CODE_TOKENS, OVERLAPPING
-from mcsharp_sdk.kernels.triton_launch_few import TILE, GemvTile, tile_of
+from mcsharp_sdk.kernels.triton_launch_few import TILES, GemvTile, tile_of
 
 WARPS = 4
 WEIGHT = ("*u8", "*fp16", "*u8")
@@ -54,7 +54,7 @@ def gemv(
     gated: bool,
     group: int,
     tail: bool,
-    tile: GemvTile = TILE,
+    tile: GemvTile = TILES[4096],
 ) -> Case:
     types = {
         "planes": "*i8",
@@ -76,6 +76,7 @@ def gemv(
         "TAIL": tail,
         "BN": tile.rows,
         "QUADS": tile.quads,
+        "num_warps": tile.warps,
     }
     name = f"gemv {widths} {8 if dp4a else 16}-bit activations group {group} {tile.rows} rows"
     return name, triton_decode.grouped_gemv, types, constants
@@ -183,9 +184,11 @@ def cases(all_: bool) -> Iterator[Case]:
             yield gemv(widths, dp4a, gated=True, group=128, tail=False)
         yield gemm(widths, gated=True, group=128, tail=False, tokens=64)
         yield gemm(widths, gated=True, group=128, tail=False, tokens=128)
-    for dp4a, rows in itertools.product((False, True), (16, 32)):
-        tile = tile_of(4096, 128, rows)
+    sizes = itertools.product(TILES, (None, 16, 32))
+    tiles = dict.fromkeys(tile_of(columns, 128, rows) for columns, rows in sizes)
+    for dp4a, tile in itertools.product((False, True), tiles):
         yield gemv((1, 2, 3), dp4a, gated=True, group=128, tail=False, tile=tile)
+    for dp4a, rows in itertools.product((False, True), (None, 32)):
         tile = tile_of(4096, 32, rows)
         yield gemv((1, 2, 3, 4, 8), dp4a, gated=False, group=32, tail=True, tile=tile)
     yield gemm((1, 2, 3), gated=False, group=100, tail=True, tokens=32)
@@ -238,21 +241,28 @@ def instructions_in_longest_loop(code: bytes) -> int:
     return longest
 
 
-def instructions_per_code(result: Any, width: int) -> float:
+def quads_of_thread(constants: Mapping[str, Any]) -> int:
+    """How many quads of weights a thread of a matrix-vector kernel multiplies at a time."""
+    return constants["BN"] * constants["QUADS"] // (32 * constants["num_warps"])
+
+
+def instructions_per_code(result: Any, constants: Mapping[str, Any]) -> float:
     """Of a matrix-vector kernel for one width."""
-    quads = TILE.rows * TILE.quads / (32 * WARPS)
-    quad_codes = 128 // (2 if width == 3 else width)
-    return instructions_in_longest_loop(result.asm["cubin"]) / (quads * quad_codes)
+    width = constants["WIDTHS"][0]
+    codes = quads_of_thread(constants) * (128 // (2 if width == 3 else width))
+    return instructions_in_longest_loop(result.asm["cubin"]) / codes
 
 
-def check(name: str, result: Any, widths: tuple[int, ...], capability: int) -> None:
+def check(name: str, result: Any, constants: Mapping[str, Any], capability: int) -> None:
     """End where a kernel needs what such a GPU has not, or loads weights more than once."""
     if result.metadata.shared > SHARED_BYTES[capability]:
         raise SystemExit(f"{name}: {result.metadata.shared} bytes of shared memory")
-    # Weights alone pass by the nearest cache; those of 3 bits do not.
-    found, quads = result.asm["ptx"].count("no_allocate"), TILE.rows * TILE.quads // (32 * WARPS)
-    if len(widths) == 1 and found not in {0, quads}:
-        raise SystemExit(f"{name}: threads load {found} quads of weights each instead of {quads}")
+    if len(constants.get("WIDTHS", ())) == 1 and "QUADS" in constants:
+        # Weights alone pass by the nearest cache, but not those of 3 bits; the first are loaded
+        # before the loop.
+        found, expected = result.asm["ptx"].count("no_allocate"), 2 * quads_of_thread(constants)
+        if found not in {0, expected}:
+            raise SystemExit(f"{name}: weights are loaded in {found} places instead of {expected}")
 
 
 def main() -> None:
@@ -266,11 +276,10 @@ def main() -> None:
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         if found is None:
             raise SystemExit(f"{name}: no machine code came out")
-        widths = constants["WIDTHS"] if name.startswith("gemv") else ()
-        check(name, result, widths, options.capability)
+        check(name, result, constants, options.capability)
         line = f"sm_{options.capability} {name}: {found[1]} registers, {found[2]} bytes spilled"
-        if len(widths) == 1:
-            line += f", {instructions_per_code(result, *widths):.1f} instructions per code"
+        if name.startswith("gemv") and len(constants["WIDTHS"]) == 1:
+            line += f", {instructions_per_code(result, constants):.1f} instructions per code"
         print(line)
 
 

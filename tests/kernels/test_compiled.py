@@ -22,7 +22,7 @@ from emulated_gpu import addresses, emulate_gpu
 
 from mcsharp_sdk.kernels import triton_launch_few
 from mcsharp_sdk.kernels.triton_launch import combine
-from mcsharp_sdk.kernels.triton_launch_few import gemv
+from mcsharp_sdk.kernels.triton_launch_few import GemvTile, gemv
 
 CAPABILITIES = (80, 90, 100)
 BFLOAT16 = 2**-8
@@ -79,6 +79,20 @@ def test_a_layer_agrees_with_float64(
     routing = torch.rand(2, 2, generator=torch.Generator().manual_seed(4))
     memory.late = list(map(addresses, (x, chosen, routing)))  # from the kernels before
     out = run_experts(layer, x, chosen, routing, dp4a=dp4a, tiling=TILINGS["gemv_16"])
+    expected = silu_layer(x, chosen, routing, gate_up, down)
+    assert relative_error(out, expected) < (3e-2 if dp4a else 3 * BFLOAT16)
+
+
+@pytest.mark.parametrize("dp4a", [False, True])
+@pytest.mark.parametrize("tile", triton_launch_few.TILES.values())
+def test_every_tile_agrees_with_float64(
+    tile: GemvTile, dp4a: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate_gpu(monkeypatch, 90)
+    monkeypatch.setattr(triton_launch_few, "TILES", {0: tile})
+    layer, gate_up, down = random_layer((2, 3), 1280, 128, 128)
+    x, chosen, routing = activations(1, 1280), torch.tensor([[1, 0]]), torch.tensor([[0.75, 0.25]])
+    out = run_experts(layer, x, chosen, routing, dp4a=dp4a, tiling=TILINGS["gemv"])
     expected = silu_layer(x, chosen, routing, gate_up, down)
     assert relative_error(out, expected) < (3e-2 if dp4a else 3 * BFLOAT16)
 
