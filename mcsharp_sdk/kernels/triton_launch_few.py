@@ -29,7 +29,7 @@ class GemvTile(NamedTuple):
 
 
 TILES = {8192: GemvTile(8, 32, 2), 4096: GemvTile(32, 16, 4), 0: GemvTile(16, 16, 2)}
-"""The tile for so many columns or more, most first, which was fastest on an H200: see ``docs/gpu.md``."""
+"""Columns, most first -> the tile from so many on. Fastest on an H200: see ``docs/gpu.md``."""
 
 SCALED_TILE = GemvTile(16, 16, 4)
 """That for groups that are not whole blocks, whose scales take registers."""
