@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mcsharp_sdk._version import __version__
-from mcsharp_sdk.arguments import path_to_make
 from mcsharp_sdk.artifact_file import read_json_object, write_text_atomically
 from mcsharp_sdk.errors import InputError, Problem, raise_problems
 from mcsharp_sdk.evaluation.saved import SavedEvaluation, read_evaluations
-from mcsharp_sdk.folders import EVALUATION_FILE, SWEEP_FILE, check_file_to_write
+from mcsharp_sdk.folders import EVALUATION_FILE, SWEEP_FILE
 from mcsharp_sdk.report.elements import (
     Figure,
     Page,
@@ -23,7 +22,7 @@ from mcsharp_sdk.report.elements import (
     count_text,
     percent_text,
 )
-from mcsharp_sdk.report.page import render
+from mcsharp_sdk.report.page import page_to_write, render
 from mcsharp_sdk.report.plot import Point, line_plot
 from mcsharp_sdk.report.sweep import BYTES, READ, CostAxis, differs
 
@@ -74,8 +73,7 @@ def write_comparison(directories: Sequence[str | Path], output: str | Path) -> P
         If a folder has no evaluation, or there is no text, window and number of tokens on which
         all of them were evaluated.
     """
-    target = path_to_make(output, "output")
-    check_file_to_write(target)
+    target = page_to_write(output)
     runs = read_runs(directories)
     figures = list(pareto_figures(runs))
     text = figures[0].svg if target.suffix == ".svg" else render(_page(runs, figures))

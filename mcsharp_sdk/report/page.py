@@ -27,6 +27,8 @@ from mcsharp_sdk.report.outcome import (
 )
 from mcsharp_sdk.report.run_folder import RunFolder
 
+_PAGE = b"<!DOCTYPE html>"
+
 
 def write_report(directory: str | Path, output: str | Path | None = None) -> Path:
     """Write the page of a compressed model.
@@ -43,11 +45,11 @@ def write_report(directory: str | Path, output: str | Path | None = None) -> Pat
     Raises
     ------
     InputError
-        If the folder is no model, or not one that mcsharp made, or one of its files cannot be read.
+        If the folder is no model, or not one that mcsharp made, or one of its files cannot be read;
+        or if another file than a page is at ``output``.
     """
     run = RunFolder.read(directory)
-    target = run.path / PAGE_FILE if output is None else path_to_make(output, "output")
-    check_file_to_write(target)
+    target = page_to_write(run.path / PAGE_FILE if output is None else output)
     if not run.is_result:
         raise InputError(
             f"{directory} is not a result of mcsharp, so there is nothing to report; "
@@ -55,6 +57,27 @@ def write_report(directory: str | Path, output: str | Path | None = None) -> Pat
         )
     write_text_atomically(target, render(report_page(run)))
     return target
+
+
+def page_to_write(output: str | Path) -> Path:
+    """Where a page, or a picture, is to be written.
+
+    Raises
+    ------
+    InputError
+        If no file can be written there, or one is there that is neither.
+    """
+    target = path_to_make(output, "output")
+    check_file_to_write(target)
+    if target.exists() and not _may_be_replaced(target):
+        raise InputError(f"{target} is there and is no page of a report: give another file")
+    return target
+
+
+def _may_be_replaced(file: Path) -> bool:
+    with file.open("rb") as opened:
+        start = opened.read(len(_PAGE))
+    return not start or start == _PAGE or start.startswith(b"<svg ")
 
 
 def report_page(run: RunFolder) -> Page:

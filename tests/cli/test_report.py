@@ -88,6 +88,20 @@ def test_a_model_stays_intact_when_it_is_evaluated_and_reported(
     assert run("inspect", done, "--verify") == 0, capsys.readouterr().err
 
 
+def test_no_other_file_is_replaced_by_a_page(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kept in (done / "config.json", next(done.glob("*.safetensors"))):
+        before = kept.read_bytes()
+        assert run("report", done, "--output", kept) == 2
+        assert f"{kept} is there and is no page of a report" in capsys.readouterr().err
+        assert kept.read_bytes() == before
+    page = tmp_path / "page.html"
+    page.touch()
+    assert run("report", done, "--output", page) == 0
+    assert run("report", done, "--output", page) == 0
+
+
 def test_wrong_use_is_exit_code_two_and_one_message(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
