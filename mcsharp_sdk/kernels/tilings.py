@@ -26,7 +26,6 @@ class Tiling(NamedTuple):
 
 TILINGS = {
     "gemv": Tiling("gemv"),
-    "gemv_16": Tiling("gemv", 16),
     "gemv_32": Tiling("gemv", 32),
     "gemm_16": Tiling("gemm", 16),
     "gemm_32": Tiling("gemm", 32),

@@ -184,7 +184,7 @@ def cases(all_: bool) -> Iterator[Case]:
             yield gemv(widths, dp4a, gated=True, group=128, tail=False)
         yield gemm(widths, gated=True, group=128, tail=False, tokens=64)
         yield gemm(widths, gated=True, group=128, tail=False, tokens=128)
-    sizes = itertools.product(TILES, (None, 16, 32))
+    sizes = itertools.product(TILES, (None, 32))
     tiles = dict.fromkeys(tile_of(columns, 128, rows) for columns, rows in sizes)
     for dp4a, tile in itertools.product((False, True), tiles):
         yield gemv((1, 2, 3), dp4a, gated=True, group=128, tail=False, tile=tile)

@@ -78,7 +78,7 @@ def test_a_layer_agrees_with_float64(
     x, chosen = activations(2, 256), torch.tensor([[2, 0], [3, 4]])
     routing = torch.rand(2, 2, generator=torch.Generator().manual_seed(4))
     memory.late = list(map(addresses, (x, chosen, routing)))  # from the kernels before
-    out = run_experts(layer, x, chosen, routing, dp4a=dp4a, tiling=TILINGS["gemv_16"])
+    out = run_experts(layer, x, chosen, routing, dp4a=dp4a, tiling=TILINGS["gemv"])
     expected = silu_layer(x, chosen, routing, gate_up, down)
     assert relative_error(out, expected) < (3e-2 if dp4a else 3 * BFLOAT16)
 
