@@ -169,6 +169,7 @@ def _convert(program: Program, parts: Parts, operands: Parts, mask: Array) -> No
 
 
 def _shuffle(program: Program, parts: Parts, operands: Parts, mask: Array) -> None:
+    assert operands[3] == "31", "lanes are those of a whole warp"
     lane = program.read(operands[2], np.uint32).astype(np.int64)
     other = {"bfly": program.thread ^ lane, "idx": program.thread // 32 * 32 + lane % 32}[parts[2]]
     program.write(operands[0], program.read(operands[1], np.uint32)[other], mask)

@@ -3,7 +3,8 @@
 Unlike the interpreter this has the compiled code itself: inline assembly, the places of values in
 threads, and what is aligned. It knows the instructions of :mod:`ptx_instructions`, and fails where
 threads of a program part ways, where an address is misaligned or belongs to nothing, and where a
-kernel that may begin early reads what the one before it writes, or writes, before it has waited.
+kernel that may begin early reads what the one before it writes, or writes, before it has waited, or
+ends without having done so.
 """
 
 from __future__ import annotations
@@ -199,5 +200,7 @@ def launch(
     memory.written = set()
     for program in programs:
         program.run(code)
+        # What waits for this kernel counts on all before it, too.
+        assert not program.early, "a program ended that has not waited"
     passed_on = memory.late if all(p.let_next_begin_early for p in programs) else []
     memory.late = [*passed_on, *memory.written]

@@ -135,8 +135,9 @@ def dot_rows(
 ):  # fmt: skip
     """Rows ``n`` of a matrix times the activations of a slot, fp32 [rows].
 
-    QUADS quads of each row at a time, of one block or of several, loaded while those before are
-    multiplied; the first ones while the kernel before may still run.
+    QUADS quads of each row at a time, of one block or of several. What :func:`load_weights` gives
+    is loaded while the quads before are multiplied, and the first of it while the kernel before may
+    still run; but not with TAIL, where there may be no whole block.
     """
     AT_ONCE: tl.constexpr = QUADS // (2 if BITS == 3 else BITS)
     planes, x_scales, x_sums = activations
@@ -144,27 +145,26 @@ def dot_rows(
     blocks = columns // BLOCK
     row = matrix[0] + n.to(tl.int64) * (padded(columns) * BITS // 8)
     words = row.to(tl.pointer_type(tl.int32))[:, None]
-    places = code_places(n[:, None], rows, BITS)
+    numbers = n[:, None]
+    places = code_places(numbers, rows, BITS)
     products = tl.zeros((BN, QUADS), tl.float32)
     offsets = tl.zeros((BN, AT_ONCE), tl.float32)
-    if not TAIL:  # with it there may be no block
-        loaded = load_weights(matrix, words, n[:, None], 0, BITS, GROUP, EMULATE, ALIGNED, QUADS)
+    if not TAIL:
+        loaded = load_weights(matrix, words, numbers, 0, BITS, GROUP, EMULATE, ALIGNED, QUADS)
     if OVERLAP:
         wait_for_last()
     for first in range(0, blocks, AT_ONCE):
         at = first if TAIL else first + AT_ONCE
-        following = load_weights(
-            matrix, words, n[:, None], at, BITS, GROUP, EMULATE, ALIGNED, QUADS
-        )
+        following = load_weights(matrix, words, numbers, at, BITS, GROUP, EMULATE, ALIGNED, QUADS)
         if TAIL:
             loaded = following
         products += block_products(
-            loaded, activations, matrix, words, n[:, None], places, first,
+            loaded, activations, matrix, words, numbers, places, first,
             BITS, GROUP, PLANES, EMULATE, ALIGNED, QUADS,
         )  # fmt: skip
         if GROUP % 128 == 0:
             offsets += block_offsets(
-                x_sums, matrix, n[:, None], places, first, GROUP, BITS, AT_ONCE, EMULATE
+                x_sums, matrix, numbers, places, first, GROUP, BITS, AT_ONCE, EMULATE
             )
         loaded = following
     total = tl.sum(products, 1) - tl.sum(offsets, 1)
@@ -196,7 +196,8 @@ def grouped_gemv(
         let_next_begin()
     source = tl.program_id(2).to(tl.int64)
     slot = source * tl.num_programs(1) + tl.program_id(1)
-    expert = tl.load(chosen + slot, cache_modifier=".cg")  # not what a nearer cache had before
+    # Experts are chosen anew for each token: not what a nearer cache had before.
+    expert = tl.load(chosen + slot, cache_modifier=".cg")
     width, place = tl.load(table + 2 * expert), tl.load(table + 2 * expert + 1)
     blocks = tl.cdiv(columns, BLOCK)
     activations = (

@@ -1,8 +1,8 @@
 """Launching the Triton kernels for few tokens. Nothing here waits for the device.
 
 From compute capability 9 on launches overlap: a kernel begins while the one before it still runs,
-finds its weights, and waits for what it has to. All shapes follow from those of the arguments, so a
-CUDA graph can record any of it.
+loads its first weights, and waits for what it has to. All shapes follow from those of the
+arguments, so a CUDA graph can record any of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from mcsharp_sdk.quantization.packing import BLOCK
 
 
 class GemvTile(NamedTuple):
-    """What a program of ``grouped_gemv`` does: rows, and quads of each row at a time, in warps."""
+    """What a program of ``grouped_gemv`` does at a time.
+
+    Attributes
+    ----------
+    rows, quads : how many rows, and how many quads of each.
+    warps : in how many warps.
+    """
 
     rows: int
     quads: int
@@ -36,7 +42,7 @@ SCALED_TILE = GemvTile(16, 16, 4)
 
 
 def tile_of(columns: int, group_size: int, rows: int | None = None) -> GemvTile:
-    """The tile for a matrix: other ``rows`` have so many quads that registers suffice."""
+    """The tile for a matrix; with other ``rows`` one of as many quads in all."""
     if group_size % BLOCK:
         tile = SCALED_TILE
     else:
@@ -67,7 +73,7 @@ def gemv(
     gated : give SiLU of the first half of the rows times the second half.
     dp4a : round activations to 8 bits, 128 at a time; otherwise to 15.
     step : rows of a program; by default what :func:`tile_of` gives.
-    chained : an earlier call with the same ``chosen`` has made ``x``.
+    chained : an earlier call with the same ``chosen`` has made ``x``; weights were there before it.
 
     Returns
     -------

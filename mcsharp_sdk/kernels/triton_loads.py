@@ -2,7 +2,8 @@
 
 For ``tl.load`` the compiler chooses which thread loads what by what lies side by side, and may then
 have all that depends on it computed there: Triton 3.6 loaded and multiplied packed weights twice
-for the sake of their scales, 3.7 did not. Assembly leaves no choice, in any version.
+for the sake of their scales, 3.7 did not. Assembly leaves no choice, in any version. What is loaded
+may come from the kernel before, so loads stay where they are.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -20,7 +21,7 @@ def load_quad(pointers, CACHED: tl.constexpr, ALIGNED: tl.constexpr, EMULATE: tl
     """Four int32 from each of ``pointers`` on, as a tuple.
 
     With ALIGNED they begin at multiples of 16 bytes; without CACHED the first-level cache then
-    leaves them out. What is loaded may come from the kernel before, so loads stay where they are.
+    leaves them out.
     """
     if EMULATE:  # the interpreter knows no assembly
         return (
@@ -53,7 +54,7 @@ def load_quad(pointers, CACHED: tl.constexpr, ALIGNED: tl.constexpr, EMULATE: tl
 
 @triton.jit
 def load_float(pointers, EMULATE: tl.constexpr):
-    """fp32 numbers; like :func:`load_quad`, loads stay where they are."""
+    """fp32 numbers."""
     if EMULATE:  # the interpreter knows no assembly
         return tl.load(pointers)
     else:  # noqa: RET505

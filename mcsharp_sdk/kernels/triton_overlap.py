@@ -2,7 +2,10 @@
 
 A kernel that is launched for it may begin when every program of the kernel before it has called
 :func:`let_next_begin` or has ended. What that kernel and all before it wrote, it has only after
-:func:`wait_for_last`. Triton 3.4 has functions for this too, but cannot compile them.
+:func:`wait_for_last`, but for what was there before that kernel let it begin. Every program waits
+before it ends, since what waits for its kernel counts on all before it.
+
+Triton 3.4 has functions for this too, but cannot compile them.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

@@ -38,8 +38,9 @@ def round_activations(
     A block with a number that is not finite gives NaN.
 
     With OVERLAP it may be launched before ``x`` is there. The product behind it reads the chosen
-    experts before it waits. So it may not begin before whatever chose them has ended: this kernel
-    waits first, unless it is CHAINED to an earlier product of the same experts.
+    experts and their first weights before it waits. So it may not begin before whatever wrote these
+    has ended: this kernel waits first, unless it is CHAINED to an earlier product of the same
+    experts, before which these weights were there, too.
     """
     if OVERLAP and CHAINED:
         let_next_begin()

@@ -3,9 +3,9 @@
     python tests/kernels/compile_kernels.py CAPABILITY [--all]
 
 Fails where a kernel takes more shared memory than such a GPU has, or where the compiler has a
-matrix-vector kernel load weights more than once. Prints registers and spilled
-bytes of each, and of the matrix-vector kernels for one width the instructions in the loop over
-blocks per code. Run by ``tests/kernels/test_triton.py``.
+matrix-vector kernel load anything more than once. Prints registers and spilled bytes of each, and
+of the matrix-vector kernels for one width the instructions per code in the loop over blocks. Run by
+``tests/kernels/test_triton.py``.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def gemv(
         "QUADS": tile.quads,
         "num_warps": tile.warps,
     }
-    name = f"gemv {widths} {8 if dp4a else 16}-bit activations group {group} {tile.rows} rows"
+    name = f"gemv {widths} {8 if dp4a else 16}-bit activations group {group} {tuple(tile)}"
     return name, triton_decode.grouped_gemv, types, constants
 
 
@@ -254,15 +254,23 @@ def instructions_per_code(result: Any, constants: Mapping[str, Any]) -> float:
 
 
 def check(name: str, result: Any, constants: Mapping[str, Any], capability: int) -> None:
-    """End where a kernel needs what such a GPU has not, or loads weights more than once."""
+    """End where a kernel needs what such a GPU has not, or loads what it has loaded already."""
     if result.metadata.shared > SHARED_BYTES[capability]:
         raise SystemExit(f"{name}: {result.metadata.shared} bytes of shared memory")
-    if len(constants.get("WIDTHS", ())) == 1 and "QUADS" in constants:
-        # Weights alone pass by the nearest cache, but not those of 3 bits; the first are loaded
-        # before the loop.
-        found, expected = result.asm["ptx"].count("no_allocate"), 2 * quads_of_thread(constants)
-        if found not in {0, expected}:
-            raise SystemExit(f"{name}: weights are loaded in {found} places instead of {expected}")
+    if "QUADS" in constants and len(constants["WIDTHS"]) == 1:
+        ptx = result.asm["ptx"]
+        found = (ptx.count("no_allocate.v4"), ptx.count("global.v4"))
+        if found != expected_quads(constants):
+            raise SystemExit(f"{name}: {found} loads of quads, not {expected_quads(constants)}")
+
+
+def expected_quads(constants: Mapping[str, Any]) -> tuple[int, int]:
+    """Places where a matrix-vector kernel for one width loads a quad past the nearest cache, and
+    where through it: weights before the loop and in it, at 3 bits through it and with third bits,
+    and activations."""
+    width, quads = constants["WIDTHS"][0], quads_of_thread(constants)
+    activations = constants["PLANES"] * 8 // (2 if width == 3 else width)
+    return (0, 3 * quads + activations) if width == 3 else (2 * quads, activations)
 
 
 def main() -> None:

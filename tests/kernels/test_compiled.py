@@ -6,6 +6,8 @@ reads that begins before the one before it has ended; this does.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from expert_stacks import random_layer, random_stack, relative_error, silu_layer
@@ -22,7 +24,7 @@ from emulated_gpu import addresses, emulate_gpu
 
 from mcsharp_sdk.kernels import triton_launch_few
 from mcsharp_sdk.kernels.triton_launch import combine
-from mcsharp_sdk.kernels.triton_launch_few import GemvTile, gemv
+from mcsharp_sdk.kernels.triton_launch_few import GemvTile, gemv, tile_of
 
 CAPABILITIES = (80, 90, 100)
 BFLOAT16 = 2**-8
@@ -83,18 +85,47 @@ def test_a_layer_agrees_with_float64(
     assert relative_error(out, expected) < (3e-2 if dp4a else 3 * BFLOAT16)
 
 
-@pytest.mark.parametrize("dp4a", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("tile", triton_launch_few.TILES.values())
 def test_every_tile_agrees_with_float64(
-    tile: GemvTile, dp4a: bool, monkeypatch: pytest.MonkeyPatch
+    tile: GemvTile, gated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulate_gpu(monkeypatch, 90)
     monkeypatch.setattr(triton_launch_few, "TILES", {0: tile})
-    layer, gate_up, down = random_layer((2, 3), 1280, 128, 128)
-    x, chosen, routing = activations(1, 1280), torch.tensor([[1, 0]]), torch.tensor([[0.75, 0.25]])
-    out = run_experts(layer, x, chosen, routing, dp4a=dp4a, tiling=TILINGS["gemv"])
-    expected = silu_layer(x, chosen, routing, gate_up, down)
-    assert relative_error(out, expected) < (3e-2 if dp4a else 3 * BFLOAT16)
+    columns = 128 * (tile.quads + 1)  # more than one step of each width
+    stack, exact = random_stack((1, 2, 3), 32, columns, 128)
+    x, chosen = activations(1, columns), torch.arange(3)
+    out = gemv(stack, expert_table((1, 2, 3)), x, chosen, gated=gated, dp4a=False)
+    for expert, weight in enumerate(exact):
+        expected = weight @ x[0].double()
+        if gated:
+            expected = torch.nn.functional.silu(expected[:16]) * expected[16:]
+        assert relative_error(out[expert], expected) < 2 * BFLOAT16, expert
+
+
+@pytest.mark.parametrize(
+    ("widths", "columns", "group"), [((2, 3), 1312, 128), ((8,), 608, 100), ((3,), 1408, 32)]
+)
+def test_several_steps_agree_with_float64(
+    widths: tuple[int, ...], columns: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate_gpu(monkeypatch, 90)
+    stack, exact = random_stack(widths, 24, columns, group)
+    x, chosen = activations(1, columns), torch.arange(len(widths))
+    out = gemv(stack, expert_table(widths), x, chosen, gated=False, dp4a=False)
+    for expert, width in enumerate(widths):
+        assert relative_error(out[expert], exact[expert] @ x[0].double()) < BFLOAT16, width
+
+
+def test_tiles_go_by_columns_unless_groups_are_no_whole_blocks() -> None:
+    sizes = (128, 4095, 4096, 8191, 8192, 20000)
+    small, middle, large = sorted(triton_launch_few.TILES)
+    expected = [small, small, middle, middle, large, large]
+    assert [tile_of(columns, 128) for columns in sizes] == [
+        triton_launch_few.TILES[fewest] for fewest in expected
+    ]
+    assert tile_of(8192, 32) == tile_of(128, 32) == triton_launch_few.SCALED_TILE
+    assert tile_of(4096, 128, rows=64).quads * 64 == math.prod(tile_of(4096, 128)[:2])
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -142,7 +173,7 @@ def small_product(
     return out, (exact[0] @ x[0].double()).unsqueeze(0)
 
 
-def test_weights_may_begin_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_may_begin_at_any_word(monkeypatch: pytest.MonkeyPatch) -> None:
     emulate_gpu(monkeypatch, 90)
     chosen = torch.tensor([0])
     out, expected = small_product(activations(1, 256), chosen, chained=False, shift=4)
@@ -159,3 +190,17 @@ def test_a_kernel_that_reads_what_is_not_there_yet_is_found(
     memory.late = [addresses(x), addresses(chosen)]
     with pytest.raises(AssertionError, match="read before it is written"):
         small_product(x, chosen, chained=True)
+
+
+def test_weights_are_loaded_before_the_kernel_before_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = emulate_gpu(monkeypatch, 90)
+    stack, _ = random_stack((2,), 16, 256, 128)
+    for late in (stack.weights[2].qweight, stack.weights[2].scales):
+        memory.late = [addresses(late)]
+        with pytest.raises(AssertionError, match="read before it is written"):
+            gemv(
+                stack, expert_table((2,)), activations(1, 256), torch.tensor([0]),
+                gated=False, dp4a=False, chained=True,
+            )  # fmt: skip
