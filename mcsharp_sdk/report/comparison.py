@@ -71,7 +71,7 @@ def write_comparison(directories: Sequence[str | Path], output: str | Path) -> P
     ------
     InputError
         If a folder has no evaluation, or there is no text, window and number of tokens on which
-        all of them were evaluated.
+        all of them were evaluated; or if another file than a page or picture is at ``output``.
     """
     target = page_to_write(output)
     runs = read_runs(directories)

@@ -28,6 +28,7 @@ from mcsharp_sdk.report.outcome import (
 from mcsharp_sdk.report.run_folder import RunFolder
 
 _PAGE = b"<!DOCTYPE html>"
+"""How a page begins."""
 
 
 def write_report(directory: str | Path, output: str | Path | None = None) -> Path:
